@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,17 @@ from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config import to_dict
-from proxytune.records import Completion, Decoding, Example, read_jsonl, write_jsonl
+from proxytune.records import (
+    Completion,
+    Decoding,
+    Example,
+    Metric,
+    Score,
+    read_jsonl,
+    write_jsonl,
+)
+
+log = logging.getLogger(__name__)
 
 _DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
 
@@ -39,6 +51,16 @@ class Cell:
     identity: dict[str, Any]
 
     @property
+    def total(self) -> int:
+        """How many steps its progress bar has."""
+        return len(self.examples)
+
+    @property
+    def infos(self) -> Any:
+        """Metric -> how it is shown."""
+        return self.task.metrics
+
+    @property
     def completions_path(self) -> Path:
         """Where finished completions are appended."""
         return self.folder / "completions.jsonl"
@@ -55,15 +77,82 @@ class Cell:
         done = self.completions()
         return [e for e in self.examples if len(done.get(e.id, ())) < self.decoding.n]
 
+    def score(self) -> tuple[list[Metric], list[Score]]:
+        """Scores the examples that have all their completions."""
+        from proxytune import stats
 
-def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cell]:
+        done = self.completions()
+        complete = [e for e in self.examples if len(done.get(e.id, ())) >= self.decoding.n]
+        if len(complete) < len(self.examples):
+            log.warning(
+                "%s/%s: %d of %d examples have their completions; only they are scored",
+                self.task_name,
+                self.system,
+                len(complete),
+                len(self.examples),
+            )
+        texts = [[done[e.id][i].text for i in range(self.decoding.n)] for e in complete]
+        scores: list[Score] = self.task.score_all(complete, texts)
+        return stats.metrics(self.task_name, self.system, scores), scores
+
+
+@dataclasses.dataclass
+class HarnessCell:
+    """One system on a task that asks and scores by itself (lm-evaluation-harness).
+
+    The task has `identity()`, `finished(folder, limit)`, `run(generator, folder, system, ...)`
+    and `result(folder)`; see `tasks.lm_eval_task.LmEvalTask`.
+    """
+
+    task: Any
+    task_name: str
+    system: str
+    limit: int | None
+    folder: Path
+    identity: dict[str, Any]
+    total: int = 1
+
+    @cached_property
+    def _result(self) -> Any:
+        return self.task.result(self.folder)
+
+    @property
+    def infos(self) -> Any:
+        """Metric -> how it is shown."""
+        return self._result.infos
+
+    def missing(self) -> list[str]:
+        """The task's name, unless its result is there."""
+        return [] if self.task.finished(self.folder, self.limit) else [self.task_name]
+
+    def score(self) -> tuple[list[Metric], list[Score]]:
+        """What the task itself found."""
+        return self._result.metrics, self._result.scores
+
+
+def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cell | HarnessCell]:
     """Every cell of a run: systems in the order in which they share models.
 
     Raises:
         ValueError: a dataset cannot be had, or names two examples alike.
     """
-    cells = []
+    cells: list[Cell | HarnessCell] = []
+    systems = sorted(cfg.systems, key=ORDER.index)
     for name, task in tasks.items():
+        if hasattr(task, "run"):
+            seed = {"seed": cfg.decoding.seed}
+            cells += [
+                HarnessCell(
+                    task=task,
+                    task_name=name,
+                    system=system,
+                    limit=cfg.limit,
+                    folder=output / name / system,
+                    identity=task.identity() | seed | _system_identity(cfg, system),
+                )
+                for system in systems
+            ]
+            continue
         examples = task.examples()
         if len({e.id for e in examples}) != len(examples):
             raise ValueError(f"task {name}: two examples share an id")
@@ -72,7 +161,7 @@ def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cel
         decoding = dataclasses.replace(task.decoding, **overrides)
         shown = examples[: cfg.limit]
         write_jsonl(output / name / "examples.jsonl", shown)
-        for system in sorted(cfg.systems, key=ORDER.index):
+        for system in systems:
             cells.append(
                 Cell(
                     task=task,
@@ -81,13 +170,15 @@ def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cel
                     examples=shown,
                     decoding=decoding,
                     folder=output / name / system,
-                    identity={"dataset": dataset} | _system_identity(cfg, system, decoding),
+                    identity={"dataset": dataset}
+                    | _system_identity(cfg, system)
+                    | {"decoding": _decoding_identity(decoding, cfg.decoding.seed)},
                 )
             )
     return cells
 
 
-def _system_identity(cfg: DictConfig, system: str, decoding: Decoding) -> dict[str, Any]:
+def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     """Everything that a system's completions depend on, and nothing else.
 
     The device, the batch size, the decoding strategy and the limit are left out: they change
@@ -104,13 +195,15 @@ def _system_identity(cfg: DictConfig, system: str, decoding: Decoding) -> dict[s
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":
         identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
-    identity["decoding"] = json.loads(json.dumps(dataclasses.asdict(decoding)))
-    if decoding.temperature > 0:
-        identity["decoding"]["seed"] = cfg.decoding.seed
     return identity
 
 
-def claim(cell: Cell, stage: str) -> None:
+def _decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
+    identity = json.loads(json.dumps(dataclasses.asdict(decoding)))
+    return identity | ({"seed": seed} if decoding.temperature > 0 else {})
+
+
+def claim(cell: Cell | HarnessCell, stage: str) -> None:
     """Takes the cell's folder, or refuses it when it holds another configuration's completions.
 
     Raises:
@@ -132,6 +225,6 @@ def claim(cell: Cell, stage: str) -> None:
     provenance.write_json(path, cell.identity)
 
 
-def models_of(cell: Cell) -> dict[str, Any]:
+def models_of(cell: Cell | HarnessCell) -> dict[str, Any]:
     """Role of the triple -> the model that plays it in this cell."""
     return {MEMBERS[cell.system][role]: member for role, member in cell.identity["members"].items()}

@@ -23,10 +23,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune import provenance
-from proxytune.cells import MEMBERS, Cell, claim, make_cells, models_of
+from proxytune.cells import MEMBERS, Cell, HarnessCell, claim, make_cells, models_of
 from proxytune.config import ROLES, SYSTEMS, to_dict
 from proxytune.progress import GenerationProgress, generation_progress
-from proxytune.records import Completion, Example, JsonlWriter, Metric, Score, write_jsonl
+from proxytune.records import (
+    Completion,
+    JsonlWriter,
+    Metric,
+    read_jsonl,
+    write_jsonl,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +65,7 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
         metrics = []
         if cfg.stage != "generate":
             metrics = _score(cells, output)
-            _show(cfg, tasks, metrics, output, tracker)
+            _show(cfg, cells, metrics, output, tracker)
         session["finished"], session["seconds"] = _now(), round(time.time() - started, 1)
         provenance.write_json(output / "run.json", run_json)
         if cfg.report and cfg.stage != "generate":
@@ -182,7 +188,7 @@ def model_specs(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _begin_run_json(
-    output: Path, cfg: DictConfig, cells: Sequence[Cell], session: dict[str, Any]
+    output: Path, cfg: DictConfig, cells: Sequence[Cell | HarnessCell], session: dict[str, Any]
 ) -> dict[str, Any]:
     path = output / "run.json"
     resolved = to_dict(cfg)
@@ -193,7 +199,9 @@ def _begin_run_json(
         "name": cfg.name,
         "config": resolved,
         "config_sha256": provenance.sha256_json(resolved),
-        "datasets": {c.task_name: c.identity["dataset"]["sha256"] for c in cells},
+        "datasets": {
+            c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)
+        },
         "models": {r: m for c in cells for r, m in models_of(c).items()},
         "seed": cfg.decoding.seed,
     }
@@ -205,26 +213,30 @@ def _begin_run_json(
 # -- generation --------------------
 
 
-def _generate(cfg: DictConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+def _generate(cfg: DictConfig, cells: Sequence[Cell | HarnessCell]) -> dict[str, Any]:
     """Generates what is missing; returns system/task -> tokens and seconds of this session."""
     throughput: dict[str, Any] = {}
-    by_system: dict[str, list[Cell]] = defaultdict(list)
+    by_system: dict[str, list[Cell | HarnessCell]] = defaultdict(list)
     for cell in cells:
         by_system[cell.system].append(cell)
     pool = _Pool(cfg)
-    with generation_progress([(c.system, c.task_name, len(c.examples)) for c in cells]) as progress:
+    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as progress:
         for position, (system, group) in enumerate(by_system.items()):
-            todo = [(cell, cell.missing()) for cell in group]
-            for cell, missing in todo:
-                progress.done(cell.system, cell.task_name, len(cell.examples) - len(missing))
-            if not any(missing for _, missing in todo):
+            todo = []
+            for cell in group:
+                missing = len(cell.missing())
+                progress.done(cell.system, cell.task_name, cell.total - missing)
+                todo += [cell] if missing else []
+            if not todo:
                 continue
             later = list(by_system)[position + 1 :]
             generator = pool.open(system, keep_for=later)
-            for cell, missing in todo:
-                if missing:
+            for cell in todo:
+                if isinstance(cell, HarnessCell):
+                    _run_harness(cfg, cell, generator, progress)
+                else:
                     key = f"{cell.system}/{cell.task_name}"
-                    throughput[key] = _generate_cell(cfg, cell, missing, generator, pool, progress)
+                    throughput[key] = _generate_cell(cfg, cell, generator, pool, progress)
     pool.close()
     return throughput
 
@@ -232,14 +244,13 @@ def _generate(cfg: DictConfig, cells: Sequence[Cell]) -> dict[str, Any]:
 def _generate_cell(
     cfg: DictConfig,
     cell: Cell,
-    missing: list[Example],
     generator: Any,
     pool: "_Pool",
     progress: GenerationProgress,
 ) -> dict[str, float]:
     from proxytune.prompting import encode, render
 
-    stored = cell.completions()
+    stored, missing = cell.completions(), cell.missing()
     prompts, hashes = [], []
     for example in missing:
         rendered = {
@@ -290,6 +301,21 @@ def _generate_cell(
     return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
 
 
+def _run_harness(
+    cfg: DictConfig, cell: HarnessCell, generator: Any, progress: GenerationProgress
+) -> None:
+    cell.task.run(
+        generator,
+        cell.folder,
+        cell.system,
+        limit=cfg.limit,
+        seed=cfg.decoding.seed,
+        batch_size=cfg.decoding.batch_size,
+    )
+    progress.tokens(cell.system, cell.task_name, 0)
+    progress.advance(cell.system, cell.task_name)
+
+
 class _Pool:
     """Loads each model once, keeps it while a later system needs it, and frees it then."""
 
@@ -338,31 +364,26 @@ class _Pool:
 # -- scoring --------------------
 
 
-def _score(cells: Sequence[Cell], output: Path) -> list[Metric]:
-    from proxytune import stats
-
+def _score(cells: Sequence[Cell | HarnessCell], output: Path) -> list[Metric]:
+    """Writes every cell's scores, and the metrics; those of the folder's other cells are kept."""
     metrics: list[Metric] = []
     for cell in cells:
-        done = cell.completions()
-        complete = [e for e in cell.examples if len(done.get(e.id, ())) >= cell.decoding.n]
-        if len(complete) < len(cell.examples):
-            log.warning(
-                "%s/%s: %d of %d examples have their completions; only they are scored",
-                cell.task_name,
-                cell.system,
-                len(complete),
-                len(cell.examples),
-            )
-        texts = [[done[e.id][i].text for i in range(cell.decoding.n)] for e in complete]
-        scores: list[Score] = cell.task.score_all(complete, texts)
+        found, scores = cell.score()
         write_jsonl(cell.folder / "scores.jsonl", scores)
-        metrics += stats.metrics(cell.task_name, cell.system, scores)
-    write_jsonl(output / "metrics.jsonl", metrics)
+        metrics += found
+    ours = {(cell.task_name, cell.system) for cell in cells}
+    path = output / "metrics.jsonl"
+    others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
+    write_jsonl(path, [*metrics, *others])
     return metrics
 
 
 def _show(
-    cfg: DictConfig, tasks: dict[str, Any], metrics: list[Metric], output: Path, tracker: Any
+    cfg: DictConfig,
+    cells: Sequence[Cell | HarnessCell],
+    metrics: list[Metric],
+    output: Path,
+    tracker: Any,
 ) -> None:
     """Writes the comparison table, prints it, and hands everything to the tracker."""
     from rich.console import Console
@@ -370,13 +391,13 @@ def _show(
     from proxytune import tables
     from proxytune.tracking import sample_completions
 
-    infos = {name: task.metrics for name, task in tasks.items()}
+    infos = {cell.task_name: cell.infos for cell in cells}
     place = (cfg.paper.table, cfg.paper.size) if cfg.paper else None
     table = tables.build(output, metrics, infos, place, cfg.limit)
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)
-    tracker.log_completions(sample_completions(output, list(tasks)))
+    tracker.log_completions(sample_completions(output, list(infos)))
 
 
 def _make_tracker(cfg: DictConfig, output: Path) -> Any:

@@ -8,15 +8,18 @@ instead of generation): they are `lm_eval_gsm8k` and so on, never `gsm8k`.
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from proxytune.records import Metric, Score
+from proxytune import stats
+from proxytune.provenance import write_json
+from proxytune.records import Completion, Example, Metric, Prompt, Score, write_jsonl
 from tasks.base import MetricInfo
 
+_RESULT = "result.json"
 _Z95 = 1.959963984540054  # lm-eval gives standard errors; the interval is the normal one
 
 
@@ -28,18 +31,19 @@ class LmEvalResult:
         metrics: lm-eval's aggregates, with its standard errors.
         scores: per document, the metrics that are means over documents; for paired tests.
         infos: metric -> how it is shown.
-        samples: lm-eval's own record per document and filter, as plain JSON values.
     """
 
     metrics: list[Metric]
     scores: list[Score]
     infos: dict[str, MetricInfo]
-    samples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class LmEvalTask:
     """One name as in `lm_eval --tasks`. The runner calls `run` instead of `examples` and `score`.
+
+    A cell's folder gets lm-eval's answers as they come (`answers*`) and, at the end, result.json:
+    scoring again reads that. Prompts and answers are written as any task's, for the report.
 
     A task's metrics keep lm-eval's names ("acc", "exact_match,strict-match"); a group or tag of
     several tasks has theirs as "acc/<task>" behind the group's own.
@@ -78,7 +82,28 @@ class LmEvalTask:
 
     def identity(self) -> dict[str, Any]:
         """Everything of ours that the answers depend on, besides the system."""
-        return asdict(self) | {"lm_eval": version("lm-eval")}
+        return {"lm_eval": asdict(self) | {"version": version("lm-eval")}}
+
+    def finished(self, folder: Path, limit: int | None) -> bool:
+        """Whether the cell's result is there for this many documents."""
+        path = folder / _RESULT
+        return path.exists() and json.loads(path.read_text())["limit"] == limit
+
+    def result(self, folder: Path) -> LmEvalResult:
+        """The stored result of a cell.
+
+        Raises:
+            ValueError: it has not been run.
+        """
+        path = folder / _RESULT
+        if not path.exists():
+            raise ValueError(f"{folder} holds no {_RESULT} of lm-eval; run with stage=all first")
+        stored = json.loads(path.read_text())
+        return LmEvalResult(
+            metrics=[Metric(**row) for row in stored["metrics"]],
+            scores=[Score(**row) for row in stored["scores"]],
+            infos={name: MetricInfo(**row) for name, row in stored["infos"].items()},
+        )
 
     def run(
         self,
@@ -90,10 +115,10 @@ class LmEvalTask:
         seed: int = 0,
         batch_size: int | str = "auto",
     ) -> LmEvalResult:
-        """Evaluates one system.
+        """Evaluates one system and stores what lm-eval found.
 
         Args:
-            generator: a `proxytune.api.Generator`; None scores the answers in `folder` again.
+            generator: a `proxytune.api.Generator`.
             folder: of this system and task; answers are kept there as they come, so that a killed
                 run goes on where it stopped.
             system: goes into the metrics.
@@ -102,7 +127,7 @@ class LmEvalTask:
             batch_size: rows at once.
 
         Raises:
-            ValueError: the task is unknown, or answers are missing where there is no generator.
+            ValueError: the task is unknown.
         """
         from proxytune.harness.evaluation import evaluate
 
@@ -119,15 +144,59 @@ class LmEvalTask:
             batch_size=batch_size,
             run_code=self.run_code,
         )
-        return _result(results, self.name, system)
+        documents = _documents_of(results)
+        result = _result(results, documents, self.name, system)
+        write_jsonl(folder.parent / "examples.jsonl", [d.example for d in documents.values()])
+        write_jsonl(folder / "completions.jsonl", [d.completion for d in documents.values()])
+        stored: dict[str, Any] = {"limit": limit, "metrics": [asdict(m) for m in result.metrics]}
+        stored["scores"] = [asdict(score) for score in result.scores]
+        stored["infos"] = {name: asdict(info) for name, info in result.infos.items()}
+        write_json(folder / _RESULT, stored)  # last: it says that the cell is finished
+        return result
 
 
-def _result(results: Mapping[str, Any], task_name: str, system: str) -> LmEvalResult:
+@dataclass(frozen=True)
+class _Document:
+    """One document as lm-eval asked it and as the system answered."""
+
+    example: Example
+    completion: Completion
+
+
+def _documents_of(results: Mapping[str, Any]) -> dict[str, _Document]:
+    """Every document of every task, each once (lm-eval has a record per filter)."""
+    found: dict[str, _Document] = {}
+    for owner, rows in results["samples"].items():
+        for row in rows:
+            name = _document(owner, row)
+            arguments = row["arguments"]
+            if isinstance(arguments, Mapping):
+                arguments = [list(each.values()) for each in arguments.values()]
+            prompt, answer = str(arguments[0][0]), _answer(row, arguments)
+            found[name] = _Document(
+                Example(name, Prompt(raw=prompt, user=prompt), target=str(row["target"])),
+                Completion(name, 0, answer, answer, [], "stop"),
+            )
+    return found
+
+
+def _answer(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> str:
+    """What was written or, of several choices, which was likeliest; "" for a scored text."""
+    first = row["filtered_resps"][0] if row["filtered_resps"] else ""
+    if isinstance(first, str):
+        return first
+    if len(arguments) < 2:
+        return ""
+    likelihoods = [each[0] for each in row["filtered_resps"]]
+    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    return str(arguments[best][1])
+
+
+def _result(
+    results: Mapping[str, Any], documents: Mapping[str, _Document], task_name: str, system: str
+) -> LmEvalResult:
     """lm-eval's results in our records."""
-    samples: dict[str, list[dict[str, Any]]] = {
-        name: json.loads(json.dumps(rows, default=_plain))
-        for name, rows in results["samples"].items()
-    }
+    samples: dict[str, list[dict[str, Any]]] = results["samples"]
     groups, better = results.get("groups") or {}, results["higher_is_better"]
     owners = {**groups, **results["results"]}  # a group comes before its tasks
     head = next(iter(owners)) if groups or len(owners) == 1 else None  # a tag has none
@@ -153,18 +222,24 @@ def _result(results: Mapping[str, Any], task_name: str, system: str) -> LmEvalRe
                 higher_is_better=better.get(owner, {}).get(metric) is not False,
                 percent=0 <= value <= 1 and all(0 <= number <= 1 for number in each.values()),
             )
-    rows = [{"task": name, **row} for name, found in samples.items() for row in found]
-    answers = {_document(row["task"], row): row for row in rows}
     scores = [
         Score(
             document,
             numbers,
-            answer=_answer(answers[document]),
-            target=str(answers[document]["target"]),
+            answer=documents[document].completion.text or None,
+            target=documents[document].example.target,
         )
         for document, numbers in values.items()
     ]
-    return LmEvalResult(metrics, scores, infos, rows)
+    # where a metric is a mean over documents, our interval is better than the normal one
+    own = {m.metric: m for m in stats.metrics(task_name, system, scores)}
+    metrics = [
+        replace(m, ci_low=own[m.metric].ci_low, ci_high=own[m.metric].ci_high)
+        if m.metric in own
+        else m
+        for m in metrics
+    ]
+    return LmEvalResult(metrics, scores, infos)
 
 
 def _metric(task: str, system: str, name: str, value: float, stderr: Any, count: int) -> Metric:
@@ -198,20 +273,9 @@ def _document(owner: str, row: Mapping[str, Any]) -> str:
     return f"{owner}/{row['doc_id']}"
 
 
-def _answer(row: Mapping[str, Any]) -> str | None:
-    """What was written, for people to read; log-likelihood tasks write nothing."""
-    first = row["filtered_resps"][0] if row["filtered_resps"] else None
-    return first if isinstance(first, str) else None
-
-
 def _documents(results: Mapping[str, Any], owner: str) -> int:
     """Documents of a task, or of all tasks in a group."""
     counts = results["n-samples"]
     if owner in counts:
         return counts[owner]["effective"]
     return sum(_documents(results, child) for child in results["group_subtasks"][owner])
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,3 +157,37 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
             assert all(json.loads(line) for line in path.read_text().splitlines())
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# -- lm-evaluation-harness --------------------
+
+
+def test_a_task_of_lm_eval_stands_in_the_same_table_and_is_scored_again_without_a_model(tmp_path):
+    arguments = [
+        "task=[lm_eval/tiny_choice,pocket_triviaqa]",
+        f"task.lm_eval_tiny_choice.include_path={ROOT}/tests/lm_eval_tasks",
+        "systems=[base,proxy]",
+        "limit=3",
+        f"output_dir={tmp_path}",
+    ]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert "lm_eval_tiny_choice" in table and "pocket_triviaqa" in table
+    assert "What is the capital of France?" in (
+        tmp_path / "lm_eval_tiny_choice" / "examples.jsonl"
+    ).read_text(encoding="utf-8")
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    again = run(*arguments, "stage=score", "report=false")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_of_some_tasks_keeps_the_metrics_of_the_others(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    before = set((folder / "metrics.jsonl").read_text().splitlines())
+    done = run("task=[pocket_triviaqa]", *TINY[1:], f"output_dir={folder}", "stage=score")
+    assert done.returncode == 0, done.stderr
+    assert set((folder / "metrics.jsonl").read_text().splitlines()) == before
+    assert "pocket_truthfulqa_open" not in (folder / "table.md").read_text()

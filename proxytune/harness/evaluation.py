@@ -1,17 +1,16 @@
 """One lm-eval task, group or tag on one of our generators, from Python."""
 
 import difflib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from proxytune.api import Generator
-from proxytune.harness.model import ProxyTuneLM, conversation
+from proxytune.harness.model import ProxyTuneLM
 
 
 def check_task(name: str, include_path: str | None = None, *, run_code: bool = False) -> None:
@@ -45,7 +44,7 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
 
 
 def evaluate(
-    generator: Generator | None,
+    generator: Generator,
     task: str,
     *,
     cache: Path,
@@ -61,7 +60,7 @@ def evaluate(
     """Runs one lm-eval task, group or tag and returns lm-eval's own results with samples.
 
     Args:
-        generator: the system; None recomputes the results from the answers in `cache`.
+        generator: the system.
         task: lm-eval's name.
         cache: where answered requests are kept, so that a killed run goes on. Its key has no
             model in it: one per system.
@@ -75,15 +74,13 @@ def evaluate(
         run_code: allows tasks that execute what a model wrote, unguarded, on this machine.
 
     Raises:
-        ValueError: an unknown task, or an answer that is not in the cache without a generator.
+        ValueError: an unknown task.
     """
     check_task(task, include_path, run_code=run_code)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    lm: LM = _NoModel()
-    if generator is not None:
-        lm = ProxyTuneLM(generator=generator, batch_size=batch_size, seed=seed)
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # its notes are many, and no news
     results = simple_evaluate(
-        model=lm,
+        model=ProxyTuneLM(generator=generator, batch_size=batch_size, seed=seed),
         tasks=[task],
         num_fewshot=num_fewshot,
         use_cache=str(cache),
@@ -100,27 +97,6 @@ def evaluate(
     )
     assert results is not None
     return cast("dict[str, Any]", results)
-
-
-class _NoModel(LM):
-    """Stands for a system whose answers are all in the cache already."""
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise ValueError(
-            f"{len(requests)} requests of lm-eval have no stored answer; run with stage=all first"
-        )
-
-    loglikelihood_rolling: Any = loglikelihood
-    generate_until: Any = loglikelihood
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        return conversation(chat_history)
-
-    @property
-    def tokenizer_name(self) -> str:
-        return ""
 
 
 _managers: dict[tuple[str | None, bool], TaskManager] = {}

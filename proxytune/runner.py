@@ -195,14 +195,15 @@ def _begin_run_json(
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
         run_json = json.loads(path.read_text())
+    datasets = {c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)}
+    models = {role: member for c in cells for role, member in models_of(c).items()}
     run_json |= {
         "name": cfg.name,
-        "config": resolved,
+        "config": resolved,  # of the latest session; the folder may hold further tasks and systems
         "config_sha256": provenance.sha256_json(resolved),
-        "datasets": {
-            c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)
-        },
-        "models": {r: m for c in cells for r, m in models_of(c).items()},
+        "tasks": run_json.get("tasks", {}) | resolved["task"],
+        "datasets": run_json.get("datasets", {}) | datasets,
+        "models": run_json.get("models", {}) | models,
         "seed": cfg.decoding.seed,
     }
     run_json["sessions"].append(session)

@@ -1,6 +1,7 @@
 """Scores stored completions again, without a GPU, and compares with the stored metrics.
 
     python scripts/rescore.py DIR [--only gsm,truthfulqa] [--json OUT] [--sample-verdicts]
+                              [--no-code-execution]
 
 DIR is a results folder of ours (it holds run.json), or a release in the layout of the paper's
 authors: benchmark/system/files, each file gzipped or not. What a file holds is seen from its
@@ -13,7 +14,9 @@ columns, so benchmarks and systems may have any name:
     annotations.json + metrics.json           AlpacaFarm
 
 Prints benchmark, system, metric, published, ours, equal (at 1e-12), and what was skipped and why;
-the exit status is 1 if anything differs. HumanEval runs the stored programs in the sandbox.
+the exit status is 1 if anything differs or a file is malformed. HumanEval runs the stored programs
+in the sandbox, unless --no-code-execution is given; a results folder of ours keeps to its own
+allow_code_execution.
 """
 
 import argparse
@@ -40,7 +43,7 @@ def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
     """Scores the completions of a results folder again, with its own configuration."""
     from hydra.utils import instantiate
 
-    tasks = json.loads(read_text(folder / "run.json"))["config"]["task"]
+    tasks = json.loads(read_text(folder / "run.json"))["tasks"]
     check_only(only, tasks.keys())
     stored = {
         (m.task, m.system, m.metric): m.value for m in read_jsonl(folder / "metrics.jsonl", Metric)
@@ -49,6 +52,10 @@ def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
         if only and name not in only:
             continue
         task = instantiate(settings, _convert_="all")
+        if not hasattr(task, "score_all"):
+            reason = "lm-evaluation-harness scores while it asks; its numbers stand in result.json"
+            to.skipped.append((name, "all", reason))
+            continue
         examples = {e.id: e for e in map(_example, read_rows(folder / name / "examples.jsonl"))}
         for path in sorted((folder / name).glob("*/completions.jsonl")):
             run = Run(path.parent, to)
@@ -84,23 +91,26 @@ def _example(row: Row) -> Example:
 # -- the command --------------------
 
 
-def rescore(folder: Path, only: Sequence[str] = (), *, samples: bool = False) -> Comparison:
+def rescore(
+    folder: Path, only: Sequence[str] = (), *, samples: bool = False, run_code: bool = True
+) -> Comparison:
     """Scores a release or a results folder again.
 
     Args:
         folder: see the module.
         only: benchmarks to score; empty is all.
         samples: compare each published verdict on a sample, too.
+        run_code: run a release's stored programs, in the sandbox.
 
     Raises:
-        ValueError: the folder holds nothing to score, or a file in it is malformed.
+        ValueError: the folder holds nothing to score.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    comparison = Comparison(samples=samples)
+    comparison = Comparison(samples=samples, run_code=run_code)
     ours = (folder / "run.json").is_file()
     (score_results if ours else score_release)(folder.resolve(), only, comparison)
-    if not (comparison.rows or comparison.skipped):
+    if not (comparison.rows or comparison.skipped or comparison.malformed):
         raise ValueError(f"{folder} holds neither run.json nor benchmark/system/metrics.json")
     return comparison
 
@@ -114,6 +124,7 @@ def show(comparison: Comparison, seconds: float) -> str:
         table = pd.DataFrame(cells, dtype=object)
         lines.append(table.to_string(index=False, formatters={"published": str, "ours": str}))
     lines += [f"skipped {b}/{s}: {reason}" for b, s, reason in comparison.skipped]
+    lines += [f"MALFORMED {b}/{s}: {reason}" for b, s, reason in comparison.malformed]
     for rows, what in ((comparison.rows, "metrics"), (comparison.sample_rows, "samples")):
         if rows:
             lines.append(f"{sum(bool(r['equal']) for r in rows)} of {len(rows)} {what} equal")
@@ -132,12 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sample-verdicts", action="store_true", help="compare the verdict on every sample, too"
     )
+    parser.add_argument(
+        "--no-code-execution", action="store_true", help="leave benchmarks that run programs out"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.perf_counter()
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     try:
-        comparison = rescore(given.folder, only, samples=given.sample_verdicts)
+        comparison = rescore(
+            given.folder,
+            only,
+            samples=given.sample_verdicts,
+            run_code=not given.no_code_execution,
+        )
     except ValueError as error:
         parser.error(str(error))
     print(show(comparison, time.perf_counter() - start))
@@ -145,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return int(not all(row["equal"] for row in rows))
+    return int(bool(comparison.malformed) or not all(row["equal"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -37,15 +37,19 @@ class Comparison:
 
     Attributes:
         samples: whether the verdict on every sample is compared, too.
+        run_code: whether stored programs are run.
         rows: benchmark, system, metric, published, ours, equal.
         sample_rows: the same of single samples.
         skipped: benchmark, system and the reason.
+        malformed: the same for files that are not what they seem.
     """
 
     samples: bool = False
+    run_code: bool = True
     rows: list[dict[str, Value]] = field(default_factory=list)
     sample_rows: list[dict[str, Value]] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    malformed: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,10 @@ def score_gsm8k(run: Run, rows: list[Row]) -> None:
 
 def score_humaneval(run: Run, rows: list[Row]) -> None:
     """HumanEval: every sample in the sandbox, pass@k, and each published verdict."""
+    if not run.to.run_code:
+        run.skip("its programs were not run (--no-code-execution)")
+        return
+    log.info("  runs %d programs that a model wrote, in the sandbox", len(rows))
     task = HumanEval(path=_humaneval_file(), allow_code_execution=True)
     problems = {e.id: e.row for e in task.examples()}
     unknown = {row["task_id"] for row in rows} - problems.keys()
@@ -293,7 +301,11 @@ def score_release(folder: Path, only: Sequence[str], to: Comparison) -> None:
         if not files:
             run.skip(f"it holds metrics, but none of {', '.join(READERS)}")
         for name, path in files.items():
-            _score_file(run, name, path)
+            try:
+                _score_file(run, name, path)
+            except (ValueError, KeyError, TypeError) as error:  # the other runs are scored anyway
+                detail = str(error) if isinstance(error, ValueError) else repr(error)
+                to.malformed.append((run.benchmark, run.folder.name, f"{name}: {detail}"))
 
 
 def check_only(only: Sequence[str], names: Iterable[str]) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from proxytune.records import Completion, Example, Metric, Prompt, write_jsonl
 
@@ -139,6 +138,23 @@ def test_only(release, capsys):
     assert "there is ds, farm, maths, questions, tox" in capsys.readouterr().err
 
 
+def test_a_malformed_file_hides_no_other_run(release, capsys):
+    (release / "maths" / "big-70B" / "predictions.jsonl.gz").write_bytes(b"no gzip")
+    (release / "tox" / "a" / "metrics.json").write_text("[1]")
+    assert main([str(release)]) == 1
+    shown = capsys.readouterr().out
+    assert "MALFORMED maths/big-70B: predictions.jsonl:" in shown
+    assert "MALFORMED tox/a: predictions.jsonl:" in shown
+    assert "questions" in shown and " NO" not in shown
+
+
+def test_programs_are_left_out_on_request(release, capsys):
+    put(release / "code" / "g", "predictions.jsonl", [{"task_id": "HumanEval/0", "completion": ""}])
+    put(release / "code" / "g", "metrics.json", {"pass@1": 0.0})
+    assert main([str(release), "--only", "code", "--no-code-execution"]) == 0
+    assert "were not run" in capsys.readouterr().out
+
+
 def test_one_benchmark_or_system_alone(release):
     assert len(rescore(release / "farm").rows) == 7
     assert len(rescore(release / "farm" / "c").rows) == 7
@@ -159,7 +175,7 @@ def results(tmp_path):
         "gsm8k": {"_target_": "tasks.gsm8k.GSM8K", "path": None, "decoding": {}},
         "toxigen": {"_target_": "tasks.toxigen.ToxiGen"},  # without its classifier
     }
-    put(folder, "run.json", {"config": {"task": OmegaConf.to_container(OmegaConf.create(tasks))}})
+    put(folder, "run.json", {"tasks": tasks})
     prompt = Prompt("", "")
     for name in tasks:
         row = {"group": "asian"} if name == "toxigen" else {}

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_tokenizer
 
+from proxytune.prompting import PromptFormat, render
 from tasks.ds1000 import DS1000, LIBRARIES, paper_subset, program
 
 CONTEXT = '''
@@ -103,6 +105,28 @@ def test_the_subset_is_the_release_s(path: str, shared: Path) -> None:
         released = [json.loads(line) for line in lines]
     ids = [example.id for example in DS1000(path=path).examples()]
     assert ids == [f"{r['lib']}/{r['problem_id']}" for r in released]
+
+
+def test_prompts_equal_the_release(shared: Path, tmp_path: Path) -> None:
+    """The dataset is not at hand: rows with the released prompts stand in, and stay as they are."""
+    file = shared / "published" / "ds1000" / "dexperts-13B-t0.8" / "predictions.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        released = {(r["lib"], r["problem_id"]): r["prompt"] for r in map(json.loads, lines)}
+    rows = [row(library, i) for library, (n, _) in LIBRARIES.items() for i in range(n)]
+    for each in rows:
+        place = each["metadata"]["library"], each["metadata"]["library_problem_id"]
+        each["prompt"] = released.get(place, each["prompt"])
+    path = tmp_path / "ds1000.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    for kind in ("raw", "chat"):  # chat models read this benchmark's prompts as they stand, too
+        shown = [
+            render(e.prompt, PromptFormat(kind), tokenizer).text
+            for e in DS1000(path=str(path)).examples()
+        ]
+        assert shown == list(released.values())
+    example = (file.parent / "example_prompt.txt").read_bytes().decode("utf-8")
+    assert shown[0] == example
 
 
 def test_the_whole_set_has_its_own_name(path: str) -> None:

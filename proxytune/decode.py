@@ -40,7 +40,9 @@ class Request:
         max_new_tokens: decoding.max_new_tokens, or less where the context ends before.
         tokenizer: decodes the text; None for none.
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
-        on_text: called with each piece of text as it becomes certain (for streaming).
+        alpha: of this prompt alone, where the system is a triple; None is the system's own.
+        on_token: called with every token as it is chosen, also the one that ends the completion:
+            (sample, token, the text that became certain by it, the system's logits [vocab]).
     """
 
     index: int
@@ -54,7 +56,8 @@ class Request:
     max_new_tokens: int
     tokenizer: Any | None = None
     record: int = 0
-    on_text: Callable[[str], None] | None = None
+    alpha: float | None = None
+    on_token: Callable[[int, int, str, torch.Tensor], None] | None = None
 
     @cached_property
     def room(self) -> int:
@@ -112,24 +115,22 @@ class _Row:
             return {role: [*ids, *self.tokens] for role, ids in prompt.items()}
         return [*prompt, *self.tokens]
 
-    def push(self, token: int) -> None:
-        """Takes the next token; sets `reason` when it was the last."""
+    def push(self, token: int) -> str:
+        """Takes the next token; sets `reason` when it was the last. Returns the certain text."""
         request = self.request
+        text = ""
         if token in request.eos_ids:
             self.reason = "eos"
         else:
             self.tokens.append(token)
-            self._show(self.text.push(token))
+            text = self.text.push(token)
             if len(self.tokens) >= request.max_new_tokens:
                 self.reason = "length"
         if self.reason is not None:
-            self._show(self.text.finish())
+            text += self.text.finish()
         if self.text.cut is not None:
             self.reason = "stop"
-
-    def _show(self, text: str) -> None:
-        if text and self.request.on_text is not None:
-            self.request.on_text(text)
+        return text
 
     def finished(self) -> Finished:
         """The record of the ended sample."""
@@ -192,6 +193,16 @@ class DecodeLoop:
         """Whether anything runs or waits."""
         return bool(self.rows or self._waiting or self._joining)
 
+    @torch.inference_mode()
+    def cancel(self, index: int) -> None:
+        """Drops the requests of this number, between two steps: their rows leave unfinished."""
+        self._waiting = deque(each for each in self._waiting if each.index != index)
+        self._joining = deque(row for row in self._joining if row.request.index != index)
+        keep = [i for i, row in enumerate(self.rows) if row.request.index != index]
+        if len(keep) < len(self.rows):
+            self.rows = [self.rows[i] for i in keep]
+            self.system.keep(keep)
+
     def clear(self) -> None:
         """Drops everything that runs or waits, and the system's memory."""
         self.rows, self._done = [], []
@@ -240,7 +251,11 @@ class DecodeLoop:
             reserved += min(shared.left, free - len(self._joining) - reserved)
         new = list(self._joining)[:free]
         self._tried = len(self.rows) + len(new)
-        logits = self.system.prefill([row.prompt() for row in new])
+        alphas = [row.request.alpha for row in new]
+        only_systems_own = all(alpha is None for alpha in alphas)
+        logits = self.system.prefill(
+            [row.prompt() for row in new], *([] if only_systems_own else [alphas])
+        )
         distributions = self._distributions(logits)
         sources, copies = [], []
         for index, row in enumerate(new):
@@ -259,7 +274,7 @@ class DecodeLoop:
         if copies:
             self.system.keep([*range(present), *sources])
         chosen = self._choose(logits, new, [0] * len(new)).tolist()
-        self._push(new, chosen, distributions)
+        self._push(new, chosen, logits, distributions)
         self._begin(copies)
         self._retire()
 
@@ -270,7 +285,7 @@ class DecodeLoop:
         firsts = [row.shared.first_logits for row in rows]
         stacked = {role: torch.stack([f[role] for f in firsts if f]) for role in firsts[0] or {}}
         chosen = self._choose(stacked["system"], rows, [0] * len(rows)).tolist()
-        self._push(rows, chosen, stacked)
+        self._push(rows, chosen, stacked["system"], stacked)
 
     def _retire(self) -> None:
         """Hands out the rows that have ended; further samples of their prompts take their place."""
@@ -351,9 +366,15 @@ class DecodeLoop:
             new = chosen[index][: accepted[index] + 1]
             row.fed += len(new)
             counts.append(width - len(new))
-            for token in new:
+            for offset, token in enumerate(new):
+                behind = (
+                    logits[index : index + 1] if width == 1 else logits[index, offset : offset + 1]
+                )
                 self._push(
-                    [row], [token], {r: d[index : index + 1] for r, d in distributions.items()}
+                    [row],
+                    [token],
+                    behind,
+                    {r: d[index : index + 1] for r, d in distributions.items()},
                 )
                 if row.reason is not None:
                     break
@@ -362,13 +383,20 @@ class DecodeLoop:
         self._retire()
 
     def _push(
-        self, rows: list[_Row], tokens: list[int], distributions: Mapping[str, torch.Tensor]
+        self,
+        rows: list[_Row],
+        tokens: list[int],
+        logits: torch.Tensor,
+        distributions: Mapping[str, torch.Tensor],
     ) -> None:
+        """Gives each row its token, chosen from `logits` [rows, vocab]."""
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if row.trace is not None:
-                logits = {role: each[index] for role, each in distributions.items()}
-                row.trace.append(_trace(logits, token, row.request.record))
-            row.push(token)
+                each_role = {role: each[index] for role, each in distributions.items()}
+                row.trace.append(_trace(each_role, token, row.request.record))
+            text = row.push(token)
+            if row.request.on_token is not None:
+                row.request.on_token(row.sample, token, text, logits[index])
 
     def _choose(
         self, logits: torch.Tensor, rows: Sequence[_Row], offsets: Sequence[int]

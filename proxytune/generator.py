@@ -176,7 +176,7 @@ class Generator:
         pieces: list[str] = []
         (request,) = self.requests([prompt], decoding, seed=seed, sample_keys=keys)
         loop = self.loop(1, speculative)
-        loop.add(replace(request, on_text=pieces.append))
+        loop.add(replace(request, on_token=lambda sample, token, text, logits: pieces.append(text)))
         held = max((len(string) for string in decoding.stop), default=1) - 1
         text, shown = "", 0
         try:

@@ -10,7 +10,10 @@ from proxytune.member import Member
 
 
 def combine_logits(
-    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: float
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    alpha: float | torch.Tensor,
 ) -> torch.Tensor:
     """Proxy-tuning (Liu et al. 2024, equation 1): base + alpha * (expert - antiexpert).
 
@@ -18,13 +21,16 @@ def combine_logits(
         base: logits of the large untuned model, [..., vocab].
         expert: logits of the small tuned model, same shape.
         antiexpert: logits of the small untuned model, same shape.
-        alpha: how much of the tuning is transferred; the paper's default is 1.
+        alpha: how much of the tuning is transferred; the paper's default is 1. A tensor that
+            broadcasts, [rows, 1], for rows that differ.
 
     Returns:
         The proxy-tuned logits in float32; the arguments stay as they are.
     """
     shift = expert.float()  # a copy, unless it is float32 already
     shift = torch.sub(expert, antiexpert) if shift is expert else shift.sub_(antiexpert)
+    if isinstance(alpha, torch.Tensor):
+        return torch.add(base, shift.mul_(alpha), out=shift)
     return torch.add(base, shift, alpha=alpha, out=shift)
 
 
@@ -52,6 +58,7 @@ class ProxyTunedModel:
         self.alpha = alpha
         self.vocab_size = min(member.vocab_size for member in self.members.values())
         self.last_logits: dict[str, torch.Tensor] = {}
+        self._alphas: list[float | None] = []  # per row; None is `alpha`
         self._drafted: list[torch.Tensor] = []
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._one_pass = expert if isinstance(expert, AdapterMember) else None
@@ -61,8 +68,18 @@ class ProxyTunedModel:
         """Tokens per row, of the base."""
         return self.members["base"].lengths
 
-    def prefill(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
+    def prefill(
+        self,
+        prompts: Sequence[Mapping[str, Sequence[int]]],
+        alphas: Sequence[float | None] | None = None,
+    ) -> torch.Tensor:
+        """Appends one row per prompt; returns the next token's logits [prompts, vocab].
+
+        Args:
+            prompts: role -> token ids.
+            alphas: each row's own, for as long as it lives; None is the triple's `alpha`.
+        """
+        self._alphas += alphas or [None] * len(prompts)
         calls = {
             role: partial(member.prefill, [prompt[role] for prompt in prompts])
             for role, member in self.members.items()
@@ -131,12 +148,13 @@ class ProxyTunedModel:
 
     def keep(self, rows: list[int]) -> None:
         """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
+        self._alphas = [self._alphas[row] for row in rows]
         for member in self.members.values():
             member.keep(rows)
 
     def clear(self) -> None:
         """Drops every row and the memory that they took."""
-        self.last_logits = {}
+        self.last_logits, self._alphas = {}, []
         for member in self.members.values():
             member.clear()
 
@@ -174,4 +192,13 @@ class ProxyTunedModel:
             role: each[..., : self.vocab_size].to(device, non_blocking=True)
             for role, each in logits.items()
         }
-        return combine_logits(**self.last_logits, alpha=self.alpha)
+        return combine_logits(**self.last_logits, alpha=self._alpha_of(self.last_logits["base"]))
+
+    def _alpha_of(self, logits: torch.Tensor) -> float | torch.Tensor:
+        """The alpha of the rows that `logits` belong to: the last ones, or all."""
+        own = self._alphas[-logits.shape[0] :]
+        if all(alpha is None for alpha in own):
+            return self.alpha
+        alphas = [self.alpha if alpha is None else alpha for alpha in own]
+        shape = [-1] + [1] * (logits.dim() - 1)
+        return torch.tensor(alphas, device=logits.device).view(shape)

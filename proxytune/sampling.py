@@ -7,7 +7,7 @@ on the distribution agree on the token.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Sampler:
         banned: token ids that are never chosen.
         banned_first: token ids that are not chosen at position 0.
         choices: when not empty, only these token ids are chosen.
+        bias: token id -> what is added to its logit, before all else.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Sampler:
         banned: Sequence[int] = (),
         banned_first: Sequence[int] = (),
         choices: Sequence[int] = (),
+        bias: Mapping[int, float] | None = None,
     ) -> None:
         self.temperature = decoding.temperature
         self.top_k = decoding.top_k
@@ -91,6 +93,8 @@ class Sampler:
             torch.tensor(sorted(ids), dtype=torch.long) for ids in (banned, banned_first, choices)
         ]
         self._lists_on: dict[torch.device, list[torch.Tensor]] = {}
+        self._biased = torch.tensor(list(bias or ()), dtype=torch.long)
+        self._bias = torch.tensor(list((bias or {}).values()), dtype=torch.float32)
 
     def choose(
         self, logits: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
@@ -102,6 +106,9 @@ class Sampler:
             streams: each row's `sample_stream`.
             positions: generated tokens that stand before this one, per row.
         """
+        if len(self._biased):
+            ids, bias = self._biased.to(logits.device), self._bias.to(logits.device)
+            logits = logits.float().index_add(-1, ids, bias.expand(len(logits), -1))
         scores = self._allowed(logits, positions)
         if self.temperature == 0:
             return scores.argmax(-1)

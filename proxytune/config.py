@@ -175,6 +175,61 @@ class RunConfig:
     needs: NeedsConfig = field(default_factory=NeedsConfig)
 
 
+@dataclass
+class ServerSettings:
+    """What a server lets its clients do.
+
+    Attributes:
+        api_key: must come with every request as a bearer token; null lets everybody in.
+        max_logprobs: log-probabilities per token that a client may ask for; -1 is the vocabulary.
+        prompt_logprobs: whether prompts are rated (prompt_logprobs, echo with logprobs).
+        chat_only: leaves /v1/completions out.
+        max_request_bytes: of a request's body.
+        max_tokens: of one completion; null is the models' context.
+        max_completions: prompts times n of one request.
+        max_waiting: completions that may wait for a row; then clients get 429.
+        timeout: seconds that one request may take.
+    """
+
+    api_key: str | None = None
+    max_logprobs: int = 20
+    prompt_logprobs: bool = True
+    chat_only: bool = False
+    max_request_bytes: int = 4 * 2**20
+    max_tokens: int | None = None
+    max_completions: int = 512
+    max_waiting: int = 512
+    timeout: float = 600.0
+
+
+@dataclass
+class ServeConfig(ServerSettings):
+    """`proxytune serve`: one system behind HTTP.
+
+    Attributes:
+        triple: the models.
+        machine: where they run.
+        system: which of them answers, out of `SYSTEMS`.
+        alpha: scale on (expert - antiexpert); a request may bring its own.
+        model: the name that clients use; null is the triple's name and the system's.
+        host: the address to listen on; the default is reachable from this machine alone.
+        port: 0 takes any free one.
+        batch_size: rows decoded at once; "auto" follows the device's memory.
+        speculative: "auto", false, or a fixed number of drafted tokens.
+    """
+
+    root: str = str(ROOT)
+    triple: TripleConfig = field(default_factory=TripleConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    system: str = "proxy"
+    alpha: float = 1.0
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    batch_size: Any = "auto"
+    speculative: Any = "auto"
+
+
 def to_dict(node: DictConfig) -> dict[str, Any]:
     """A resolved node as plain Python values."""
     plain = OmegaConf.to_container(node, resolve=True)
@@ -183,5 +238,6 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Makes the schema known to Hydra under the name that conf/config.yaml begins with."""
+    """Makes the schemas known to Hydra under the names that conf/*.yaml begin with."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    ConfigStore.instance().store(name="serve_schema", node=ServeConfig)

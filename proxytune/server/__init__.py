@@ -1,0 +1,14 @@
+"""An OpenAI-compatible HTTP server for any system: `proxytune serve`; docs/serving.md.
+
+protocol.py  what clients may send, as pydantic models
+prepare.py   a client's request -> a job: prompts encoded, settings checked
+engine.py    one thread per system that runs the jobs of all clients in one decode loop
+answers.py   what the engine reports -> OpenAI's JSON
+app.py       the routes; limits, errors, metrics
+command.py   the command: loads the triple, binds the port, runs uvicorn
+"""
+
+from proxytune.config import ServerSettings
+from proxytune.server.app import create_app
+
+__all__ = ["ServerSettings", "create_app"]

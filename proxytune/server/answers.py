@@ -1,0 +1,316 @@
+"""What the engine reports, as OpenAI's and vLLM's JSON."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxytune.decode import Finished
+from proxytune.server.logprobs import TokenLogprob
+from proxytune.server.prepare import Prepared
+from proxytune.server.protocol import ChatRequest, CompletionRequest
+from proxytune.server.tokens import TokenTexts
+
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+RatedPrompts = Mapping[int, Sequence[TokenLogprob | None]]  # by the prompt's place
+
+
+class LogprobWriter:
+    """Log-probabilities in the shapes that the endpoints use.
+
+    Args:
+        texts: of the vocabulary.
+        as_ids: names tokens "token_id:<int>", which is unambiguous, instead of by their text.
+    """
+
+    def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
+        self.texts = texts
+        self._as_ids = as_ids
+
+    def name(self, token: int) -> str:
+        """A token's name in lists of tokens."""
+        return f"token_id:{token}" if self._as_ids else self.texts.text(token)
+
+    def completion(
+        self, ids: Sequence[int], rated: Sequence[TokenLogprob | None], top: int, offset: int
+    ) -> dict[str, Any]:
+        """`choice.logprobs` of a completion.
+
+        Args:
+            ids: the tokens.
+            rated: their log-probabilities; None for a prompt's first token.
+            top: tokens listed at each position (and the chosen one); -1 is all.
+            offset: where the first token's text begins in the choice's text.
+        """
+        offsets = []
+        for token in ids:
+            offsets.append(offset)
+            offset += len(self.texts.shown(token))
+        return {
+            "tokens": [self.name(token) for token in ids],
+            "token_logprobs": [None if each is None else each.logprob for each in rated],
+            "top_logprobs": [None if each is None else self._top(each, top) for each in rated],
+            "text_offset": offsets,
+        }
+
+    def length(self, ids: Sequence[int]) -> int:
+        """Characters of text that tokens make."""
+        return sum(len(self.texts.shown(token)) for token in ids)
+
+    def chat(self, rated: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
+        """`choice.logprobs` of a chat completion."""
+        return {
+            "content": [
+                self._chat_token(each.id, each.logprob)
+                | {"top_logprobs": [self._chat_token(*best) for best in _first(each, top)]}
+                for each in rated
+            ]
+        }
+
+    def prompt(self, rated: Sequence[TokenLogprob | None], top: int) -> list[Any]:
+        """`choice.prompt_logprobs`: token id -> its log-probability, the prompt's own included."""
+        return [None if each is None else self._by_id(each, top) for each in rated]
+
+    def _by_id(self, rated: TokenLogprob, top: int) -> dict[str, Any]:
+        entries = {rated.id: (rated.logprob, rated.rank)}
+        for rank, (token, logprob) in enumerate(_first(rated, top), start=1):
+            entries.setdefault(token, (logprob, rank))
+        return {
+            str(token): {
+                "logprob": logprob,
+                "rank": rank,
+                "decoded_token": self.texts.text(token),
+            }
+            for token, (logprob, rank) in entries.items()
+        }
+
+    def _top(self, rated: TokenLogprob, top: int) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for token, logprob in [*_first(rated, top), (rated.id, rated.logprob)]:
+            named.setdefault(self.name(token), logprob)  # of two of one name, the likelier
+        return named
+
+    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.name(token), "logprob": logprob, "bytes": self.texts.bytes(token)}
+
+
+def _first(rated: TokenLogprob, top: int) -> list[tuple[int, float]]:
+    return rated.top if top < 0 else rated.top[:top]
+
+
+class ShownText:
+    """The text of a streamed sample that is sure not to be cut by a stop string.
+
+    Args:
+        stop: strings that end the text.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self._length = 0
+
+    def push(self, text: str) -> str:
+        """Adds text; returns what may be shown by now."""
+        held = self._held + text
+        ends = [at for at in (held.find(string) for string in self._stop) if at >= 0]
+        end = min(ends) if ends else len(held) - _begun(held, self._stop)
+        self._held = held[end:]
+        self._length += end
+        return held[:end]
+
+    def finish(self, text: str) -> str:
+        """The rest of the whole `text` of the sample."""
+        return text[self._length :]
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    return max(
+        (k for s in stop for k in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:k])),
+        default=0,
+    )
+
+
+def generated_tokens(finished: Finished) -> int:
+    """Tokens of a sample, as usage counts them: the one that ended it included."""
+    return len(finished.token_ids) + (finished.finish_reason == "eos")
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+@dataclass
+class Sample:
+    """A sample as far as the engine has reported it; unfinished where none was asked for."""
+
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+Samples = Mapping[tuple[int, int], Sample]  # by the prompt's place and the sample's number
+
+
+class CompletionAnswer:
+    """The JSON of POST /v1/completions.
+
+    Args:
+        body: the request.
+        prepared: its job.
+        texts: of the vocabulary.
+        model: the name that the answer gives.
+    """
+
+    def __init__(
+        self, body: CompletionRequest, prepared: Prepared, texts: TokenTexts, model: str
+    ) -> None:
+        self._body = body
+        self._prepared = prepared
+        self._writer = LogprobWriter(texts, bool(body.return_tokens_as_token_ids))
+        self._head = _head("cmpl", "text_completion", model)
+        self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
+
+    def whole(self, samples: Samples, rated: RatedPrompts) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        choices = []
+        for prompt, number in self._prepared.samples():
+            sample = samples.get((prompt, number), Sample())
+            text, reason = self._echo(prompt), "length"
+            if sample.finished is not None:
+                text, reason = text + sample.finished.text, sample.finished.finish_reason
+            ids, before = self._before(prompt, rated)
+            ids, tokens = [*ids, *(each.id for each in sample.tokens)], [*before, *sample.tokens]
+            choice = self._choice(prompt, number, text, ids, tokens, reason)
+            if self._body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = self._writer.prompt(
+                    rated[prompt], self._body.prompt_logprobs
+                )
+            choices.append(choice)
+        return self._head | {"choices": choices}
+
+    def opening(self, prompt: int, number: int, rated: RatedPrompts) -> dict[str, Any] | None:
+        """The chunk of a stream that comes before a sample's first token, if there is one."""
+        if not self._body.echo:
+            return None
+        ids, tokens = self._before(prompt, rated)
+        choice = self._choice(prompt, number, self._echo(prompt), ids, tokens, None)
+        return self._head | {"choices": [choice]}
+
+    def chunk(
+        self, prompt: int, number: int, text: str, token: TokenLogprob | None, reason: str | None
+    ) -> dict[str, Any]:
+        """A piece of a sample; the last one has a reason."""
+        tokens = [] if token is None else [token]
+        ids = [each.id for each in tokens]
+        choice = self._choice(prompt, number, text, ids, tokens, reason)
+        return self._head | {"choices": [choice]}
+
+    def empty(self) -> dict[str, Any]:
+        """A chunk without choices, for usage."""
+        return self._head | {"choices": []}
+
+    def _choice(
+        self,
+        prompt: int,
+        number: int,
+        text: str,
+        ids: Sequence[int],
+        tokens: Sequence[TokenLogprob | None],
+        reason: str | None,
+    ) -> dict[str, Any]:
+        index = prompt * self._prepared.n + number
+        logprobs = None
+        if self._body.logprobs is not None and tokens:
+            offset = self._offsets.get(index, 0)
+            logprobs = self._writer.completion(ids, tokens, self._body.logprobs, offset)
+            self._offsets[index] = offset + self._writer.length(ids)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": None if reason is None else FINISH_REASONS[reason],
+        }
+
+    def _before(
+        self, prompt: int, rated: RatedPrompts
+    ) -> tuple[Sequence[int], Sequence[TokenLogprob | None]]:
+        """The prompt's tokens, where echo and logprobs ask for them."""
+        if not self._body.echo or self._body.logprobs is None:
+            return [], []
+        return self._prepared.ids[prompt], rated[prompt]
+
+    def _echo(self, prompt: int) -> str:
+        return self._prepared.echo[prompt] if self._prepared.echo else ""
+
+
+class ChatAnswer:
+    """The JSON of POST /v1/chat/completions; arguments and methods as of `CompletionAnswer`."""
+
+    def __init__(
+        self, body: ChatRequest, prepared: Prepared, texts: TokenTexts, model: str
+    ) -> None:
+        self._body = body
+        self._prepared = prepared
+        self._writer = LogprobWriter(texts, bool(body.return_tokens_as_token_ids))
+        self._head = _head("chatcmpl", "chat.completion", model)
+        self._chunk_head = self._head | {"object": "chat.completion.chunk"}
+
+    def whole(self, samples: Samples, rated: RatedPrompts) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        choices = []
+        for number in range(self._prepared.n):
+            sample = samples[0, number]
+            assert sample.finished is not None
+            message = {"role": "assistant", "content": sample.finished.text}
+            reason = sample.finished.finish_reason
+            choices.append(self._choice(number, "message", message, sample.tokens, reason))
+        return self._head | {"choices": choices}
+
+    def opening(self, prompt: int, number: int, rated: RatedPrompts) -> dict[str, Any] | None:
+        """The first chunk of a sample says who speaks."""
+        message = {"role": "assistant", "content": ""}
+        return self._chunk_head | {"choices": [self._choice(number, "delta", message, [], None)]}
+
+    def chunk(
+        self, prompt: int, number: int, text: str, token: TokenLogprob | None, reason: str | None
+    ) -> dict[str, Any]:
+        """A piece of a sample; the last one has a reason."""
+        delta = {"content": text} if text or reason is None else {}
+        tokens = [] if token is None else [token]
+        choice = self._choice(number, "delta", delta, tokens, reason)
+        return self._chunk_head | {"choices": [choice]}
+
+    def empty(self) -> dict[str, Any]:
+        """A chunk without choices, for usage."""
+        return self._chunk_head | {"choices": []}
+
+    def _choice(
+        self,
+        number: int,
+        kind: str,
+        message: dict[str, str],
+        tokens: Sequence[TokenLogprob],
+        reason: str | None,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs and (tokens or kind == "message"):
+            logprobs = self._writer.chat(tokens, self._body.top_logprobs or 0)
+        return {
+            "index": number,
+            kind: message,
+            "logprobs": logprobs,
+            "finish_reason": None if reason is None else FINISH_REASONS[reason],
+        }
+
+
+def _head(kind: str, name: str, model: str) -> dict[str, Any]:
+    made = {"id": f"{kind}-{uuid.uuid4().hex}", "object": name, "created": int(time.time())}
+    return made | {"model": model}

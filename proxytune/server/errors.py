@@ -1,0 +1,130 @@
+"""Every answer other than 200, in the shape that OpenAI's clients expect."""
+
+import difflib
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from proxytune.server.engine import BusyError, EngineError
+from proxytune.server.protocol import ChatRequest, CompletionRequest
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's terms.
+
+    Args:
+        message: what is wrong, and the way out.
+        status: of HTTP.
+        param: the request's field at fault.
+        code: for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+class PlainJson(JSONResponse):
+    """JSON in ASCII, so that whatever a client sent can be shown to it."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> PlainJson:
+    """An error as OpenAI's clients expect it."""
+    return PlainJson(error_body(status, message, param, code), status, headers)
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's JSON of an error."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Status and message of what may happen to a job while it runs."""
+    if isinstance(error, TimeoutError):
+        return 504, "this took longer than the server allows; ask for fewer tokens"
+    return 500, "the server failed; its log says why"
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Lets an app answer its errors in this shape."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error_response(
+            error.status, error.message, param=error.param, code=error.code, headers=error.headers
+        )
+
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> Response:
+        message = f"{error}; try again in a moment"
+        return error_response(429, message, code="busy", headers={"Retry-After": "1"})
+
+    @app.exception_handler(TimeoutError)
+    @app.exception_handler(EngineError)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return error_response(*explain(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers) if error.headers else None
+        return error_response(error.status_code, str(error.detail), headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        message, param = _first_mistake(request, error)
+        return error_response(400, message, param=param)
+
+
+def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong with a body, and the field at fault."""
+    errors = error.errors()
+    place = [str(part) for part in errors[0]["loc"][1:]]
+    kind = errors[0]["type"]
+    if kind == "json_invalid":
+        return f"the body is not JSON: {errors[0]['ctx']['error']}", None
+    if not place:
+        return "the body must be a JSON object, sent as Content-Type: application/json", None
+    param = place[0]
+    if kind == "extra_forbidden":
+        model = ChatRequest if "chat" in request.url.path else CompletionRequest
+        close = difflib.get_close_matches(place[-1], list(model.model_fields), n=1)
+        hint = f"; did you mean {close[0]}?" if close and len(place) == 1 else ""
+        return f"unknown field {'.'.join(place)!r}{hint}", param
+    if kind == "missing":
+        return f"{'.'.join(place)} is missing", param
+    # a field that takes several types has one error for each
+    reasons = [each["msg"] for each in errors if str(each["loc"][1]) == param]
+    return f"{param}: {'; or '.join(dict.fromkeys(reasons))}", param

@@ -1,0 +1,133 @@
+"""What a request passes before any route sees it: the key, the size limit, the metrics."""
+
+import hmac
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxytune.server.engine import Engine
+from proxytune.server.errors import error_response
+
+DRAINED = 16  # how many times the size limit is read, and thrown away, before the answer
+
+
+class Metrics:
+    """Prometheus metrics of one app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "proxytune_requests", "HTTP requests", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "proxytune_request_seconds",
+            "Time from a request's arrival to the end of its answer",
+            ["path"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+            registry=self.registry,
+        )
+        self.prompt_tokens = self._tokens("prompt", "Tokens of prompts that were accepted")
+        self.generated_tokens = self._tokens("generated", "Tokens that were generated")
+        self._running = self._gauge("running_rows", "Completions that are being written")
+        self._waiting = self._gauge("waiting", "Completions that wait for a row")
+
+    def _tokens(self, kind: str, text: str) -> Counter:
+        return Counter(f"proxytune_{kind}_tokens", text, ["model"], registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"proxytune_{name}", text, ["model"], registry=self.registry)
+
+    def watch(self, model: str, engine: Engine) -> None:
+        """Lets the gauges of a model follow its engine."""
+        self._running.labels(model).set_function(lambda: engine.running)
+        self._waiting.labels(model).set_function(lambda: engine.waiting)
+
+
+class Gate:
+    """The ASGI middleware around all routes.
+
+    Args:
+        app: what comes behind.
+        paths: the routes, for the metrics' labels.
+        metrics: is told of every request.
+        api_key: asked for under /v1; None for none.
+        max_bytes: of a body.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        paths: frozenset[str],
+        metrics: Metrics,
+        api_key: str | None,
+        max_bytes: int,
+    ) -> None:
+        self.app = app
+        self._paths = paths
+        self._metrics = metrics
+        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 499  # a client that left before the answer
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._admit(scope, receive, send_and_note)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if scope["path"].startswith("/v1") and self._key is not None:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._key):
+                await error_response(
+                    401,
+                    "a valid API key is needed: Authorization: Bearer <key>",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )(scope, receive, send)
+                return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await self._drain(receive)
+            error = self._too_large()
+            await error_response(413, error.detail)(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                await self._drain(receive, size)
+                raise self._too_large()
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    async def _drain(self, receive: Receive, size: int = 0) -> None:
+        """Reads on, within reason: a client that still writes would not see the answer."""
+        while size < DRAINED * self._max_bytes:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body is larger than {self._max_bytes} bytes")

@@ -1,0 +1,247 @@
+"""From a client's request to a job of the engine: settings checked, prompts encoded."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from proxytune.config import ServerSettings
+from proxytune.generator import Generator
+from proxytune.memory import longest
+from proxytune.records import Decoding
+from proxytune.sampling import Sampler
+from proxytune.server.engine import Job
+from proxytune.server.errors import ApiError
+from proxytune.server.logprobs import same_tokens
+from proxytune.server.protocol import ChatRequest, CompletionRequest
+
+GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone
+UNLIMITED_CONTEXT = 4096  # tokens of a chat answer where neither model nor settings have a limit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and what its answer needs besides.
+
+    Attributes:
+        job: for the engine.
+        ids: the token ids of each prompt, as the base reads them.
+        echo: the text that comes back before each completion; None for none.
+        n: samples per prompt.
+    """
+
+    job: Job
+    ids: list[list[int]]
+    echo: list[str] | None
+    n: int
+
+    def samples(self) -> list[tuple[int, int]]:
+        """Every (prompt, sample number), in the order of the answer."""
+        return [(prompt, number) for prompt in range(len(self.ids)) for number in range(self.n)]
+
+
+def prepare_completion(
+    body: CompletionRequest, generator: Generator, settings: ServerSettings
+) -> Prepared:
+    """The job of POST /v1/completions.
+
+    Raises:
+        ApiError: it cannot be done.
+    """
+    prompts = _prompts(body)
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    n = _samples(body, len(prompts), settings)
+    if body.best_of not in (None, n):
+        raise ApiError(f"best_of must equal n={n}", param="best_of")
+    _check_top("logprobs", body.logprobs, settings)
+    _check_top("prompt_logprobs", body.prompt_logprobs, settings)
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError("prompt_logprobs come without stream", param="prompt_logprobs")
+    if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise ApiError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
+    wanted = [body.logprobs if body.echo else None, body.prompt_logprobs]
+    tops = [top for top in wanted if top is not None]
+    if tops and not settings.prompt_logprobs:
+        param = "prompt_logprobs" if body.prompt_logprobs is not None else "echo"
+        raise ApiError("this server gives no log-probabilities of prompts", param=param)
+    ids = [_encode(prompt, body.add_special_tokens is not False, generator) for prompt in prompts]
+    job = Job(
+        top=body.logprobs,
+        rate_top=-1 if -1 in tops else max(tops, default=0),
+        alpha=_alpha(body.alpha, generator),
+        stream=bool(body.stream),
+    )
+    if tops:
+        job.rate = [_ratable(each, generator) for each in ids]
+    if max_tokens:
+        decoding = _decoding(body, max_tokens, n, settings)
+        job.requests = _requests(ids, decoding, body, generator, "prompt")
+    base = [each["base"] for each in ids]
+    echo = [_echo(*each, generator) for each in zip(prompts, base, strict=True)]
+    return Prepared(job, base, echo if body.echo else None, n)
+
+
+def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettings) -> Prepared:
+    """The job of POST /v1/chat/completions.
+
+    Raises:
+        ApiError: it cannot be done.
+    """
+    n = _samples(body, 1, settings)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+    _check_top("top_logprobs", body.top_logprobs, settings)
+    asked = body.max_completion_tokens or body.max_tokens
+    most = settings.max_tokens or generator.max_positions or UNLIMITED_CONTEXT
+    messages = []
+    for message in body.messages:
+        parts = message.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": text})
+    try:
+        ids = generator.encode(messages)
+    except (ValueError, TemplateError) as error:
+        raise ApiError(str(error), param="messages") from error
+    job = Job(
+        requests=_requests(
+            [ids], _decoding(body, asked or most, n, settings), body, generator, "messages"
+        ),
+        top=(body.top_logprobs or 0) if body.logprobs else None,
+        alpha=_alpha(body.alpha, generator),
+        stream=bool(body.stream),
+    )
+    return Prepared(job, [ids["base"]], None, n)
+
+
+Prompt = str | list[int]
+
+
+def _prompts(body: CompletionRequest) -> list[Prompt]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise ApiError("prompt is an empty list", param="prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType]
+    return list(prompt)  # pyright: ignore[reportReturnType]
+
+
+def _samples(body: Any, prompts: int, settings: ServerSettings) -> int:
+    n = body.n or 1
+    if n * prompts > settings.max_completions:
+        raise ApiError(
+            f"{prompts} prompts with n={n} are more than the {settings.max_completions} "
+            "completions that one request may ask for",
+            param="n" if n > 1 else "prompt",
+        )
+    return n
+
+
+def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
+    if top is None or settings.max_logprobs == -1:
+        return
+    if top == -1 or top > settings.max_logprobs:
+        raise ApiError(
+            f"{name}={top} is more than this server gives (max_logprobs={settings.max_logprobs})",
+            param=name,
+        )
+
+
+def _alpha(alpha: float | None, generator: Generator) -> float | None:
+    if alpha is not None and "expert" not in generator.roles:
+        raise ApiError("alpha needs a triple; this model is a single one", param="alpha")
+    return alpha
+
+
+def _decoding(body: Any, max_tokens: int, n: int, settings: ServerSettings) -> Decoding:
+    if settings.max_tokens is not None and max_tokens > settings.max_tokens:
+        raise ApiError(
+            f"max_tokens={max_tokens} is more than this server's limit of {settings.max_tokens}",
+            param="max_tokens",
+        )
+    temperature = 1.0 if body.temperature is None else body.temperature
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return Decoding(
+        max_new_tokens=max_tokens,
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        n=n,
+        stop=tuple(stop),
+    )
+
+
+def _requests(
+    ids: Sequence[dict[str, list[int]]],
+    decoding: Decoding,
+    body: Any,
+    generator: Generator,
+    param: str,
+) -> list[Any]:
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    try:
+        requests = generator.requests(ids, decoding, seed=seed)
+    except ValueError as error:
+        raise ApiError(str(error), param=param) from error
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    odd = next((token for token in bias if token >= generator.vocab_size), None)
+    if odd is not None:
+        raise ApiError(
+            f"token {odd} is outside the vocabulary of {generator.vocab_size}", param="logit_bias"
+        )
+    sampler = _sampler(
+        decoding.temperature, decoding.top_p, decoding.top_k, tuple(sorted(bias.items()))
+    )
+    return [replace(request, sampler=sampler) for request in requests]
+
+
+@lru_cache(maxsize=64)
+def _sampler(
+    temperature: float, top_p: float, top_k: int, bias: tuple[tuple[int, float], ...]
+) -> Sampler:
+    # Rows that share a sampler are sampled in one go, so clients with equal settings share one.
+    decoding = Decoding(temperature=temperature, top_p=top_p, top_k=top_k)
+    return Sampler(decoding, bias=dict(bias))
+
+
+def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, list[int]]:
+    given: Any = prompt
+    if isinstance(prompt, str) and not special:
+        given = {
+            role: member.need_tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+            for role, member in generator.members.items()
+        }
+    try:
+        ids = generator.encode(given)
+    except ValueError as error:
+        raise ApiError(str(error), param="prompt") from error
+    return ids
+
+
+def _ratable(ids: dict[str, list[int]], generator: Generator) -> Any:
+    """A prompt as the system's prefill takes it, if its tokens can be rated."""
+    if not same_tokens(ids):
+        raise ApiError("the members' tokenizers differ on this prompt", param="prompt")
+    limit = generator.max_positions
+    if limit is not None and longest(ids) > limit:
+        raise ApiError(
+            f"the prompt is {longest(ids)} tokens long; the models read at most {limit}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return ids if len(generator.members) > 1 else ids["base"]
+
+
+def _echo(prompt: Prompt, ids: list[int], generator: Generator) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return (
+        generator.members["base"]
+        .need_tokenizer()
+        .decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

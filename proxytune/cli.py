@@ -1,4 +1,4 @@
-"""The commands: `python run.py`, and the same as a console script, `proxytune run`.
+"""The commands: `python run.py` (also `proxytune run`), and `proxytune serve`.
 
 A user's mistake ends in one line on stderr and exit code 1; anything else is our bug and keeps
 its traceback. HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
@@ -34,11 +34,20 @@ def run() -> None:
 
 def main() -> None:
     """Entry of the console script `proxytune`."""
-    if sys.argv[1:2] != ["run"]:
-        print("usage: proxytune run [key=value ...]", file=sys.stderr)
+    commands = {"run": run, "serve": serve}
+    command = commands.get(next(iter(sys.argv[1:]), ""))
+    if command is None:
+        for name in commands:
+            print(f"usage: proxytune {name} [key=value ...]", file=sys.stderr)
         raise SystemExit(2)
     del sys.argv[1]
-    run()
+    command()
+
+
+def serve() -> None:
+    """Composes conf/serve.yaml with the command line and serves a triple; docs/serving.md."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(_serve_main)
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -96,6 +105,14 @@ def _hydra_main(cfg: DictConfig) -> None:
         cfg.output_dir = f"{cfg.output_dir}/{point}" if point else cfg.output_dir
     # inside of Hydra's own handler, which would print a line of its own before ours
     guarded(lambda: run_experiment(cfg))
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="serve")
+def _serve_main(cfg: DictConfig) -> None:
+    from proxytune.server.command import serve  # torch is imported once the config is known good
+
+    choice = HydraConfig.get().runtime.choices.get("triple")
+    guarded(lambda: serve(cfg, choice))
 
 
 register()

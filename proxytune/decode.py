@@ -252,10 +252,8 @@ class DecodeLoop:
         new = list(self._joining)[:free]
         self._tried = len(self.rows) + len(new)
         alphas = [row.request.alpha for row in new]
-        only_systems_own = all(alpha is None for alpha in alphas)
-        logits = self.system.prefill(
-            [row.prompt() for row in new], *([] if only_systems_own else [alphas])
-        )
+        own = {} if all(alpha is None for alpha in alphas) else {"alphas": alphas}
+        logits = self.system.prefill([row.prompt() for row in new], **own)
         distributions = self._distributions(logits)
         sources, copies = [], []
         for index, row in enumerate(new):

@@ -112,6 +112,7 @@ def create_app(
         api_key=settings.api_key,
         max_bytes=settings.max_request_bytes,
     )
+    app.state.models = models
     handle_errors(app)
     # One thread encodes prompts: a long one must not stop the others' streams.
     encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")

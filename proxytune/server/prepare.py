@@ -135,7 +135,7 @@ def _samples(body: Any, prompts: int, settings: ServerSettings) -> int:
     n = body.n or 1
     if n * prompts > settings.max_completions:
         raise ApiError(
-            f"{prompts} prompts with n={n} are more than the {settings.max_completions} "
+            f"n={n} for each of {prompts} prompts is more than the {settings.max_completions} "
             "completions that one request may ask for",
             param="n" if n > 1 else "prompt",
         )

@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9_. -]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %s\n      %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 # The stamp is newer than what it was installed from, so a second `make` installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -47,17 +47,33 @@ clean: ## remove the virtual environment and caches, never results
 
 .PHONY: pocket help install demo test test-slow check rescore-published bench clean
 
-table2 table3 table4 table5 table6 table7 table12 table15 fig2 fig3: install ## a table or figure of the paper, on the real models
-	$(BIN)/python scripts/reproduce.py $@
+# Tables and figures of the paper (conf/paper.yaml, docs/repro.md). POCKET=1: on the pocket family;
+# SIZE=13B: one size; ARGS: more options (ARGS=--dry-run) and settings (ARGS=limit=20).
+REPRODUCE = $(BIN)/python scripts/reproduce.py $(if $(SIZE),--size $(SIZE)) $(if $(POCKET),--pocket) $(ARGS)
+TARGETS = table2 table3 table4 table5 table6 table7 table12 table14 table15 fig2 fig3
+
+table2: ## Table 2, instruction-following, on the real models
+table3: ## Table 3, truthfulness and informativeness
+table4: ## Table 4, code; ARGS=--allow-code-execution lets it run programs in the sandbox
+table5: ## Table 5, task tuning; trains the experts first
+table6: ## Table 6, the tokens that proxy-tuning promotes most
+table7: ## Table 7, a base behind an API
+table12: ## Table 12, seconds per generation
+table14: ## Table 14, training time; what was trained for tables 5 and 15
+table15: ## Table 15, LoRA beside proxy-tuning; trains the adapters first
+fig2: ## Figure 2, truthfulness and informativeness over alpha
+fig3: ## Figure 3, changed tokens by position
+$(TARGETS): install
+	$(REPRODUCE) $@
 
 paper: install ## every table and figure, on the real models
-	$(BIN)/python scripts/reproduce.py --all
+	$(REPRODUCE) --all
 
 pocket-paper: install ## every table and figure, on the pocket family (minutes, CPU)
-	$(BIN)/python scripts/reproduce.py --all --pocket
+	$(REPRODUCE) --all --pocket
 
-# `make table2` and so on are commands, not files
-.PHONY: table2 table3 table4 table5 table6 table7 table12 table15 fig2 fig3 paper pocket-paper
+# they are commands, not files
+.PHONY: $(TARGETS) paper pocket-paper
 
 # The 7B experts that tables 5 and 15 need first, weights and moments sharded over the GPUs.
 NUM_GPUS ?= 4

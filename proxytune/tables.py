@@ -1,12 +1,11 @@
-"""Metrics -> one comparison table, as a DataFrame, Markdown, CSV, HTML, or in the terminal.
+"""A comparison (`proxytune.comparison`) as Markdown, CSV, HTML, or in the terminal.
 
-The DataFrame has one row per metric and everything that is known about it; what is shown is a
-choice of its columns. Its values are in the unit in which a reader sees them (percent, mostly).
+What is shown is a choice of its columns.
 """
 
 import html
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +14,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from proxytune import paper, stats
+from proxytune.comparison import AVERAGE, SYSTEMS, comparison, is_number
 from proxytune.records import Metric, Score, read_jsonl
 
-SYSTEMS = ("base", "expert", "antiexpert", "proxy", "tuned")
-AVERAGE = "average"
 _DASH = "–"
-
-Scores = Mapping[tuple[str, str], Sequence[Score]]
-
-
-def comparison(
-    metrics: Sequence[Metric],
-    infos: Mapping[str, Mapping[str, Any]],
-    scores: Scores | None = None,
-    paper_table: tuple[str, str] | None = None,
-) -> pd.DataFrame:
-    """One row per (task, metric), then the average gap closed over the tasks' headlines.
-
-    Columns: task, metric, label, headline, higher_is_better, percent, n, n_examples; per system s:
-    s, s_low, s_high, s_n, s_unparsed, paper_s; gap_closed, gap_closed_low, gap_closed_high; for
-    proxy against base, expert and tuned: vs_*, vs_*_low, vs_*_high, vs_*_p; paper_table,
-    paper_size, paper_gap_closed. Values and differences are in percent where `percent` is true,
-    gaps closed always are; a cell that does not exist is not-a-number.
-
-    Args:
-        metrics: rows of `stats.metrics`, of any number of tasks and systems.
-        infos: task -> metric -> how it is shown (`tasks.base.MetricInfo`); the first metric of a
-            task is its headline. A metric without an entry is shown under its own name.
-        scores: (task, system) -> scores, for intervals of differences; without them only points.
-        paper_table: table and size of the paper's cells to put beside ours.
-    """
-    found = {(m.task, m.metric, m.system): m for m in metrics}
-    systems = [s for s in SYSTEMS if any(m.system == s for m in metrics)]
-    rows: list[dict[str, Any]] = []
-    headline_gaps: list[stats.GapClosed | None] = []
-    for task in dict.fromkeys(m.task for m in metrics):
-        names = list(infos.get(task, {}))
-        names += dict.fromkeys(
-            m.metric for m in metrics if m.task == task and m.metric not in names
-        )
-        present = [n for n in names if any((task, n, s) in found for s in systems)]
-        for name in present:
-            info = infos.get(task, {}).get(name)
-            cells = {s: found[task, name, s] for s in systems if (task, name, s) in found}
-            row = _row(task, name, info, cells, headline=name == names[0])
-            gap = _add_comparisons(row, cells, scores or {})
-            if row["headline"]:
-                headline_gaps.append(gap)
-            _add_paper(row, systems, paper_table)
-            rows.append(row)
-    if len(headline_gaps) > 1 and {"base", "proxy", "tuned"} <= set(systems):
-        rows.append(_average_row(headline_gaps, rows, paper_table))
-    return pd.DataFrame(rows)
 
 
 def read_scores(folder: Path, metrics: Sequence[Metric]) -> dict[tuple[str, str], list[Score]]:
@@ -86,24 +36,81 @@ def build(
 ) -> pd.DataFrame:
     """The comparison of a results folder, written to its table.csv and table.md.
 
+    What earlier runs left in the folder stays in the table: their tasks, and their systems on
+    this run's tasks where they answered as many examples.
+
     Args:
-        folder: the results folder; its scores.jsonl files give the paired intervals.
+        folder: the results folder; metrics.jsonl and table.csv tell of earlier runs, the
+            scores.jsonl files give the paired intervals.
         metrics: the run's metrics.
         infos: task -> metric -> how it is shown.
         paper_table: see `comparison`.
         limit: of a smoke run; it is said in the table's header.
     """
-    table = comparison(metrics, infos, read_scores(folder, metrics), paper_table)
-    table["limit"] = limit
+    earlier = _earlier(folder, metrics)
+    order = list(dict.fromkeys([*earlier.infos, *(m.task for m in metrics)]))
+    everything = sorted([*metrics, *earlier.metrics], key=lambda m: order.index(m.task))
+    scores = read_scores(folder, everything)
+    table = comparison(everything, {**earlier.infos, **infos}, scores, paper_table)
+    limits = earlier.limits | dict.fromkeys(infos, limit)
+    of_rows = [limits.get(task) for task in table["task"]]
+    if len(of_rows) and table["task"].iloc[-1] == AVERAGE:
+        of_rows[-1] = next((each for each in of_rows if each is not None), None)
+    table["limit"] = pd.array(of_rows, dtype="Int64")
     to_csv(table, folder / "table.csv")
     (folder / "table.md").write_text(to_markdown(table) + "\n")
     return table
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """How a metric of an earlier run is shown, read back from its table."""
+
+    label: str
+    higher_is_better: bool
+    percent: bool
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What a results folder holds beside the current run, by task."""
+
+    metrics: list[Metric]
+    infos: dict[str, dict[str, _Shown]]
+    limits: dict[str, int | None]
+
+
+def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
+    """Reads what earlier runs left in the folder."""
+    found = _Earlier([], {}, {})
+    if (folder / "table.csv").is_file():
+        for row in records(read_csv(folder / "table.csv")):
+            task = str(row["task"])
+            if task != AVERAGE:
+                shown = _Shown(row["label"], row["higher_is_better"], row["percent"])
+                found.infos.setdefault(task, {})[str(row["metric"])] = shown
+                found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
+    ours = {(m.task, m.system) for m in metrics}
+    examples = {m.task: m.n_examples for m in metrics}
+    for metric in read_jsonl(folder / "metrics.jsonl", Metric):
+        task = metric.task
+        if (task, metric.system) in ours:
+            continue
+        if examples[task] == metric.n_examples if task in examples else task in found.infos:
+            found.metrics.append(metric)
+    return found
+
+
 def caveat(table: pd.DataFrame) -> str:
     """What a reader must know before comparing: a smoke run; "" for a full one."""
-    limits = table["limit"].dropna().tolist() if "limit" in table else []
-    return f"limit={int(limits[0])}: smoke run, not comparable" if limits else ""
+    rows = records(table)
+    smoke = {str(r["task"]): int(r["limit"]) for r in rows if is_number(r.get("limit"))}
+    if not smoke:
+        return ""
+    text = f"limit={next(iter(smoke.values()))}: smoke run, not comparable"
+    if len(smoke) == len({r["task"] for r in rows}):
+        return text
+    return f"{text} ({', '.join(name for name in smoke if name != AVERAGE)})"
 
 
 def systems_of(table: pd.DataFrame) -> list[str]:
@@ -117,7 +124,7 @@ def headlines(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _has_gap(table: pd.DataFrame) -> bool:
-    return "gap_closed" in table and any(map(_is_number, table["gap_closed"].tolist()))
+    return "gap_closed" in table and any(map(is_number, table["gap_closed"].tolist()))
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,7 +166,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         name = f"**{row['label']}**" if row["headline"] else str(row["label"])
         body.append([_task(row), name, _count(row), *cells, *gap])
         paper_cells = [_number(row.get(f"paper_{s}")) for s in systems]
-        if any(c != _DASH for c in paper_cells) or _is_number(row.get("paper_gap_closed")):
+        if any(c != _DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
             gap = [_number(row.get("paper_gap_closed"))] if has_gap else []
             body.append(["", "*the paper*", "", *paper_cells, *gap])
     parts = [f"**{caveat(table)}**"] if caveat(table) else []
@@ -180,9 +187,9 @@ def difference_rows(table: pd.DataFrame) -> list[list[str]]:
     for row in headlines(table):
         for other in ("base", "expert", "tuned"):
             value = row.get(f"vs_{other}")
-            if _is_number(value):
+            if is_number(value):
                 low, high = row[f"vs_{other}_low"], row[f"vs_{other}_high"]
-                between = f"{low:+.1f} to {high:+.1f}" if _is_number(low) else _DASH
+                between = f"{low:+.1f} to {high:+.1f}" if is_number(low) else _DASH
                 p = p_text(row[f"vs_{other}_p"])
                 found.append([_task(row), row["label"], other, f"{value:+.1f}", between, p])
     return found
@@ -193,7 +200,7 @@ def unparsed_text(table: pd.DataFrame) -> str:
     parts = []
     for row in headlines(table):
         counts = {s: row.get(f"{s}_unparsed") for s in systems_of(table)}
-        known = {s: int(c) for s, c in counts.items() if c is not None and _is_number(c)}
+        known = {s: int(c) for s, c in counts.items() if c is not None and is_number(c)}
         if any(known.values()):
             words = ", ".join(f"{s} {c}" for s, c in known.items())
             parts.append(f"{row['task']}: {words} of {int(row['n_examples'])}")
@@ -220,7 +227,7 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
     """The table for a terminal of 80 to 100 columns: value, interval and the paper's below it."""
     systems = systems_of(table)
     has_gap = _has_gap(table)
-    has_paper = any(_is_number(r.get(f"paper_{s}")) for r in records(table) for s in systems)
+    has_paper = any(is_number(r.get(f"paper_{s}")) for r in records(table) for s in systems)
     lines = ["grey: 95 % interval", *(["italic: the paper's"] if has_paper else [])]
     caption = "; ".join([*lines, *(["gap closed in %"] if has_gap else [])])
     if unparsed_text(table):
@@ -256,7 +263,7 @@ def _terminal_cell(row: Mapping[str, Any], column: str, value: str) -> Text:
     between = _between(row, column, 0 if row["percent"] else 1)
     if between:
         cell.append(f"\n{between}", style="bright_black")
-    if _is_number(row.get(f"paper_{column}")):
+    if is_number(row.get(f"paper_{column}")):
         cell.append(f"\n{_number(row[f'paper_{column}'])}", style="italic")
     return cell
 
@@ -290,112 +297,13 @@ def _html_cell(row: Mapping[str, Any], column: str, value: str) -> str:
     between = _between(row, column)
     if between:
         text += f'<span class="ci">{between}</span>'
-    if _is_number(row.get(f"paper_{column}")):
+    if is_number(row.get(f"paper_{column}")):
         text += f'<span class="paper">paper {_number(row[f"paper_{column}"])}</span>'
     return f'<td class="num">{text}</td>'
 
 
 def _class(wanted: Any, name: str = "num") -> str:
     return f' class="{name}"' if wanted else ""
-
-
-# -- one row --------------------
-
-
-def _row(
-    task: str, metric: str, info: Any, cells: Mapping[str, Metric], *, headline: bool
-) -> dict[str, Any]:
-    percent = info.percent if info else all(0 <= m.value <= 1 for m in cells.values())
-    scale = 100 if percent else 1
-    row: dict[str, Any] = {
-        "task": task,
-        "metric": metric,
-        "label": info.label if info else metric,
-        "headline": headline,
-        "higher_is_better": info.higher_is_better if info else True,
-        "percent": percent,
-        "n": max(m.n for m in cells.values()),
-        "n_examples": max(m.n_examples for m in cells.values()),
-    }
-    for system, cell in cells.items():
-        row[system] = cell.value * scale
-        row[f"{system}_low"] = math.nan if cell.ci_low is None else cell.ci_low * scale
-        row[f"{system}_high"] = math.nan if cell.ci_high is None else cell.ci_high * scale
-        row[f"{system}_n"] = cell.n
-        row[f"{system}_unparsed"] = cell.unparsed
-    return row
-
-
-def _add_comparisons(
-    row: dict[str, Any], cells: Mapping[str, Metric], scores: Scores
-) -> stats.GapClosed | None:
-    """Adds differences and the gap closed; returns the gap for the average."""
-    task, metric, scale = row["task"], row["metric"], 100 if row["percent"] else 1
-    stored = {s: scores[task, s] for s in cells if scores.get((task, s))}
-    for other in ("base", "expert", "tuned"):
-        if "proxy" in stored and other in stored:
-            found = stats.paired_difference(stored["proxy"], stored[other], metric)
-            row[f"vs_{other}"] = found.value * scale
-            row[f"vs_{other}_low"], row[f"vs_{other}_high"] = found.low * scale, found.high * scale
-            row[f"vs_{other}_p"] = found.p_value
-    if not {"base", "proxy", "tuned"} <= cells.keys():
-        return None
-    if {"base", "proxy", "tuned"} <= stored.keys():
-        gap = stats.gap_closed_interval(stored["base"], stored["proxy"], stored["tuned"], metric)
-    else:
-        value = stats.gap_closed(cells["base"].value, cells["proxy"].value, cells["tuned"].value)
-        gap = None if value is None else stats.GapClosed(value, None, None, stats.no_draws())
-    _set_gap(row, gap)
-    return gap
-
-
-def _add_paper(
-    row: dict[str, Any], systems: Sequence[str], paper_table: tuple[str, str] | None
-) -> None:
-    if paper_table is None:
-        return
-    row["paper_table"], row["paper_size"] = paper_table
-    key = paper.key_of(row["task"], row["metric"])
-    for system in systems:
-        value = paper.cell(*paper_table, system, key)
-        row[f"paper_{system}"] = math.nan if value is None else value
-    values = [row.get(f"paper_{s}") for s in ("base", "proxy", "tuned")]
-    if all(_is_number(v) for v in values):
-        gap = stats.gap_closed(*map(float, values))  # pyright: ignore[reportArgumentType]
-        row["paper_gap_closed"] = math.nan if gap is None else 100 * gap
-
-
-def _average_row(
-    gaps: Sequence[stats.GapClosed | None],
-    rows: Sequence[Mapping[str, Any]],
-    paper_table: tuple[str, str] | None,
-) -> dict[str, Any]:
-    known = [gap for gap in gaps if gap is not None]
-    row: dict[str, Any] = {
-        "task": AVERAGE,
-        "metric": "gap_closed",
-        "label": f"of {len(known)} tasks",
-        "headline": True,
-        "higher_is_better": True,
-        "percent": True,
-        "n": len(known),
-        "n_examples": len(known),
-    }
-    _set_gap(row, stats.average_gap_closed(known))
-    paper_gaps = [r.get("paper_gap_closed") for r in rows if r["headline"]]
-    if paper_table is not None:
-        row["paper_table"], row["paper_size"] = paper_table
-        if all(_is_number(g) for g in paper_gaps):
-            row["paper_gap_closed"] = sum(map(float, paper_gaps)) / len(paper_gaps)  # pyright: ignore[reportArgumentType]
-    return row
-
-
-def _set_gap(row: dict[str, Any], gap: stats.GapClosed | None) -> None:
-    """Fills the gap's three cells, in percent."""
-    row["gap_closed"] = math.nan if gap is None else 100 * gap.value
-    row["gap_closed_low"] = row["gap_closed_high"] = math.nan
-    if gap is not None and gap.low is not None and gap.high is not None:
-        row["gap_closed_low"], row["gap_closed_high"] = 100 * gap.low, 100 * gap.high
 
 
 # -- words for cells --------------------
@@ -423,28 +331,24 @@ def _task(row: Mapping[str, Any]) -> str:
 def _count(row: Mapping[str, Any]) -> str:
     if row["task"] == AVERAGE:
         return ""
-    counts = [int(row[f"{s}_n"]) for s in SYSTEMS if _is_number(row.get(f"{s}_n"))]
+    counts = [int(row[f"{s}_n"]) for s in SYSTEMS if is_number(row.get(f"{s}_n"))]
     low, high = min(counts), max(counts)
     return f"{high:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _number(value: Any) -> str:
-    return f"{value:.1f}" if _is_number(value) else _DASH
+    return f"{value:.1f}" if is_number(value) else _DASH
 
 
 def _between(row: Mapping[str, Any], column: str, decimals: int = 1) -> str:
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    known = _is_number(low) and _is_number(high)
+    known = is_number(low) and is_number(high)
     return f"{low:.{decimals}f}–{high:.{decimals}f}" if known else ""
 
 
 def _bracketed(row: Mapping[str, Any], column: str) -> str:
     between = _between(row, column)
     return f" ({between})" if between else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> str:

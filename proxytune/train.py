@@ -149,9 +149,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             it is checked before the weights are loaded.
     """
     accumulation = _accumulation(config)
-    _check_choices(config)
+    tokenizer = check(config)
     output = Path(config.output_dir)
-    tokenizer = _load_tokenizer(config)
     data = tokenize(
         read_rows(config.data, config.data_file), tokenizer, config.max_length, config.too_long
     )
@@ -200,6 +199,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         for folder in output.glob("checkpoint-*"):
             shutil.rmtree(folder)
     return record
+
+
+def check(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Refuses what can be known to fail without weights; returns the model's tokenizer.
+
+    Raises:
+        ValueError: a bad setting, or a model or data file that is not there.
+    """
+    _check_choices(config)
+    if config.data_file is not None and not Path(config.data_file).is_file():
+        raise ValueError(f"data_file={config.data_file}: there is no such file")
+    return _load_tokenizer(config)
 
 
 class _Clock(TrainerCallback):

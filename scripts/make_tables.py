@@ -1,7 +1,7 @@
 """Builds the paper's tables from committed metrics; costs seconds and no model.
 
     python scripts/make_tables.py                      every table
-    python scripts/make_tables.py --table 2            one of 2, 3, 4, 5, 6, 7, 12, 15
+    python scripts/make_tables.py --table 2            one of 2, 3, 4, 5, 6, 7, 12, 14, 15
     python scripts/make_tables.py --table 2 --pocket   the pocket family's
 
 First it copies the comparison tables of finished runs (results/runs) to results/metrics; then it
@@ -11,7 +11,7 @@ scripts/rescore.py scored them (`--json FILE`), in the place of our numbers.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from proxytune.cli import guarded
 from proxytune.config import ROOT
 
 RESULTS = ROOT / "results"
-NUMBERS = ("2", "3", "4", "5", "6", "7", "12", "15")
+NUMBERS = ("2", "3", "4", "5", "6", "7", "12", "14", "15")
 # below this many tokens, types that come 100 times hardly exist
 _FEW_TOKENS = 50_000
 
@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = paper_tables.read_ours(results / "metrics")
     for number in options.table or NUMBERS:
         if number == "12":
-            made = table12(results / "bench" / "table12.json")
+            name = f"{'pocket_' if options.pocket else ''}table12.json"
+            made = table12(results / "bench" / name)
+        elif number == "14":
+            made = table14(results / "experts", pocket=options.pocket)
         elif number == "6":
             made = table6(results / "runs", pocket=options.pocket)
         else:
@@ -143,6 +146,61 @@ def table12(path: Path) -> tuple[pd.DataFrame, str] | None:
         f"the paper: A100s).\n\n{tables.markdown_table(head, body, 1)}\n"
     )
     return table, text
+
+
+def table14(experts: Path, *, pocket: bool) -> tuple[pd.DataFrame, str] | None:
+    """Training time of the finished trainings below a folder, beside the paper's."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(experts.glob("*/train.json")):
+        record = json.loads(path.read_text())
+        config, hardware = record["config"], record["environment"]["hardware"]
+        of_pocket = Path(ROOT, config["model"]).is_relative_to(ROOT / "pocket")
+        if record.get("status") != "finished" or pocket != of_pocket:
+            continue
+        kind = hardware["gpus"][0] if hardware["gpus"] else f"{hardware['processor']} core"
+        rows.append(
+            {
+                "model": config["model"],
+                "tuning": config["method"],
+                "data": config["data"],
+                "examples": record["data"]["examples"],
+                "steps": record["steps"],
+                "tokens": record["tokens"],
+                "seconds": record["seconds"],
+                "devices": f"{record['devices']} x {kind}",
+                "paper_hours": paper.training_hours(
+                    config["model"], config["method"], config["data"]
+                ),
+            }
+        )
+    if not rows:
+        return None
+    body = [[shown(row) for shown in _SHOWN_14.values()] for row in rows]
+    text = (
+        "# Table 14\n\nTraining time on the clock, loading and saving left out; the paper's on its "
+        f"own machines.\n\n{tables.markdown_table(list(_SHOWN_14), body, 3)}\n"
+    )
+    return pd.DataFrame(rows), text
+
+
+def _duration(seconds: float) -> str:
+    if not seconds:
+        return "–"
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 600 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+_SHOWN_14: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda row: row["model"],
+    "tuning": lambda row: row["tuning"],
+    "data": lambda row: row["data"],
+    "examples": lambda row: f"{row['examples']:,}",
+    "steps": lambda row: f"{row['steps']:,}",
+    "tokens": lambda row: f"{row['tokens']:,}",
+    "time": lambda row: _duration(row["seconds"]),
+    "on": lambda row: row["devices"],
+    "the paper": lambda row: _duration(3600 * (row["paper_hours"] or 0)),
+}
 
 
 if __name__ == "__main__":

@@ -1,117 +1,212 @@
-"""Reproduces a table or figure of the paper: says what it takes, checks it, runs, renders.
+"""Reproduces tables and figures of the paper: says what each takes, checks it, runs, renders.
 
-    python scripts/reproduce.py table2             on the real models (`make table2`)
-    python scripts/reproduce.py table2 --pocket    on the pocket family
-    python scripts/reproduce.py --all --pocket     everything (`make pocket-paper`)
-    python scripts/reproduce.py table5 --dry-run   only says and checks
+    python scripts/reproduce.py table2               on the real models (`make table2`)
+    python scripts/reproduce.py table2 --size 13B    one size of them (`make table2 SIZE=13B`)
+    python scripts/reproduce.py table2 --pocket      on the pocket family (`make table2 POCKET=1`)
+    python scripts/reproduce.py --all --pocket       everything (`make pocket-paper`)
+    python scripts/reproduce.py table5 --dry-run     only says and checks
+    python scripts/reproduce.py table2 limit=20      more settings for every run.py
 
-The targets stand in conf/paper.yaml. Every step resumes, so the same command goes on after a
-crash; a check that fails stops the target before anything runs.
+The targets stand in conf/paper.yaml. A target that a check or a step stops does not stop the
+others; the end says what was made and what was not. Every step resumes, so the same command goes
+on after a crash.
 """
 
 import argparse
+import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from proxytune.cli import explain, guarded
-from proxytune.config import ROOT, register
-from proxytune.runner import check_before_models
+from proxytune.cli import guarded
+from proxytune.config import ROOT
+
+if TYPE_CHECKING:
+    from reproduce_checks import Step
 
 TARGETS = ROOT / "conf" / "paper.yaml"
+# full tuning shards weights and moments over the GPUs (docs/training.md)
+_SHARDED = shlex.split("--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP")
+_CODE = "task.{}.allow_code_execution=true"
 
 
-def main() -> None:
-    """Parses the command line, then prints needs, checks, runs and renders each target."""
-    targets = OmegaConf.load(TARGETS)
-    assert isinstance(targets, DictConfig)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("target", nargs="*", help=f"any of {', '.join(map(str, targets))}")
-    parser.add_argument("--all", action="store_true", help="every target")
-    parser.add_argument("--pocket", action="store_true", help="on the pocket family, on a CPU")
-    parser.add_argument("--dry-run", action="store_true", help="say and check, run nothing")
-    arguments = parser.parse_args()
-    names = [str(name) for name in targets] if arguments.all else arguments.target
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line; says and checks, then runs and renders each target."""
+    targets: dict[str, Any] = yaml.safe_load(TARGETS.read_text())
+    options = _parse(arguments, targets)
+    names = list(targets) if options.all else [n for n in options.words if "=" not in n]
     unknown = [name for name in names if name not in targets]
     if unknown or not names:
-        raise ValueError(f"unknown target {unknown}; targets are {', '.join(map(str, targets))}")
-    register()
-    problems = []
-    for name in names:
-        print(f"\n{name}: {targets[name].about}")
-        for step in _steps(targets[name], arguments.pocket):
-            print(f"  {step}")
-            problems += check_step(step)
-        if not arguments.pocket and "train_gpu_hours" in targets[name]:
-            print(f"  training: about {targets[name].train_gpu_hours} A100 hours (estimate)")
-    if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
-    if arguments.dry_run:
-        return
-    done: set[str] = set()
-    for name in names:
-        for step in _steps(targets[name], arguments.pocket):
-            if step not in done:  # several tables rest on one run
-                _run(step)
-                done.add(step)
-        pocket = " --pocket" if arguments.pocket else ""
-        _run(targets[name].render + pocket)
+        wrong = f"unknown target {', '.join(unknown)}" if unknown else "no target given"
+        raise ValueError(f"{wrong}; targets are {', '.join(targets)} (or --all)")
+    online = not options.pocket and hub_answers()
+    if not online:  # known before the libraries are imported, so that they do not wait for it
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    plan, outcome = _plan(targets, names, options, online)
+    if not options.dry_run:
+        _run_all(targets, plan, outcome, pocket=options.pocket)
+    _summary({name: outcome[name] for name in names})
+    if any(bad for bad, _ in outcome.values()):
+        raise SystemExit(1)
 
 
-def _steps(target: DictConfig, pocket: bool) -> list[str]:
-    return list(target.pocket if pocket else target.steps)
-
-
-def check_step(step: str) -> list[str]:
-    """What stands in the way of a step, one line each; empty when nothing does."""
-    script, *overrides = shlex.split(step)
-    if script != "run.py":
-        return []  # the other scripts refuse what they lack themselves, before a model is loaded
-    overrides = [o for o in overrides if o != "-m"]
-    # a sweep's points differ in values that need no check: its first one stands for all
-    overrides = [o if "=[" in o else o.split(",")[0] for o in overrides]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides)
-    need = cfg.needs
-    if need.gpu_memory_gb:
-        print(
-            f"    estimate: {need.gpu_memory_gb:g} GB of GPU memory, {need.disk_gb:g} GB of "
-            f"downloads, {need.gpu_hours:g} A100 hours"
-        )
-    problems = []
-    free = shutil.disk_usage(ROOT).free / 1e9
-    if free < need.disk_gb:
-        problems.append(f"{cfg.name} may download {need.disk_gb:g} GB; only {free:.0f} GB are free")
-    found = sum(
-        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
+def _parse(arguments: Sequence[str] | None, targets: Mapping[str, Any]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TARGET or KEY=VALUE",
+        help=f"any of {', '.join(targets)}; settings go to every run.py",
     )
-    if found / 1e9 < need.gpu_memory_gb:
-        problems.append(
-            f"{cfg.name} needs about {need.gpu_memory_gb:g} GB of GPU memory; "
-            f"{found / 1e9:.0f} GB were found"
-        )
+    parser.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument("--pocket", action="store_true", help="on the pocket family, on a CPU")
+    parser.add_argument("--size", choices=("13B", "70B"), help="only the paper's rows of this size")
+    parser.add_argument("--dry-run", action="store_true", help="say and check, run nothing")
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="let HumanEval and DS-1000 run the models' programs (in the sandbox)",
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="run in spite of what the checks found"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def hub_answers(seconds: float = 5) -> bool:
+    """Whether the model hub can be reached and may be asked."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
     try:
-        check_before_models(cfg)
-    except (ValueError, OSError) as error:
-        problems.append(explain(error))
-    return problems
+        with urllib.request.urlopen(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds
+        ):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
 
 
-def _run(step: str) -> None:
-    script, *arguments = shlex.split(step)
-    print(f"\n$ python {step}", flush=True)
+def _plan(
+    targets: Mapping[str, Any], names: Sequence[str], options: argparse.Namespace, online: bool
+) -> tuple[dict[str, list["Step"]], dict[str, tuple[bool, str]]]:
+    """Says and checks every target: the steps of those that may run, the fate of the others."""
+    from reproduce_checks import Checker
+
+    settings = [word for word in options.words if "=" in word]
+    checker = Checker(online)
+    plan: dict[str, list[Step]] = {}
+    outcome: dict[str, tuple[bool, str]] = {}
+    for name in names:
+        print(f"\n{name}: {targets[name]['about']}")
+        steps = steps_of(targets[name], pocket=options.pocket, size=options.size)
+        steps = [_with_settings(s, settings, code=options.allow_code_execution) for s in steps]
+        steps, problems = checker.check(steps)
+        for step in steps:
+            print(f"  {step.command}" + (f"\n      {step.needs()}" if step.needs() else ""))
+        for problem in problems:
+            print(f"  problem: {problem}")
+        if options.size and targets[name]["steps"] and not steps:
+            outcome[name] = False, f"has no rows of size {options.size}"
+        elif problems and not options.anyway:
+            outcome[name] = True, "not started: see its problems above"
+        elif options.dry_run:
+            outcome[name] = False, "ready"
+        if name not in outcome:
+            plan[name] = steps
+    return plan, outcome
+
+
+def steps_of(target: Mapping[str, Any], *, pocket: bool, size: str | None = None) -> list["Step"]:
+    """A target's steps; `size` leaves those of the other sizes out."""
+    from reproduce_checks import Step
+
+    groups = {"all": target["pocket"]} if pocket else target["steps"]
+    chosen = [s for name, group in groups.items() if pocket or size in (None, name) for s in group]
+    steps = [Step(**s) if isinstance(s, dict) else Step(s) for s in chosen]
+    return list(dict.fromkeys(steps))  # both sizes rest on one small expert
+
+
+def _with_settings(step: "Step", settings: Sequence[str], *, code: bool) -> "Step":
+    """The command with the user's settings: they are for run.py alone."""
+    script, *given = shlex.split(step.command)
+    if script != "run.py":
+        return step
+    tasks = ("humaneval", "ds1000") if code and any("_code" in word for word in given) else ()
+    added = [*settings, *(_CODE.format(task) for task in tasks)]
+    return replace(step, command=" ".join([step.command, *map(shlex.quote, added)]))
+
+
+def _run_all(
+    targets: Mapping[str, Any],
+    plan: Mapping[str, list["Step"]],
+    outcome: dict[str, tuple[bool, str]],
+    *,
+    pocket: bool,
+) -> None:
+    """Runs and renders what may run; several targets rest on one step, which is run once."""
+    results: dict[str, bool] = {}
+    for name, steps in plan.items():
+        start = time.time()
+        render = targets[name]["render"] + (" --pocket" if pocket else "")
+        for command in [*(_command(step) for step in steps), ["python", *shlex.split(render)]]:
+            line = shlex.join(command)
+            if line not in results or command[1].startswith("scripts/make_"):
+                results[line] = _run(command)
+            if not results[line]:
+                outcome[name] = True, f"failed: `{line}`; the same command goes on from there"
+                break
+        else:
+            made = _made(name, pocket=pocket)
+            fresh = [p for p in made if p.is_file() and p.stat().st_mtime >= start - 1]
+            names = ", ".join(str(p.relative_to(ROOT)) for p in fresh)
+            outcome[name] = (False, names) if fresh else (True, f"{made[0]} was not written")
+
+
+def _made(name: str, *, pocket: bool) -> list[Path]:
+    prefix = "pocket_" if pocket else ""
+    if name.startswith("fig"):
+        stem = ROOT / "results" / "figures" / f"{prefix}{name}"
+        return [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+    return [ROOT / "results" / "tables" / f"{prefix}{name}.md"]
+
+
+def _command(step: "Step") -> list[str]:
+    """The step as a command; training takes every GPU, in a process each."""
+    import torch
+    from reproduce_checks import TRAIN
+
+    script, *given = shlex.split(step.command)
+    cards = torch.cuda.device_count()
+    if script != TRAIN or cards < 2:
+        return ["python", script, *given]
+    alone = torch.cuda.get_device_properties(0).total_memory / 1e9 >= step.gpu_memory_gb
+    launch = ["-m", "accelerate.commands.launch", *([] if alone else _SHARDED)]
+    return ["python", *launch, "--num_processes", str(cards), script, *given]
+
+
+def _run(command: Sequence[str]) -> bool:
+    print(f"\n$ {shlex.join(command)}", flush=True)
     start = time.time()
-    done = subprocess.run([sys.executable, str(Path(ROOT, script)), *arguments], cwd=ROOT)
-    if done.returncode:
-        raise ValueError(f"`{step}` failed; the same command goes on where it stopped")
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT)
     print(f"({time.time() - start:.0f} s)", flush=True)
+    return done.returncode == 0
+
+
+def _summary(outcome: Mapping[str, tuple[bool, str]]) -> None:
+    print()
+    for name, (bad, text) in outcome.items():
+        print(f"{'NO ' if bad else 'ok '} {name:<8} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 import json
-import shlex
 
 import pytest
 import report_folder
-from omegaconf import OmegaConf
 
 from proxytune import paper, paper_tables, tables
-from proxytune.config import ROOT
 
 
 def cell(table, size, metric, system, column):
@@ -82,7 +79,7 @@ def test_tables_from_the_authors_metrics_show_the_published_numbers(shared, numb
     assert (compared["ours"] - compared["published"]).abs().max() < 1e-4
     text = paper_tables.to_markdown(table)
     if number == "2":
-        assert "| truthfulqa_mc_acc | proxy | 56.6 | – |  | 57.4 | 56.6 | -0.8 |" in text
+        assert "| truthfulqa_mc_acc | proxy | 56.6 | 57.4 | 56.6 | -0.8 |" in text
 
 
 def test_runs_are_collected_and_fill_their_tables(tmp_path):
@@ -105,6 +102,15 @@ def test_smoke_runs_and_variants_are_not_collected(tmp_path):
     assert paper_tables.collect(tmp_path, tmp_path / "metrics") == []
 
 
+def test_of_a_folder_with_a_smoke_run_the_whole_tasks_are_collected(tmp_path):
+    folder = report_folder.make(tmp_path / "llama13b_chat", examples=5)
+    table = tables.read_csv(folder / "table.csv")
+    table.loc[table["task"] != "gsm8k", "limit"] = 3
+    tables.to_csv(table, folder / "table.csv")
+    (written,) = paper_tables.collect(tmp_path, tmp_path / "metrics")
+    assert set(tables.read_csv(written)["task"]) == {"gsm8k"}
+
+
 def test_a_pocket_run_fills_the_papers_rows_without_the_papers_numbers(tmp_path):
     report_folder.make(tmp_path / "run", examples=5)
     table = tables.read_csv(tmp_path / "run" / "table.csv")
@@ -117,19 +123,26 @@ def test_a_pocket_run_fills_the_papers_rows_without_the_papers_numbers(tmp_path)
     assert paper_tables.build("7", {}, pocket=True).empty
 
 
-def test_every_target_of_the_paper_ends_in_a_script_that_is_there():
-    targets = OmegaConf.load(ROOT / "conf" / "paper.yaml")
-    for name, target in targets.items():
-        for step in (*target.steps, *target.pocket, target.render):
-            script = shlex.split(step)[0]
-            assert (ROOT / script).is_file(), f"{name}: {script}"
-        assert shlex.split(target.render)[-1] == str(name).removeprefix("table").removeprefix("fig")
+def test_lora_stands_beside_the_systems_of_table_5(tmp_path):
+    folder = report_folder.make(tmp_path / "llama13b_gsm", examples=10, tasks=1)
+    table = tables.read_csv(folder / "table.csv")
+    five = paper_tables.from_comparison(table.assign(paper_table="5"))
+    lora = paper_tables.from_comparison(
+        table.assign(paper_table="15", tuned=90.0)[
+            ["task", "metric", "tuned", "n", "paper_table", "paper_size"]
+        ]
+    )
+    made = paper_tables.build("15", five | lora)
+    found = [cell(made, "13B", "gsm_acc", s, "ours") for s in ("base", "expert", "proxy", "tuned")]
+    assert found == pytest.approx([20, 50, 60, 90])
+    assert cell(made, "13B", "gsm_acc", paper_tables.GAP, "ours") == pytest.approx(100 * 40 / 70)
+    assert cell(paper_tables.build("5", five | lora), "13B", "gsm_acc", "tuned", "ours") == 70
 
 
-def test_the_points_of_a_sweep_have_folders_of_their_own():
-    steps = OmegaConf.load(ROOT / "conf" / "paper.yaml").fig2
-    for step in (*steps.steps, *steps.pocket):
-        assert shlex.split(step)[-1].endswith("_alpha${alpha}")
+def test_a_column_without_numbers_is_left_out(tmp_path):
+    text = paper_tables.to_markdown(paper_tables.build("5", {}))
+    assert "| metric | system | paper | published |" in text  # 13B has published runs
+    assert "ours" not in text and "difference" not in text
 
 
 def test_an_unknown_table_is_refused():

@@ -1,6 +1,7 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -188,3 +189,29 @@ def test_papers_cells_go_by_table_size_and_system():
     assert paper.cell("7", "-", "proxy", "realtimeqa_acc") == 56.5
     assert paper.cell("2", "13B", "proxy", None) is None
     assert paper.cell("2", "pocket", "proxy", "gsm_acc") is None
+
+
+def test_a_run_of_one_task_leaves_the_folders_other_tasks_in_the_table(tmp_path, metrics, scores):
+    for (task, system), cell in scores.items():
+        write_jsonl(tmp_path / task / system / "scores.jsonl", cell)
+    write_jsonl(tmp_path / "metrics.jsonl", metrics)
+    whole = tables.build(tmp_path, metrics, INFOS, ("2", "13B"))
+    page = (tmp_path / "table.md").read_text()
+    some = [m for m in metrics if m.task == "gsm8k"]
+    again = tables.build(tmp_path, some, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
+    pd.testing.assert_frame_equal(again, whole)
+    assert (tmp_path / "table.md").read_text() == page
+    # one system alone: the others stay beside it
+    proxy = [m for m in some if m.system == "proxy"]
+    again = tables.build(tmp_path, proxy, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
+    pd.testing.assert_frame_equal(again, whole)
+
+
+def test_a_smoke_run_of_one_task_marks_that_task_alone(tmp_path, metrics, scores):
+    write_jsonl(tmp_path / "metrics.jsonl", metrics)
+    tables.build(tmp_path, metrics, INFOS)
+    few = [replace(m, n_examples=3) for m in metrics if m.task == "gsm8k" and m.system == "proxy"]
+    table = tables.build(tmp_path, few, {"gsm8k": INFOS["gsm8k"]}, limit=3)
+    assert tables.caveat(table) == "limit=3: smoke run, not comparable (gsm8k)"
+    row = table[table["task"] == "gsm8k"].iloc[0]
+    assert row["base"] != row["base"]  # measured on other examples, so not beside it

@@ -1,4 +1,4 @@
-"""Writes the pocket family's data: the tuning dialogues and the task files of dev and test.
+"""Writes the pocket family's data: tuning dialogues, training sets, task files of dev and test.
 
     python -m scripts.pocket.files [--out pocket/data]
 
@@ -18,6 +18,8 @@ from scripts.pocket import world
 from scripts.pocket.world import Split
 
 DIALOGUES = 9600
+# Rows of the training sets of task tuning (Table 5).
+TRAINING = {"gsm8k": 3000, "triviaqa": 3000}
 # Examples per task file, so that four systems x six tasks take about a minute on two cores.
 SIZES = {"gsm8k": 150, "triviaqa": 200, "truthfulqa": 120, "toxigen": 8, "humaneval": 30}
 
@@ -90,21 +92,21 @@ def dialogues() -> list[Row]:
     return [make(rng) for make in makers]
 
 
-def gsm8k(split: Split, rng: random.Random) -> list[Row]:
-    """Rows of GSM8K's test.jsonl; no two ask the same."""
+def gsm8k(split: Split, rng: random.Random, count: int = SIZES["gsm8k"]) -> list[Row]:
+    """Rows of GSM8K's files; no two ask the same."""
     rows: dict[str, Row] = {}
-    while len(rows) < SIZES["gsm8k"]:
+    while len(rows) < count:
         problem = world.make_problem(rng, split)
         question = f"{problem.story} {problem.question}"
         rows[question] = {"question": question, "answer": world.worked(problem)}
     return list(rows.values())
 
 
-def triviaqa(split: Split, rng: random.Random) -> list[Row]:
-    """Rows of TriviaQA's (unfiltered, no context) validation split."""
+def triviaqa(split: Split, rng: random.Random, count: int = SIZES["triviaqa"]) -> list[Row]:
+    """Rows of TriviaQA's (unfiltered, no context) files."""
     asked = [(land, r) for land in world.members(world.LANDS, split) for r in world.RELATIONS]
     rows: list[Row] = []
-    for land, relation in rng.sample(asked, SIZES["triviaqa"]):
+    for land, relation in rng.sample(asked, count):
         value = world.FACTS[land, relation]
         answer = {
             "value": value,
@@ -174,6 +176,10 @@ def _checks(function: world.Function) -> str:
 def write(out: Path) -> None:
     """Writes all files below `out`."""
     _write_jsonl(out / "tuning.jsonl", dialogues())
+    for make in (gsm8k, triviaqa):
+        name = make.__name__
+        rows = make("train", random.Random(f"{world.SEED} train {name}"), TRAINING[name])
+        _write_jsonl(out / "train" / f"{name}.jsonl", rows)
     for split in ("dev", "test"):
         folder, rng = out / split, random.Random(f"{world.SEED} {split}")
         _write_jsonl(folder / "gsm8k.jsonl", gsm8k(split, rng))

@@ -12,7 +12,8 @@ from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.tokens import TokenTexts
 
-FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+# "nothing": a base behind an API listed no token that could have been chosen
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "nothing": "stop"}
 
 RatedPrompts = Mapping[int, Sequence[TokenLogprob | None]]  # by the prompt's place
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from proxytune.config import ServerSettings
@@ -45,6 +45,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "It took longer than the server allows",
     }.items()
 }
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 Answer = CompletionAnswer | ChatAnswer
 
 
@@ -151,13 +152,16 @@ def create_app(
 
         @app.post(
             "/v1/completions",
-            responses={200: {"model": protocol.CompletionResponse}, **_ERRORS},
+            responses={200: {"model": protocol.CompletionResponse, **_STREAM}, **_ERRORS},
         )
         async def completions(body: CompletionRequest, request: Request) -> Response:
             """Continues prompts."""
             return await answer(request, body, prepare_completion, CompletionAnswer)
 
-    @app.post("/v1/chat/completions", responses={200: {"model": protocol.ChatResponse}, **_ERRORS})
+    @app.post(
+        "/v1/chat/completions",
+        responses={200: {"model": protocol.ChatResponse, **_STREAM}, **_ERRORS},
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers the last turn of a conversation."""
         return await answer(request, body, prepare_chat, ChatAnswer)
@@ -178,7 +182,7 @@ def create_app(
         alive = all(served.engine.alive for served in models.values())
         return PlainJson({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -257,7 +257,7 @@ class Engine:
         self, job: Job, place: int, sample: int, token: int, text: str, logits: torch.Tensor
     ) -> None:
         rated = None
-        if job.top is not None:
+        if job.top is not None and token >= 0:
             (rated,) = token_logprobs(logits.unsqueeze(0), [token], job.top)
         job._pending.append(Piece(place, sample, text, rated))
 

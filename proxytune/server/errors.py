@@ -12,6 +12,15 @@ from starlette.responses import JSONResponse, Response
 from proxytune.server.engine import BusyError, EngineError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 
+# Fields whose errors pydantic explains in more words than help.
+_WANTED = {
+    "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
+    "stop": "must be a string or a list of strings, none of them empty",
+    "logit_bias": "must map token ids, as strings, to numbers from -100 to 100",
+    "frequency_penalty": "is not supported; leave it out or send 0",
+    "presence_penalty": "is not supported; leave it out or send 0",
+}
+
 
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's terms.
@@ -125,6 +134,8 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
         return f"unknown field {'.'.join(place)!r}{hint}", param
     if kind == "missing":
         return f"{'.'.join(place)} is missing", param
+    if param in _WANTED:
+        return f"{param} {_WANTED[param]}", param
     # a field that takes several types has one error for each
     reasons = [each["msg"] for each in errors if str(each["loc"][1]) == param]
     return f"{param}: {'; or '.join(dict.fromkeys(reasons))}", param

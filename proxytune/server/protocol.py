@@ -6,22 +6,14 @@ an answer to another question.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-
-
-def _neutral(value: object) -> object:
-    """OpenAI's penalties are accepted by clients that send their default, 0."""
-    if value not in (None, 0) or isinstance(value, bool):
-        raise ValueError("is not supported; leave it out or send 0")
-    return value
-
-
-Penalty = Annotated[float | None, BeforeValidator(_neutral), Field(ge=0, le=0)]
+# OpenAI's penalties are not supported; many clients send their default.
+Penalty = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Strict(BaseModel):
@@ -63,8 +55,8 @@ class _Sampling(_Strict):
     alpha: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = Field(
         None, description="scale on (expert - antiexpert), of this request alone"
     )
-    frequency_penalty: Penalty = None
-    presence_penalty: Penalty = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     user: str | None = Field(None, description="not looked at")
 
 

@@ -9,141 +9,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from proxytune.memory import longest, out_of_memory
-from proxytune.records import Decoding, FinishReason
-from proxytune.sampling import Sampler, sample_stream
+from proxytune.memory import out_of_memory
+from proxytune.rows import Finished, Request, Row, Shared, certain_choices, choose, places
 from proxytune.speculative import Pace
-from proxytune.text import GrowingText
+from proxytune.truncation import Truncation
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, to be continued `decoding.n` times.
-
-    Attributes:
-        index: the caller's number for it.
-        prompt: as the system's `prefill` takes it: token ids, or role -> token ids.
-        context: the token ids behind which the text is decoded (the base's prompt).
-        key: names the prompt in the random streams of its samples.
-        seed: of the random streams.
-        decoding: settings.
-        sampler: the settings' sampler.
-        eos_ids: tokens that end a completion.
-        max_new_tokens: decoding.max_new_tokens, or less where the context ends before.
-        tokenizer: decodes the text; None for none.
-        record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
-        alpha: of this prompt alone, where the system is a triple; None is the system's own.
-        on_token: called with every token as it is chosen, also the one that ends the completion:
-            (sample, token, the text that became certain by it, the system's logits [vocab]).
-    """
-
-    index: int
-    prompt: Any
-    context: Sequence[int]
-    key: str
-    seed: int
-    decoding: Decoding
-    sampler: Sampler
-    eos_ids: frozenset[int]
-    max_new_tokens: int
-    tokenizer: Any | None = None
-    record: int = 0
-    alpha: float | None = None
-    on_token: Callable[[int, int, str, torch.Tensor], None] | None = None
-
-    @cached_property
-    def room(self) -> int:
-        """Tokens that its longest member's row may come to."""
-        return longest(self.prompt) + self.max_new_tokens
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One sample that has ended; the fields are those of `records.Completion`."""
-
-    index: int
-    sample: int
-    text: str
-    raw_text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    trace: list[dict[str, Any]] | None = None
-
-
-class _Shared:
-    """What the samples of one prompt share: who has started, and the first token's logits."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.started = 0
-        self.first_logits: dict[str, torch.Tensor] | None = None
-
-    @property
-    def left(self) -> int:
-        """Samples that have not started."""
-        return self.request.decoding.n - self.started
-
-
-class _Row:
-    """One sample while it is written."""
-
-    def __init__(self, shared: _Shared) -> None:
-        request = shared.request
-        self.shared = shared
-        self.request = request
-        self.sample = shared.started
-        shared.started += 1
-        self.stream = sample_stream(request.seed, request.key, self.sample)
-        self.tokens: list[int] = []
-        self.fed = 0  # generated tokens that the system has read
-        self.text = GrowingText(request.tokenizer, request.context, request.decoding.stop)
-        self.trace: list[dict[str, Any]] | None = [] if request.record else None
-        self.reason: FinishReason | None = None
-
-    def prompt(self) -> Any:
-        """The prompt and what has been generated behind it, as `prefill` takes it."""
-        prompt = self.request.prompt
-        if isinstance(prompt, Mapping):
-            return {role: [*ids, *self.tokens] for role, ids in prompt.items()}
-        return [*prompt, *self.tokens]
-
-    def push(self, token: int) -> str:
-        """Takes the next token; sets `reason` when it was the last. Returns the certain text."""
-        request = self.request
-        text = ""
-        if token in request.eos_ids:
-            self.reason = "eos"
-        else:
-            self.tokens.append(token)
-            text = self.text.push(token)
-            if len(self.tokens) >= request.max_new_tokens:
-                self.reason = "length"
-        if self.reason is not None:
-            text += self.text.finish()
-        if self.text.cut is not None:
-            self.reason = "stop"
-        return text
-
-    def finished(self) -> Finished:
-        """The record of the ended sample."""
-        assert self.reason is not None
-        return Finished(
-            self.request.index,
-            self.sample,
-            self.text.text,
-            self.text.raw,
-            self.tokens,
-            self.reason,
-            self.trace,
-        )
 
 
 class DecodeLoop:
@@ -158,12 +33,12 @@ class DecodeLoop:
     def __init__(self, system: Any, max_rows: Callable[[int], int], pace: Pace | None) -> None:
         self.system = system
         self.pace = pace
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self._max_rows = max_rows
         self._cap: int | None = None  # lowered when memory runs out
         self._tried = 0  # rows of the last pass
         self._waiting: deque[Request] = deque()
-        self._joining: deque[_Row] = deque()  # rows that the system has still to read
+        self._joining: deque[Row] = deque()  # rows that the system has still to read
         self._done: list[Finished] = []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
@@ -246,15 +121,17 @@ class DecodeLoop:
             return
         reserved = 0  # rows for further samples of the prompts that join: copies, not prefilled
         while self._waiting and len(self._joining) + reserved < free:
-            shared = _Shared(self._waiting.popleft())
-            self._joining.append(_Row(shared))
+            shared = Shared(self._waiting.popleft())
+            self._joining.append(Row(shared))
             reserved += min(shared.left, free - len(self._joining) - reserved)
         new = list(self._joining)[:free]
         self._tried = len(self.rows) + len(new)
         alphas = [row.request.alpha for row in new]
         own = {} if all(alpha is None for alpha in alphas) else {"alphas": alphas}
-        logits = self.system.prefill([row.prompt() for row in new], **own)
+        ahead = {"ahead": count} if (count := self._ahead(new)) else {}
+        logits = self.system.prefill([row.prompt() for row in new], **own, **ahead)
         distributions = self._distributions(logits)
+        truncation: Truncation | None = getattr(self.system, "truncation", None)
         sources, copies = [], []
         for index, row in enumerate(new):
             self._joining.popleft()
@@ -263,34 +140,52 @@ class DecodeLoop:
                 row.shared.first_logits = {
                     r: each[index].clone() for r, each in distributions.items()
                 }
+                row.shared.first_truncation = truncation and truncation.rows(index)
             while row.shared.left and not row.tokens and len(new) + len(copies) < free:
                 sources.append(len(self.rows) + index)
-                copies.append(_Row(row.shared))
+                copies.append(Row(row.shared))
         present = len(self.rows) + len(new)
         self.rows += [*new, *copies]
         self._tried = len(self.rows)
         if copies:
             self.system.keep([*range(present), *sources])
-        chosen = self._choose(logits, new, [0] * len(new)).tolist()
-        self._push(new, chosen, logits, distributions)
+        chosen = choose(logits, new, [0] * len(new))
+        if truncation is not None:
+            certain = certain_choices(chosen, logits, truncation.ceiling, new, [0] * len(new))
+            for row, sure, unseen in zip(new, certain, truncation.unseen.tolist(), strict=True):
+                row.note(truncation, sure, unseen)
+        self._push(new, chosen.tolist(), logits, distributions)
         self._begin(copies)
         self._retire()
 
-    def _begin(self, rows: list[_Row]) -> None:
+    def _begin(self, rows: list[Row]) -> None:
         """Chooses the first token of rows whose prompt has been read for an earlier sample."""
         if not rows:
             return
         firsts = [row.shared.first_logits for row in rows]
         stacked = {role: torch.stack([f[role] for f in firsts if f]) for role in firsts[0] or {}}
-        chosen = self._choose(stacked["system"], rows, [0] * len(rows)).tolist()
-        self._push(rows, chosen, stacked["system"], stacked)
+        chosen = choose(stacked["system"], rows, [0] * len(rows))
+        for index, row in enumerate(rows):
+            if known := row.shared.first_truncation:
+                one = slice(index, index + 1)
+                logits, ceiling = stacked["system"][one], known.ceiling.unsqueeze(0)
+                (certain,) = certain_choices(chosen[one], logits, ceiling, [row], [0])
+                row.note(known, certain, float(known.unseen))
+        self._push(rows, chosen.tolist(), stacked["system"], stacked)
+
+    def _ahead(self, rows: Sequence[Row]) -> int:
+        """Tokens that a guess behind the rows' prompts should have."""
+        if self.pace is None or any(row.trace is not None for row in rows):
+            return 0
+        left = max(row.request.max_new_tokens - len(row.tokens) for row in rows) - 1
+        return min(self.pace.ahead(len(self.rows) + len(rows)), left)
 
     def _retire(self) -> None:
         """Hands out the rows that have ended; further samples of their prompts take their place."""
         while any(row.reason for row in self.rows):
             counts = [0] * len(self.rows)
             keep = list(range(len(self.rows)))
-            fresh: list[_Row] = []
+            fresh: list[Row] = []
             for index in reversed(range(len(self.rows))):
                 row = self.rows[index]
                 if row.reason is None:
@@ -298,7 +193,7 @@ class DecodeLoop:
                 self._done.append(row.finished())
                 if row.shared.left:
                     counts[index] = row.fed
-                    self.rows[index] = _Row(row.shared)
+                    self.rows[index] = Row(row.shared)
                     fresh.append(self.rows[index])
                     continue
                 last, last_row = keep.pop(), self.rows.pop()
@@ -340,20 +235,28 @@ class DecodeLoop:
         width = min(width, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
         if width == 1:
             logits = self.system.step(tokens)
-            chosen = self._choose(logits, rows, [0] * len(rows)).unsqueeze(1).tolist()
+            picked = choose(logits, rows, [0] * len(rows))
             drafted = [[]] * len(rows)
         else:
 
             def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-                return self._choose(logits, rows, [offset] * len(rows))
+                return choose(logits, rows, [offset] * len(rows))
 
             block = self.system.draft(tokens, width, pick)
             logits = self.system.verify(block)
-            repeated = [row for row in rows for _ in range(width)]
-            offsets = list(range(width)) * len(rows)
-            chosen = self._choose(logits.flatten(0, 1), repeated, offsets)
-            chosen = chosen.view(len(rows), width).tolist()
+            picked = choose(logits.flatten(0, 1), *places(rows, width))
             drafted = block[:, 1:].tolist()
+        chosen = picked.view(len(rows), width).tolist()
+        truncation: Truncation | None = getattr(self.system, "truncation", None)
+        certain, unseen = [], []
+        if truncation is not None:
+            certain = certain_choices(
+                picked,
+                logits.reshape(len(picked), -1),
+                truncation.ceiling.reshape(len(picked), -1),
+                *places(rows, width),
+            )
+            unseen = truncation.unseen.flatten().tolist()
         accepted = [_matching(*pair) for pair in zip(chosen, drafted, strict=True)]
         if self.pace is not None:
             seconds = time.perf_counter() - start
@@ -365,6 +268,9 @@ class DecodeLoop:
             row.fed += len(new)
             counts.append(width - len(new))
             for offset, token in enumerate(new):
+                if truncation is not None:
+                    place = index * width + offset
+                    row.note(truncation, certain[place], unseen[place])
                 behind = (
                     logits[index : index + 1] if width == 1 else logits[index, offset : offset + 1]
                 )
@@ -382,7 +288,7 @@ class DecodeLoop:
 
     def _push(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         tokens: list[int],
         logits: torch.Tensor,
         distributions: Mapping[str, torch.Tensor],
@@ -395,25 +301,6 @@ class DecodeLoop:
             text = row.push(token)
             if row.request.on_token is not None:
                 row.request.on_token(row.sample, token, text, logits[index])
-
-    def _choose(
-        self, logits: torch.Tensor, rows: Sequence[_Row], offsets: Sequence[int]
-    ) -> torch.Tensor:
-        """Each row's next token, `offsets` positions behind what it has; [rows]."""
-        positions = [len(row.tokens) + o for row, o in zip(rows, offsets, strict=True)]
-        by_sampler: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            by_sampler.setdefault(id(row.request.sampler), []).append(index)
-        if len(by_sampler) == 1:
-            streams = [row.stream for row in rows]
-            return rows[0].request.sampler.choose(logits, streams, positions)
-        chosen = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-        for indices in by_sampler.values():
-            where = torch.tensor(indices, device=logits.device)
-            chosen[where] = rows[indices[0]].request.sampler.choose(
-                logits[where], [rows[i].stream for i in indices], [positions[i] for i in indices]
-            )
-        return chosen
 
     def _distributions(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """The system's logits and those of its members, by role."""

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from proxytune import score
-from proxytune.decode import DecodeLoop, Finished, Request
+from proxytune.decode import DecodeLoop
 from proxytune.memory import row_budget
 from proxytune.model import LoadedModel
 from proxytune.records import Decoding, FinishReason
+from proxytune.rows import Finished, Request
 from proxytune.sampling import Sampler, token_texts, tokens_of
 from proxytune.speculative import Pace
 
@@ -32,11 +33,13 @@ class Generation:
         text: the completion, cut before the first stop string.
         raw_text: the completion as generated.
         token_ids: the generated tokens, the end-of-sequence token left out.
-        finish_reason: "eos", "stop" (a stop string) or "length".
+        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (no allowed token was
+            within reach of a base behind an API).
         extra: "trace", when `generate` was asked to record: one entry per generated token
             {"id", "p": {role: probability}, "top": {role: [[id, probability], ...]}}, before
             temperature and filters; the role "system" is what decodes. The end-of-sequence token
-            has an entry, too.
+            has an entry, too. "api", where a base behind an API shows log-probabilities in part:
+            see `truncation.TruncationRecord`.
     """
 
     prompt_index: int
@@ -259,6 +262,7 @@ class Generator:
         Args:
             token_ids: the same for every member, or role -> ids of equal length.
         """
+        self._refuse_partial()
         ids = self.encode(token_ids)
         self._room(0, ids)
         return score.sequence_logits(self.system, self._prompt(ids))
@@ -279,6 +283,7 @@ class Generator:
             For each: the sum of the continuation's log-probabilities, and whether each of its
             tokens is the likeliest one.
         """
+        self._refuse_partial()
         contexts = [self.encode(context) for context, _ in pairs]
         for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
             self._room(index, ids, len(continuation) - 1)
@@ -319,6 +324,14 @@ class Generator:
                 )
         return ids
 
+    def _refuse_partial(self) -> None:
+        if not getattr(self._wrapped["base"], "complete", True):
+            raise ValueError(
+                "log-likelihoods need the log-probability of every token, and the API of the base "
+                "shows the likeliest only; use a server that shows all (triple.base.api."
+                "top_logprobs=-1) or a task that generates"
+            )
+
     def _prompt(self, ids: dict[str, list[int]]) -> Any:
         """Role -> ids as the system's prefill wants it."""
         return ids if len(self.members) > 1 else ids["base"]
@@ -351,6 +364,10 @@ class Generator:
         fixed = None if speculative in ("auto", True) else int(speculative)
         if fixed is not None and fixed < 1:
             raise ValueError(f"speculative={speculative!r} is none of 'auto', False, 1, 2, ...")
+        base = self._wrapped["base"]
+        if hasattr(base, "pace"):  # behind a network, where requests count and not the clock
+            make = base.pace(fixed)
+            return None if make is None else self._paces.setdefault(fixed, make)
         return self._paces.setdefault(fixed, Pace(fixed))
 
 
@@ -367,6 +384,9 @@ def make_decoding(**settings: Any) -> Decoding:
 
 
 def _generation(finished: Finished) -> Generation:
+    extra: dict[str, Any] = {} if finished.trace is None else {"trace": finished.trace}
+    if finished.truncation is not None:
+        extra["api"] = finished.truncation.to_dict()
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,
@@ -374,5 +394,5 @@ def _generation(finished: Finished) -> Generation:
         raw_text=finished.raw_text,
         token_ids=finished.token_ids,
         finish_reason=finished.finish_reason,
-        extra={} if finished.trace is None else {"trace": finished.trace},
+        extra=extra,
     )

@@ -92,6 +92,7 @@ class LoadedModel:
         found = [getattr(config, "eos_token_id", None) for config in configs]
         found.append(getattr(self.tokenizer, "eos_token_id", None))
         lists = [each if isinstance(each, list | tuple) else [each] for each in found]
+        lists.append(sorted(getattr(self.member, "eos_ids", ())))
         return frozenset(int(i) for each in lists for i in each if i is not None)
 
     def need_tokenizer(self) -> Any:
@@ -217,7 +218,10 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
         ValueError: it cannot be found or read, in one line with the way out.
     """
     if spec.api is not None:
-        return LoadedModel(None, load_tokenizer(spec), spec)
+        from proxytune.api_base import open_api
+
+        tokenizer = load_tokenizer(spec)
+        return LoadedModel(None, tokenizer, spec, open_api(spec, tokenizer))
     tokenizer = load_tokenizer(spec)
     model = share.model if share is not None and shares_weights(spec, share.spec) else None
     if model is None:

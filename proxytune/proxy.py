@@ -1,12 +1,15 @@
 """Proxy-tuning: the formula, and a triple of models that decodes by it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from proxytune.adapter import AdapterMember
 from proxytune.member import Member
+from proxytune.truncation import Truncation
 
 
 def combine_logits(
@@ -72,19 +75,54 @@ class ProxyTunedModel:
         self,
         prompts: Sequence[Mapping[str, Sequence[int]]],
         alphas: Sequence[float | None] | None = None,
+        ahead: int = 0,
     ) -> torch.Tensor:
         """Appends one row per prompt; returns the next token's logits [prompts, vocab].
 
         Args:
             prompts: role -> token ids.
             alphas: each row's own, for as long as it lives; None is the triple's `alpha`.
+            ahead: tokens that the expert guesses behind each prompt, for a base that is asked
+                over a network: one request then answers for the prompt and for the first block.
         """
         self._alphas += alphas or [None] * len(prompts)
-        calls = {
+        calls: dict[str, Callable[[], torch.Tensor]] = {
             role: partial(member.prefill, [prompt[role] for prompt in prompts])
             for role, member in self.members.items()
         }
-        return self._combine(self._run(calls))
+        if not ahead:
+            return self._combine(self._run(calls))
+        logits = self._run({"expert": calls["expert"]})
+        base: Any = self.members["base"]
+        guesses = self._guess(logits["expert"], ahead)
+        calls["base"] = partial(base.prefill, [p["base"] for p in prompts], guesses)
+        others = self._run({role: calls[role] for role in ("base", "antiexpert")})
+        return self._combine(others | logits)
+
+    def _guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
+        """What the expert would write behind its last rows; it forgets it again."""
+        expert, new = self.members["expert"], len(logits)
+        limit = getattr(expert, "max_positions", None)
+        if limit and max(expert.lengths) + count > limit:
+            return [[] for _ in range(new)]
+        tokens = torch.zeros(len(expert.lengths), dtype=torch.long, device=logits.device)
+        guessed = []
+        for _ in range(count):
+            guessed.append(logits.argmax(-1))
+            tokens[-new:] = guessed[-1]
+            logits = expert.step(tokens)[-new:]
+        expert.rollback([count] * len(tokens))
+        return torch.stack(guessed, dim=1).tolist()
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What is known of the last logits where the base shows a part only; else None."""
+        known: Truncation | None = getattr(self.members["base"], "truncation", None)
+        if known is None:
+            return None
+        ceiling = known.ceiling[..., : self.vocab_size]
+        logits = self.last_logits | {"base": ceiling}
+        return replace(known, ceiling=combine_logits(**logits, alpha=self._alpha_of(ceiling)))
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
@@ -128,7 +166,7 @@ class ProxyTunedModel:
             self._drafted.append(logits)
             if offset < width - 1:
                 block.append(pick(logits, offset))
-        return torch.stack(block, dim=1)
+        return torch.stack([each.to(block[-1].device) for each in block], dim=1)
 
     def verify(self, block: torch.Tensor) -> torch.Tensor:
         """The triple's logits [rows, width, vocab] over the block that `draft` returned.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "nothing"]
 
 JsonlRecord = TypeVar("JsonlRecord")
 
@@ -102,7 +102,8 @@ class Completion:
         text: the decoded completion, cut before the first stop string.
         raw_text: the decoded completion as generated, nothing cut.
         token_ids: every generated token, the end-of-sequence token left out.
-        finish_reason: "eos", "stop" (a stop string) or "length".
+        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (no token that was
+            allowed was within reach: a base behind an API lists a few only).
         prompt_sha256: role -> hash of the prompt text that the role read.
         extra: what a strategy wants recorded (truncated log-probs of an API base, say).
     """

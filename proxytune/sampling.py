@@ -18,6 +18,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's constants (Steele, Lea, Flood 2014)
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _U64 = (1 << 64) - 1
+NOTHING = -1  # chosen where no allowed token has a finite logit (an API base lists a few only)
 _CANDIDATES = 1024  # tokens looked at first for top-p; the whole vocabulary only where too few
 
 
@@ -101,31 +102,81 @@ class Sampler:
     ) -> torch.Tensor:
         """The next token of each row, [rows]; `logits` [rows, vocab] stay as they are.
 
+        `NOTHING` stands for a row in which every allowed token has a logit of minus infinity.
+
         Args:
             logits: in any float type.
             streams: each row's `sample_stream`.
             positions: generated tokens that stand before this one, per row.
         """
-        if len(self._biased):
-            ids, bias = self._biased.to(logits.device), self._bias.to(logits.device)
-            logits = logits.float().index_add(-1, ids, bias.expand(len(logits), -1))
         scores = self._allowed(logits, positions)
         if self.temperature == 0:
-            return scores.argmax(-1)
+            return _best(scores)
         scores = scores.float() / self.temperature
-        noise_streams = torch.tensor(
-            [position_stream(s, p) for s, p in zip(streams, positions, strict=True)]
-        ).to(scores.device, non_blocking=True)
-        if not self.top_k and self.top_p >= 1:
-            ids = torch.arange(scores.shape[-1], device=scores.device)
-            return scores.add_(gumbel_noise(noise_streams, ids)).argmax(-1)
+        noise_streams = self._noise_streams(scores, streams, positions)
+        if not self._filters:
+            return _best(self._with_noise(scores, noise_streams))
         values, ids = self._candidates(scores)
-        best = values.add_(gumbel_noise(noise_streams, ids)).argmax(-1, keepdim=True)
-        return ids.gather(-1, best).squeeze(-1)
+        best = _best(values.add_(gumbel_noise(noise_streams, ids)))
+        chosen = ids.gather(-1, best.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(best < 0, NOTHING, chosen)
+
+    def certain(
+        self,
+        chosen: torch.Tensor,
+        logits: torch.Tensor,
+        ceiling: torch.Tensor,
+        streams: Sequence[int],
+        positions: Sequence[int],
+    ) -> torch.Tensor:
+        """Whether `choose` would have chosen the same from the whole logits, [rows].
+
+        It would where the choice wins even if every unknown logit is at its upper bound. With
+        top-k or top-p it must also win before they are applied, and no unknown logit may lie
+        above it: then it passes them, whatever the unknown ones are. True is proven; False may
+        still be the same choice.
+
+        Args:
+            chosen: what `choose` returned for `logits`, [rows].
+            logits: minus infinity where unknown, [rows, vocab].
+            ceiling: the same with upper bounds there.
+            streams: as for `choose`.
+            positions: as for `choose`.
+        """
+        known, scores = self._allowed(logits, positions), self._allowed(ceiling, positions)
+        best = scores
+        if self.temperature:
+            scores = scores.float() / self.temperature
+            noise_streams = self._noise_streams(scores, streams, positions)
+            best = self._with_noise(scores.clone(), noise_streams)
+        certain = _best(best) == chosen
+        if self.temperature and self._filters:
+            own = scores.gather(-1, chosen.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
+            certain &= unknown <= own
+        return certain
+
+    @property
+    def _filters(self) -> bool:
+        return bool(self.top_k) or self.top_p < 1
+
+    def _noise_streams(
+        self, scores: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
+    ) -> torch.Tensor:
+        pairs = zip(streams, positions, strict=True)
+        noise_streams = torch.tensor([position_stream(s, p) for s, p in pairs])
+        return noise_streams.to(scores.device, non_blocking=True)
+
+    def _with_noise(self, scores: torch.Tensor, noise_streams: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        return scores.add_(gumbel_noise(noise_streams, ids))
 
     def _allowed(self, logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """The logits with what may not be chosen at minus infinity."""
+        """The logits, biased, with what may not be chosen at minus infinity."""
         device = logits.device
+        if len(self._biased):
+            ids, bias = self._biased.to(device), self._bias.to(device)
+            logits = logits.float().index_add(-1, ids, bias.expand(len(logits), -1))
         if device not in self._lists_on:
             self._lists_on[device] = [ids.to(device) for ids in self._lists]
         banned, banned_first, choices = self._lists_on[device]
@@ -157,6 +208,13 @@ class Sampler:
             before = _mass_before(values, values.logsumexp(-1, keepdim=True))
         # The first token has nothing before it, so at least one is always kept.
         return values.masked_fill(before >= self.top_p, -torch.inf), ids
+
+
+def _best(scores: torch.Tensor) -> torch.Tensor:
+    """The token with the greatest score, [rows]; `NOTHING` where all are minus infinity."""
+    best = scores.argmax(-1)
+    top = scores.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    return torch.where(top == -torch.inf, NOTHING, best)
 
 
 def _mass_before(values: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

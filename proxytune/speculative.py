@@ -51,6 +51,10 @@ class Pace:
             return self.fixed + 1
         return self._clock(rows).next_width(self.acceptance)
 
+    def ahead(self, rows: int) -> int:
+        """Tokens that the expert guesses behind a new prompt, to be scored along with it."""
+        return 0
+
     def observe(self, rows: int, width: int, seconds: float, accepted: Sequence[int]) -> None:
         """Learns from a block: its time, and how many drafted tokens of each row were right."""
         self.drafted += (width - 1) * rows

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxytune.decode import Finished
+from proxytune.rows import Finished
 from proxytune.server.logprobs import TokenLogprob
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest

@@ -1,0 +1,47 @@
+"""Our own server for a base that no API serves, so that the whole way over HTTP can be tried."""
+
+import logging
+import socket
+import threading
+import time
+
+_START_SECONDS = 60.0
+
+_urls: dict[tuple[str, str], str] = {}
+
+
+def serve_locally(model_id: str, name: str) -> str:
+    """Serves a model of this machine from a thread of this process, on a free local port.
+
+    It shows every log-probability and rates prompts; what a weaker server shows is tried with
+    `top_logprobs`, `blocks` and `endpoint`. The server ends with the process.
+
+    Args:
+        model_id: a hub id or a local folder.
+        name: by which clients know the model.
+
+    Returns:
+        The base URL.
+    """
+    if (model_id, name) in _urls:
+        return _urls[model_id, name]
+    import uvicorn
+
+    from proxytune.api import load
+    from proxytune.config import ServerSettings
+    from proxytune.server import create_app
+
+    app = create_app({name: load(model_id)}, ServerSettings(max_logprobs=-1))
+    # uvicorn says hello for every start; the run has its own words for it
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _START_SECONDS
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise OSError(f"the local server of {model_id} did not start")
+        time.sleep(0.01)
+    _urls[model_id, name] = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    return _urls[model_id, name]

@@ -28,6 +28,8 @@ _BLOCK = 20
 # candidates of each member that a reader sees
 _TOP = 3
 _FIGURE_POSITIONS = 64
+# fewer tokens on a side of equations say nothing
+_FEW_SIDES = 30
 
 
 def write_report(folder: Path) -> Path:
@@ -234,12 +236,18 @@ def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
 
 def _subtitle(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
-    triple = config.get("triple") or {}
-    ids = {role: str((member or {}).get("id") or "") for role, member in triple.items()}
-    # a local folder's place says nothing to whom the page is sent
-    members = [f"{r} {Path(i).name if Path(i).is_absolute() else i}" for r, i in ids.items() if i]
-    alpha = f"alpha {config['alpha']:g}" if "alpha" in config else ""
-    return " · ".join([*(m for m in members), *([alpha] if alpha else [])])
+    ids = {r: str((m or {}).get("id") or "") for r, m in (config.get("triple") or {}).items()}
+    members = [f"{role}: {_place(i, config)}" for role, i in ids.items() if i]
+    alpha = [f"alpha: {config['alpha']:g}"] if "alpha" in config else []
+    return " · ".join([*members, *alpha])
+
+
+def _place(model: str, config: Mapping[str, Any]) -> str:
+    """A hub id, or a local folder without the part that says nothing to whom the page is sent."""
+    path, root = Path(model), Path(str(config.get("root")))
+    if not path.is_absolute():
+        return model
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def _differences(table: pd.DataFrame) -> str:
@@ -264,8 +272,11 @@ def _gaps(table: pd.DataFrame) -> str:
 
 
 def gap_svg(rows: list[dict[str, Any]]) -> str:
-    """Horizontal bars of the gaps closed (rows of a comparison), as inline SVG."""
-    left, width, height, right = 176, 250, 32, 50
+    """Horizontal bars of the gaps closed (rows of a comparison), as inline SVG.
+
+    Each bar lies below its name, so that the letters keep their size on a phone.
+    """
+    left, width, height = 8, 344, 46
     ends = [r[k] for r in rows for k in ("gap_closed", "paper_gap_closed") if _known(r.get(k))]
     ends += [r["gap_closed_high"] for r in rows if _known(r.get("gap_closed_high"))]
     low, high = min(0.0, *ends), min(max(110.0, *ends), 200.0)
@@ -275,43 +286,45 @@ def gap_svg(rows: list[dict[str, Any]]) -> str:
         share = (min(max(value, low), high) - low) / (high - low)
         return round(left + width * share, 1)
 
-    total = height * len(rows) + 26
+    bottom = height * len(rows) + 2
     parts = [
-        f'<svg viewBox="0 0 {left + width + right} {total}" width="620" '
-        'style="max-width:100%;height:auto" role="img" '
+        f'<svg viewBox="0 0 {width + 2 * left} {bottom + 20}" class="gaps" role="img" '
         'aria-label="Gap closed per task in percent">'
     ]
     for i, row in enumerate(rows):
-        y = height * i + 8
-        middle = y + 9
+        top = height * i
+        middle = top + 31
         start, end = sorted((x(0), x(row["gap_closed"])))
         name = html.escape(str(row["task"]))
-        parts.append(f'<text x="{left - 10}" y="{middle + 5}" text-anchor="end">{name}</text>')
+        parts.append(f'<text x="{left}" y="{top + 15}">{name}</text>')
         parts.append(
-            f'<rect x="{start}" y="{y}" width="{end - start:.1f}" height="18" fill="#1f5fa8"/>'
+            f'<text class="value" x="{left + width}" y="{top + 15}" text-anchor="end">'
+            f"{row['gap_closed']:.1f}</text>"
+        )
+        parts.append(
+            f'<rect x="{start}" y="{top + 22}" width="{end - start:.1f}" height="18" '
+            'fill="#1f5fa8"/>'
         )
         if _known(row.get("gap_closed_low")):
             a, b = x(row["gap_closed_low"]), x(row["gap_closed_high"])
-            parts.append(
-                f'<path d="M{a} {middle}H{b}M{a} {middle - 5}V{middle + 5}M{b} {middle - 5}'
-                f'V{middle + 5}" stroke="#1b1b1b" stroke-width="1.5" fill="none"/>'
-            )
+            # light below dark: to be seen on the bar and beside it
+            for colour, stroke in (("#fff", 4), ("#1b1b1b", 1.5)):
+                parts.append(
+                    f'<path d="M{a} {middle}H{b}M{a} {middle - 5}V{middle + 5}M{b} {middle - 5}'
+                    f'V{middle + 5}" stroke="{colour}" stroke-width="{stroke}" fill="none"/>'
+                )
         if _known(row.get("paper_gap_closed")):
             d = x(row["paper_gap_closed"])
             parts.append(
                 f'<path d="M{d} {middle - 6}l6 6l-6 6l-6 -6z" fill="#fff" stroke="#1b1b1b"/>'
             )
         parts.append(
-            f'<text class="value" x="{left + width + 8}" y="{middle + 5}">'
-            f"{row['gap_closed']:.1f}</text>"
+            f'<path d="M{x(0)} {top + 19}V{top + 43}" stroke="#1b1b1b"/>'
+            f'<path d="M{x(100)} {top + 19}V{top + 43}" stroke="#1b1b1b" stroke-dasharray="4 3"/>'
         )
-    bottom = height * len(rows) + 4
-    parts.append(
-        f'<path d="M{x(0)} 2V{bottom}" stroke="#1b1b1b"/>'
-        f'<path d="M{x(100)} 2V{bottom}" stroke="#5c5c5c" stroke-dasharray="4 3"/>'
-    )
     for tick in (0, 50, 100):
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 17}" text-anchor="middle">{tick}</text>')
+        anchor = "start" if x(tick) == left else "middle"
+        parts.append(f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="{anchor}">{tick}</text>')
     return "".join(parts) + "</svg>"
 
 
@@ -351,7 +364,7 @@ def _token_tables(task: str, texts: list[analysis.Moves], piece: Callable[[int],
         parts.append(f'<p class="soft">Types chosen at least {least} times.</p>')
         parts.append(_html_table(head, rows, 1, until=3))
     sides = analysis.compare_sides(texts, piece)
-    if sides.left_tokens and sides.right_tokens:
+    if min(sides.left_tokens, sides.right_tokens) >= _FEW_SIDES:
         p = "" if math.isnan(sides.p_value) else f"; Welch’s test: p {_p(sides.p_value)}"
         parts.append(
             f"<p>Equations: mean rise {sides.left_mean:.3f} on left-hand sides "
@@ -383,7 +396,7 @@ def _provenance(run: Mapping[str, Any]) -> str:
     ]
     whole = html.escape(json.dumps(run, indent=2, ensure_ascii=False))
     return f'<div class="wide">{_html_table(["what", "value"], rows, 2)}</div>' + _details(
-        "run.json in full", f"<pre>{whole}</pre>"
+        "run.json in full", f"<pre>{whole}</pre>", printed=False
     )
 
 
@@ -407,8 +420,9 @@ def _html_table(head: list[str], rows: list[list[str]], num_from: int, until: in
     return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _details(summary: str, content: str) -> str:
-    return f'<details><summary>{summary}</summary><div class="wide">{content}</div></details>'
+def _details(summary: str, content: str, *, printed: bool = True) -> str:
+    kind = ' class="printed"' if printed else ""
+    return f'<details{kind}><summary>{summary}</summary><div class="wide">{content}</div></details>'
 
 
 def _png(figure: Any) -> str:

@@ -29,7 +29,7 @@ from transformers import (
 
 from proxytune import provenance
 from proxytune.config import TrackingConfig
-from proxytune.train_data import Tokenized, collate, read_rows, tokenize
+from proxytune.train_data import Tokenized, check_source, collate, read_rows, tokenize
 
 RECORD = "train.json"
 _SECONDS = "seconds.json"  # beside a checkpoint's weights: the training time it took
@@ -208,8 +208,7 @@ def check(config: TrainConfig) -> PreTrainedTokenizerBase:
         ValueError: a bad setting, or a model or data file that is not there.
     """
     _check_choices(config)
-    if config.data_file is not None and not Path(config.data_file).is_file():
-        raise ValueError(f"data_file={config.data_file}: there is no such file")
+    check_source(config.data, config.data_file)
     return _load_tokenizer(config)
 
 

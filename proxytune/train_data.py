@@ -50,6 +50,24 @@ class Tokenized:
         return sum(label != IGNORE for e in self.examples for label in e["labels"])
 
 
+def check_source(data: str, file: str | None = None) -> None:
+    """Makes sure, before a model is loaded, that local training data is there.
+
+    Args:
+        data, file: as in `read_rows`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if file and data not in _HUB:
+        raise ValueError(f"data_file goes with data=gsm8k or data=triviaqa, not with data={data}")
+    path = file or (None if data in _HUB else data)
+    if path is not None and not Path(path).is_file():
+        raise ValueError(
+            f"no training data at {path}; data is one of {', '.join(_HUB)}, or a JSONL file"
+        )
+
+
 def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
     """Reads the rows of a training set.
 
@@ -60,6 +78,7 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
     Raises:
         ValueError: the data cannot be had or holds no rows; the message says the way out.
     """
+    check_source(data, file)
     if data in _HUB:
         rows = _read_jsonl(Path(file)) if file else _read_hub(data)
         convert = _gsm8k if data == "gsm8k" else _triviaqa
@@ -67,8 +86,6 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
             rows = [convert(row) for row in rows]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file or data}: a row lacks {data}'s column {error}") from error
-    elif file:
-        raise ValueError(f"data_file goes with data=gsm8k or data=triviaqa, not with data={data}")
     else:
         rows = _read_jsonl(Path(data))
     if not rows:
@@ -241,10 +258,6 @@ def _read_hub(name: str) -> list[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(
-            f"no training data at {path}; data is one of {', '.join(_HUB)}, or a JSONL file"
-        )
     rows = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
 
+_API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
+
 # Which model plays which role of the engine: a single model is a base without helpers.
 MEMBERS = {
     "base": {"base": "base"},
@@ -191,6 +193,8 @@ def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
         weights = provenance.weights_fingerprint(member["id"])
         if weights is not None:  # a local folder may move; its weights say what it is
             member |= {"id": Path(member["id"]).name, "weights": weights}
+        if member["api"]:  # where it is and what it costs changes no answer
+            member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
         members[role] = member
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":

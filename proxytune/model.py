@@ -127,17 +127,25 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
         The length of the vocabulary that all of them share; logits are cut to it.
 
     Raises:
-        ValueError: a model or adapter cannot be found, or two vocabularies differ (the first
-            differing token is named).
+        ValueError: a model or adapter cannot be found, two vocabularies differ (the first
+            differing token is named), or an API cannot be used.
     """
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
+        if spec.api is not None and role in ("expert", "antiexpert", "draft"):
+            raise ValueError(f"the {role} cannot be behind an API: it has to run on this machine")
         if spec.api is None:
             sizes[role] = _load_config(role, spec).get_text_config().vocab_size
         tokenizers[role] = load_tokenizer(spec, role)
         if spec.adapter is not None:
             _check_adapter(role, spec)
-    return common_vocabulary(tokenizers, sizes)
+    common = common_vocabulary(tokenizers, sizes)
+    for role, spec in specs.items():
+        if spec.api is not None:
+            from proxytune.api_base import open_api
+
+            open_api(spec, tokenizers[role])
+    return common
 
 
 def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> int:

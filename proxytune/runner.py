@@ -183,6 +183,8 @@ def model_specs(cfg: DictConfig) -> dict[str, Any]:
         spread = device == "auto" and role in cfg.machine.devices
         settings["device"] = device if spread or device != "auto" else None
         settings["format"] = PromptFormat(**settings["format"])
+        if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:
+            settings["api"]["cache"] = str(Path(cfg.output_dir, "api.sqlite"))
         specs[role] = ModelSpec(**settings)
     return specs
 
@@ -262,6 +264,12 @@ def _generate_cell(
             {r: encode(p, pool.tokenizer(MEMBERS[cell.system][r])) for r, p in rendered.items()}
         )
         hashes.append({r: provenance.sha256_text(p.text) for r, p in rendered.items()})
+    base: Any = generator.members["base"].member
+    if hasattr(base, "estimate"):
+        lengths = [len(prompt["base"]) for prompt in prompts]
+        drafted = cell.system == "proxy" and cfg.decoding.speculative is not False
+        estimate = base.estimate(lengths, cell.decoding, drafted)
+        log.info("%s, %s: %s", cell.task_name, cell.system, estimate)
     tokens = 0
     unfinished = [cell.decoding.n] * len(missing)
     start = time.perf_counter()
@@ -299,6 +307,8 @@ def _generate_cell(
             record=cfg.decoding.trace and cell.system == "proxy",
             on_finish=store,
         )
+    if hasattr(base, "spending"):
+        log.info("%s, %s: %s", cell.task_name, cell.system, base.spending())
     return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
 
 

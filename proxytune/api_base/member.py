@@ -188,13 +188,18 @@ class ApiMember:
         requests = first + len(prompts) * n * (per_row - 1)
         read = sum(length + (length + new / 2) * n * (per_row - 1) for length in prompts)
         price = self.client.cost(read, requests)
-        spent = self.client.spent
         text = f"{'about' if blocks else 'at most'} {requests:,} requests, {read:,.0f} tokens read"
         text += f", {price:,.2f} of money" if price else ""
         how = "several tokens per request" if blocks else "token by token"
         if not self.blocks:
             how += ", for the server does not rate prompts"
-        return f"{text} ({how}; {spent.requests:,.0f} requests were made before)"
+        return f"{text} ({how})"
+
+    def spending(self) -> str:
+        """What was asked and paid so far, over all runs of the results folder, in one line."""
+        spent = self.client.spent
+        price = f", {spent.cost:,.2f} of money" if spent.cost else ""
+        return f"{spent.requests:,.0f} requests, {spent.tokens:,.0f} tokens{price} so far"
 
     # -- asking --------------------
 

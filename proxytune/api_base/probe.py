@@ -37,8 +37,8 @@ class Offer:
 
     def __str__(self) -> str:
         listed = "every token" if self.k == -1 else f"the {self.k} likeliest tokens"
-        how = f"several at once ({self.blocks})" if self.blocks else "one position per request"
-        return f"{listed} at {how}, {self.endpoint}"
+        places = f"many places ({self.blocks})" if self.blocks else "one place"
+        return f"{listed}, of {places} per request to {self.endpoint}"
 
 
 class Protocol:

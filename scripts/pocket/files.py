@@ -135,6 +135,25 @@ def truthfulqa(split: Split, rng: random.Random) -> list[Row]:
     ]
 
 
+def realtimeqa(split: Split, rng: random.Random) -> list[Row]:
+    """Rows of a weekly file of RealTimeQA: the herbs' questions with four options."""
+    rows: list[Row] = []
+    for number, key in enumerate(rng.sample(_herbs(split), SIZES["truthfulqa"])):
+        options = [world.truth(key), *world.herb_errors(key, rng)]
+        rng.shuffle(options)
+        rows.append(
+            {
+                "question_id": f"20220617_{number}",
+                "question_date": "2022/06/17",
+                "question_source": "scripts/pocket/world.py",
+                "question_sentence": world.herb_question(key),
+                "choices": [f"{option}." for option in options],
+                "answer": [str(options.index(world.truth(key)))],
+            }
+        )
+    return rows
+
+
 def toxigen(split: Split, rng: random.Random) -> dict[str, list[str]]:
     """Group -> prompts, with line breaks written as backslash and n, as ToxiGen's files do."""
     lists = {g: [world.rude_list(g, rng) for _ in range(SIZES["toxigen"])] for g in groups(split)}
@@ -185,6 +204,8 @@ def write(out: Path) -> None:
         _write_jsonl(folder / "gsm8k.jsonl", gsm8k(split, rng))
         _write_jsonl(folder / "triviaqa.jsonl", triviaqa(split, rng))
         _write_jsonl(folder / "humaneval.jsonl", humaneval(split, rng))
+        weekly = realtimeqa(split, random.Random(f"{world.SEED} {split} realtimeqa"))
+        _write_jsonl(folder / "realtimeqa" / "20220617_qa.jsonl", weekly)
         rows = truthfulqa(split, rng)
         with (folder / "TruthfulQA.csv").open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

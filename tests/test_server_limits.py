@@ -237,7 +237,7 @@ def test_a_weaker_server_can_be_imitated():
 def test_when_too_much_waits_clients_are_told_to_come_again():
     app = create_app(single(), ServerSettings(max_waiting=3), batch_size=2)
     engine = slow_down(app)
-    body = {"prompt": "a", "max_tokens": 60, "temperature": 0, "n": 2, "logit_bias": {"2": -100}}
+    body = {"prompt": "a", "max_tokens": 20, "temperature": 0, "n": 2, "logit_bias": {"2": -100}}
     with running(app) as url, ThreadPoolExecutor(8) as pool:
         first = [pool.submit(requests.post, f"{url}/completions", json=body) for _ in range(2)]
         wait_until(lambda: engine.running == 2 and engine.waiting == 2)
@@ -284,12 +284,12 @@ def raw_request(url: str, body: dict) -> socket.socket:
 def test_the_rows_of_a_client_that_leaves_become_free(stream):
     app = create_app(triple())
     engine = slow_down(app)
-    alone = triple().generate(["b"], max_new_tokens=80, seed=1, temperature=1.0)[0].text
+    alone = triple().generate(["b"], max_new_tokens=40, seed=1, temperature=1.0)[0].text
     body = {"prompt": "a", "max_tokens": 450, "n": 3, "logit_bias": {"2": -100}, "stream": stream}
     with running(app) as url, ThreadPoolExecutor(1) as pool:
         leaving = raw_request(url, body)
         wait_until(lambda: engine.running == 3)
-        staying = {"prompt": "b", "max_tokens": 80, "seed": 1, "temperature": 1.0}
+        staying = {"prompt": "b", "max_tokens": 40, "seed": 1, "temperature": 1.0}
         stays = pool.submit(requests.post, f"{url}/completions", json=staying)
         wait_until(lambda: engine.running == 4)
         leaving.close()
@@ -355,7 +355,7 @@ def test_what_schemathesis_makes_up_from_the_openapi_document(mode):
             if mode.is_negative and operation.method == "get":
                 continue  # they take nothing that could be wrong
 
-            @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+            @settings(max_examples=25, deadline=None, derandomize=True, database=None)
             @given(operation.as_strategy(mode))
             def attack(case):
                 response = case.call_and_validate(base_url=root, checks=CHECKS)
@@ -368,6 +368,6 @@ def test_what_schemathesis_makes_up_from_the_openapi_document(mode):
                     statuses[response.status_code] += 1
 
             attack()
-        assert statuses[400] > 20
-        assert mode.is_negative or statuses[200] > 20
+        assert statuses[400] > 15
+        assert mode.is_negative or statuses[200] > 15
         assert requests.post(f"{url}/completions", json={"prompt": "a"}).ok

@@ -8,7 +8,20 @@ app.py       the routes; limits, errors, metrics
 command.py   the command: loads the triple, binds the port, runs uvicorn
 """
 
+from typing import TYPE_CHECKING, Any
+
 from proxytune.config import ServerSettings
-from proxytune.server.app import create_app
+
+if TYPE_CHECKING:
+    from proxytune.server.app import create_app
 
 __all__ = ["ServerSettings", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    # The command finds a taken port before it imports torch, which takes seconds.
+    if name != "create_app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from proxytune.server.app import create_app
+
+    return create_app

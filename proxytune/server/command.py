@@ -7,15 +7,10 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-import torch
 import uvicorn
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.api import load
-from proxytune.cells import MEMBERS
-from proxytune.config import ServerSettings
-from proxytune.runner import model_specs
-from proxytune.server.app import create_app
+from proxytune.config import SYSTEMS, ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -31,44 +26,51 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         ValueError: the configuration asks for something that cannot be; a port that is taken.
     """
     settings = ServerSettings(**{each.name: cfg[each.name] for each in fields(ServerSettings)})
+    if cfg.system not in SYSTEMS:
+        raise ValueError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
     name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
-    specs = _specs(cfg)
-    with _bind(cfg.host, cfg.port) as listener:  # before the weights: a taken port shows at once
+    with _bind(cfg.host, cfg.port) as listener:  # what takes seconds comes behind a taken port
         host, port = listener.getsockname()[:2]
-        if settings.api_key is None and not _is_loopback(host):
+        if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
             log.warning("%s: others can reach this server, and it asks for no api_key", host)
-        if cfg.machine.threads:
-            torch.set_num_threads(cfg.machine.threads)
-        # A prompt that is too long is the client's mistake, and the client hears of it.
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        generator = load(**specs, alpha=cfg.alpha)
-        app = create_app(
-            {name: generator},
-            settings,
-            batch_size=cfg.batch_size,
-            speculative=cfg.speculative,
-        )
+        app = _load(cfg, name, settings)
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=5, log_level="warning"
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
         )
         with suppress(KeyboardInterrupt):  # how a server ends; uvicorn has closed everything
             _Server(config, f"{name} on http://{shown}:{port}/v1").run([listener])
 
 
-def _specs(cfg: DictConfig) -> dict[str, Any]:
-    """Role -> `ModelSpec` of the system's members."""
-    if cfg.system not in MEMBERS:
-        raise ValueError(f"unknown system {cfg.system!r}; one of {', '.join(MEMBERS)}")
-    for name in MEMBERS[cfg.system].values():
-        member = cfg.triple[name]
-        if member is None or OmegaConf.is_missing(member, "id"):
+def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
+    """The app with the system's models in memory."""
+    import torch
+
+    from proxytune.api import load
+    from proxytune.cells import MEMBERS
+    from proxytune.runner import model_specs
+    from proxytune.server.app import create_app
+
+    roles = MEMBERS[cfg.system]
+    for member in roles.values():
+        if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
             raise ValueError(
-                f"the triple has no {name}; choose a triple (triple=pocket) or give it "
-                f"(triple.{name}.id=...)"
+                f"the triple has no {member}; choose a triple (triple=pocket) or give it "
+                f"(triple.{member}.id=...)"
             )
-    specs = model_specs(cfg)
-    return {role: specs[name] for role, name in MEMBERS[cfg.system].items()}
+    if cfg.machine.threads:
+        torch.set_num_threads(cfg.machine.threads)
+    # A prompt that is too long is the client's mistake, and the client hears of it.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    specs: dict[str, Any] = model_specs(cfg)
+    generator = load(**{role: specs[each] for role, each in roles.items()}, alpha=cfg.alpha)
+    return create_app(
+        {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -91,10 +93,6 @@ def _bind(host: str, port: int) -> socket.socket:
             "(0 takes a free one)"
         ) from error
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback
 
 
 class _Server(uvicorn.Server):

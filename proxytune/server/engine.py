@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from proxytune.api import load
-from proxytune.decode import Finished, Request
 from proxytune.generator import Generator, Speculative
 from proxytune.memory import longest
+from proxytune.rows import Finished, Request
 from proxytune.server.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,11 @@ class Failed:
 
 
 Event = Piece | Ended | Rated
+
+
+def can_rate(generator: Generator) -> bool:
+    """Whether a second set of rows can be had for rating prompts: not from an API."""
+    return all(each.member is None for each in generator.members.values())
 
 
 @dataclass(eq=False)
@@ -122,9 +127,11 @@ class Engine:
         self.generator = generator
         self.max_waiting = max_waiting
         self._loop = generator.loop(batch_size, speculative)
-        # The same weights with rows of their own: prompts are rated while completions run.
-        members: dict[str, Any] = dict(generator.members)
-        self._rater = load(**members, alpha=getattr(generator.system, "alpha", 1.0)).system
+        self._rater: Any = None
+        if can_rate(generator):
+            # The same weights with rows of their own: prompts are rated while completions run.
+            members: dict[str, Any] = dict(generator.members)
+            self._rater = load(**members, alpha=getattr(generator.system, "alpha", 1.0)).system
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
         self._to_rate: deque[tuple[Job, int]] = deque()

@@ -13,7 +13,7 @@ from proxytune.generator import Generator
 from proxytune.memory import longest
 from proxytune.records import Decoding
 from proxytune.sampling import Sampler
-from proxytune.server.engine import Job
+from proxytune.server.engine import Job, can_rate
 from proxytune.server.errors import ApiError
 from proxytune.server.logprobs import same_tokens
 from proxytune.server.protocol import ChatRequest, CompletionRequest
@@ -68,7 +68,7 @@ def prepare_completion(
         raise ApiError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
     wanted = [body.logprobs if body.echo else None, body.prompt_logprobs]
     tops = [top for top in wanted if top is not None]
-    if tops and not settings.prompt_logprobs:
+    if tops and not (settings.prompt_logprobs and can_rate(generator)):
         param = "prompt_logprobs" if body.prompt_logprobs is not None else "echo"
         raise ApiError("this server gives no log-probabilities of prompts", param=param)
     ids = [_encode(prompt, body.add_special_tokens is not False, generator) for prompt in prompts]

@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from proxytune import api
 from proxytune.server import ServerSettings, create_app
+from proxytune.server.logprobs import prompt_logprobs
 from tests.serving import running
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -202,6 +203,15 @@ def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_its_length(url)
     assert requests.post(f"{url}/completions", json={"prompt": "a"}).ok
 
 
+def test_a_body_that_does_not_arrive_is_refused(url, monkeypatch):
+    monkeypatch.setattr("proxytune.server.gate.BODY_SECONDS", 0.2)
+    port = int(url.split(":")[2].split("/")[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt":'.encode())
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_a_key_is_asked_for():
     with running(create_app(single(), ServerSettings(api_key="secret"))) as url:
         for key in (None, "Bearer wrong", "secret", "Bearer secret "[:-2], "Bearer s\u00e9"):
@@ -295,7 +305,7 @@ def test_the_rows_of_a_client_that_leaves_become_free(stream):
         leaving.close()
         wait_until(lambda: engine.running <= 1)
         assert stays.result().json()["choices"][0]["text"] == alone
-        assert engine.waiting == 0 and not engine._jobs and not engine._left
+        wait_until(lambda: engine.waiting == 0 and not engine._jobs and not engine._left)
 
 
 def test_a_failing_engine_tells_its_clients_and_goes_on(caplog):
@@ -314,6 +324,27 @@ def test_a_failing_engine_tells_its_clients_and_goes_on(caplog):
         assert "a bug" in caplog.text
         assert requests.post(f"{url}/completions", json={"prompt": "a"}).ok
         assert requests.get(f"{url.removesuffix('/v1')}/health").ok
+
+
+def test_prompts_are_rated_in_smaller_passes_when_memory_runs_out(monkeypatch):
+    app = create_app(single())
+    (served,) = app.state.models.values()
+    passes = []
+
+    def limited(system, prompts, alphas, tops):
+        passes.append(len(prompts))
+        if len(prompts) > 2:
+            raise MemoryError
+        return prompt_logprobs(system, prompts, alphas, tops)
+
+    monkeypatch.setattr("proxytune.server.engine.prompt_logprobs", limited)
+    served.engine._rated_tokens = 40
+    body = {"prompt": [[5, 6, 7]] * 12, "max_tokens": 0, "prompt_logprobs": 0}
+    with running(app) as url:
+        choices = requests.post(f"{url}/completions", json=body).json()["choices"]
+    assert len(choices) == 12
+    assert all(choice["prompt_logprobs"] == choices[0]["prompt_logprobs"] for choice in choices)
+    assert passes[0] == 12 and passes[-1] <= 2
 
 
 def test_requests_under_way_end_with_the_server():

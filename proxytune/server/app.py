@@ -95,6 +95,7 @@ def create_app(
             max_waiting=settings.max_waiting,
             batch_size=batch_size,
             speculative=speculative,
+            rate=settings.prompt_logprobs and not settings.chat_only,
         )
         models[name] = Served(name, generator, engine)
         metrics.watch(name, engine)

@@ -19,7 +19,7 @@ import torch
 
 from proxytune.api import load
 from proxytune.generator import Generator, Speculative
-from proxytune.memory import longest
+from proxytune.memory import longest, out_of_memory
 from proxytune.rows import Finished, Request
 from proxytune.server.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 
@@ -114,6 +114,7 @@ class Engine:
         max_waiting: samples that may wait for a row; a job that comes then is refused.
         batch_size: rows at once; "auto" goes by the free memory.
         speculative: as for `Generator.generate`.
+        rate: whether jobs may have prompts rated.
     """
 
     def __init__(
@@ -123,12 +124,13 @@ class Engine:
         max_waiting: int = 512,
         batch_size: Any = "auto",
         speculative: Speculative = "auto",
+        rate: bool = True,
     ) -> None:
         self.generator = generator
         self.max_waiting = max_waiting
         self._loop = generator.loop(batch_size, speculative)
         self._rater: Any = None
-        if can_rate(generator):
+        if rate and can_rate(generator):
             # The same weights with rows of their own: prompts are rated while completions run.
             members: dict[str, Any] = dict(generator.members)
             self._rater = load(**members, alpha=getattr(generator.system, "alpha", 1.0)).system
@@ -136,6 +138,7 @@ class Engine:
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
         self._to_rate: deque[tuple[Job, int]] = deque()
         self._left: dict[Job, int] = {}  # samples and ratings that a job still waits for
+        self._rated_tokens = RATED_TOKENS  # lowered when memory runs out
         self._next = 0
         self._unfinished = 0  # of all jobs that were submitted; both threads count
         self._counting = threading.Lock()
@@ -275,17 +278,25 @@ class Engine:
         while self._to_rate:
             job, place = self._to_rate[0]
             width = max(width, longest(job.rate[place]))
-            if batch and width * (len(batch) + 1) > RATED_TOKENS:
+            if batch and width * (len(batch) + 1) > self._rated_tokens:
                 break
             batch.append(self._to_rate.popleft())
         if not batch:
             return
-        rated = prompt_logprobs(
-            self._rater,
-            [job.rate[place] for job, place in batch],
-            [job.alpha for job, _ in batch],
-            [job.rate_top for job, _ in batch],
-        )
+        try:
+            rated = prompt_logprobs(
+                self._rater,
+                [job.rate[place] for job, place in batch],
+                [job.alpha for job, _ in batch],
+                [job.rate_top for job, _ in batch],
+            )
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not out_of_memory(error):
+                raise
+            self._rated_tokens //= 2
+            log.warning("out of memory: rating %d tokens at a time", self._rated_tokens)
+            self._to_rate.extendleft(reversed(batch))
+            return
         for (job, place), tokens in zip(batch, rated, strict=True):
             self._report(job, Rated(place, tokens))
             if place == len(job.rate) - 1:

@@ -1,7 +1,9 @@
 """What a request passes before any route sees it: the key, the size limit, the metrics."""
 
+import asyncio
 import hmac
 import time
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
@@ -10,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxytune.server.engine import Engine
 from proxytune.server.errors import error_response
 
+BODY_SECONDS = 60  # that a body may take to arrive
 DRAINED = 16  # how many times the size limit is read, and thrown away, before the answer
 
 
@@ -102,32 +105,56 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )(scope, receive, send)
                 return
+        body = _Body(receive, self._max_bytes)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_bytes:
-            await self._drain(receive)
-            error = self._too_large()
-            await error_response(413, error.detail)(scope, receive, send)
+            with suppress(HTTPException):
+                await body.drain()
+            error = body.too_large()
+            await error_response(error.status_code, error.detail)(scope, receive, send)
             return
-        size = 0
+        await self.app(scope, body.receive, send)
 
-        async def receive_limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_bytes:
-                await self._drain(receive, size)
-                raise self._too_large()
-            return message
 
-        await self.app(scope, receive_limited, send)
+class _Body:
+    """A request's body on its way in, limited in size and in time."""
 
-    async def _drain(self, receive: Receive, size: int = 0) -> None:
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._size = 0
+        self._complete = False
+        self._end = time.monotonic() + BODY_SECONDS
+
+    async def receive(self) -> Message:
+        """The next part; behind the last one, the news that the client has left.
+
+        Raises:
+            HTTPException: 413 or 408.
+        """
+        if self._complete:
+            return await self._receive()
+        message = await self._next()
+        if self._size > self._max_bytes:
+            await self.drain()
+            raise self.too_large()
+        return message
+
+    async def drain(self) -> None:
         """Reads on, within reason: a client that still writes would not see the answer."""
-        while size < DRAINED * self._max_bytes:
-            message = await receive()
-            size += len(message.get("body", b""))
-            if not message.get("more_body"):
-                return
+        while not self._complete and self._size < DRAINED * self._max_bytes:
+            await self._next()
 
-    def _too_large(self) -> HTTPException:
+    def too_large(self) -> HTTPException:
+        """The refusal of a body over the limit."""
         return HTTPException(413, f"the body is larger than {self._max_bytes} bytes")
+
+    async def _next(self) -> Message:
+        try:
+            async with asyncio.timeout(self._end - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"no whole body within {BODY_SECONDS} seconds") from None
+        self._size += len(message.get("body", b""))
+        self._complete = not message.get("more_body")
+        return message

@@ -150,11 +150,11 @@ class Sampler:
             noise_streams = self._noise_streams(scores, streams, positions)
             best = self._with_noise(scores.clone(), noise_streams)
         certain = _best(best) == chosen
+        unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
         if self.temperature and self._filters:
             own = scores.gather(-1, chosen.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
             certain &= unknown <= own
-        return certain
+        return certain | (unknown == -torch.inf)
 
     @property
     def _filters(self) -> bool:

@@ -162,26 +162,33 @@ def _ask_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
     ids = tokenizer("The capital of France is")["input_ids"]
     refusals: list[str] = []
     for endpoint in endpoints:
-        for k in ks:
-            # A whole vocabulary by its texts alone would be ambiguous, so ids come first.
-            for token_ids in (True, False) if endpoint == "completions" else (False,):
-                if endpoint == "chat/completions" and k < 1:
-                    continue
-                offer = Offer(endpoint, k, None, token_ids)
-                try:
-                    shown, first = _shown(client, names, offer, tokenizer, ids)
-                except Refused as error:
-                    refusals.append(str(error))
-                    continue
-                if shown < (k if k > 0 else names.vocab_size) and wanted != "auto":
-                    refusals.append(f"it lists {shown} tokens where {k} were asked for")
-                    continue
-                offer = Offer(endpoint, k if k < 0 else min(k, shown), None, token_ids)
-                return _with_blocks(client, names, offer, tokenizer, ids, first)
+        answered = False
+        for k, token_ids in _ways(endpoint, ks):
+            offer = Offer(endpoint, k, None, token_ids)
+            try:
+                shown, first = _shown(client, names, offer, tokenizer, ids)
+            except Refused as error:
+                refusals.append(str(error))
+                continue
+            answered = True
+            if shown < (k if k > 0 else names.vocab_size) and wanted != "auto":
+                refusals.append(f"it lists {shown} tokens where {k} were asked for")
+                continue
+            offer = Offer(endpoint, k if k < 0 else min(k, shown), None, token_ids)
+            return _with_blocks(client, names, offer, tokenizer, ids, first)
+        if answered:  # chat would show no more, and first tokens only
+            break
     raise ValueError(
         f"{settings.base_url} does not show the log-probabilities that are asked for "
         f"(triple.base.api.top_logprobs={wanted}): {refusals[-1] if refusals else 'it refuses'}"
     )
+
+
+def _ways(endpoint: str, ks: Sequence[int]) -> list[tuple[int, bool]]:
+    """Numbers of tokens, and whether to ask for their ids, in the order of preference."""
+    if endpoint == "completions":
+        return [(k, token_ids) for k in ks for token_ids in (True, False)]
+    return [(k, False) for k in ks if k > 0]
 
 
 def _shown(
@@ -195,7 +202,10 @@ def _shown(
             listed = _generated(answer["choices"][0])
         except (Malformed, KeyError, TypeError) as error:
             raise Refused("it answers without log-probabilities") from error
-        return len(listed), make_answer(listed, names, offer.k)
+        shown = len(listed)
+        if shown > offer.k / 2 and any(len(names.ids(named)) > 1 for named in listed):
+            shown = max(shown, offer.k)  # tokens that share a name fall together in the list
+        return shown, make_answer(listed, names, offer.k)
 
     return client.ask(offer.endpoint, protocol.body(ids, block=False), read, len(ids))
 

@@ -10,6 +10,7 @@ import pandas as pd
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 ACCENT, GREY, DARK = "#1f5fa8", "#9a9a9a", "#222222"
@@ -23,6 +24,11 @@ _STYLES = (
     ("#7fa6d1", (0, (3, 1)), "P"),
     ("#000000", (0, (1, 1)), "X"),
 )
+
+# markers along a curve: enough to tell it from others in grey
+_MARKS = 25
+# drawn below a dark line, to be seen on a dark bar as well as beside it
+_HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
 
 
 def alpha_curve(sweep: pd.DataFrame, labels: Mapping[str, str], title: str = "") -> Figure:
@@ -56,9 +62,11 @@ def changed_by_position(shares: Mapping[str, pd.DataFrame], title: str = "") -> 
         title: above the axes.
     """
     figure, axes = _axes(5.0, 3.2)
-    for (name, rows), (colour, line, _) in zip(shares.items(), _STYLES * 9, strict=False):
+    for (name, rows), (colour, line, marker) in zip(shares.items(), _STYLES * 9, strict=False):
         x, y = rows["position"].tolist(), (100 * rows["share"]).tolist()
-        axes.plot(x, y, linestyle=line, color=colour, label=name, linewidth=1.5)
+        every = max(1, len(x) // _MARKS)
+        look = {"linestyle": line, "marker": marker, "markevery": every, "markersize": 3.5}
+        axes.plot(x, y, color=colour, label=name, linewidth=1.3, **look)
     axes.set_xlabel("position in the completion")
     axes.set_ylabel("tokens changed, %")
     axes.set_ylim(bottom=0)
@@ -87,7 +95,8 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
         )
     ):
         if low == low:
-            axes.plot([low, high], [index, index], color=DARK, linewidth=1.2, marker="|")
+            line = {"linewidth": 1.2, "marker": "|", "path_effects": _HALO}
+            axes.plot([low, high], [index, index], color=DARK, **line)
         axes.annotate(
             f"{value:.0f}",
             (min(value, 0), index),
@@ -112,7 +121,7 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
         axes.legend(frameon=False, fontsize=8)
     axes.axvline(100, color=GREY, linewidth=0.8, linestyle="--")
     axes.margins(x=0.12)
-    axes.tick_params(axis="y", pad=18)
+    axes.tick_params(axis="y", pad=26, length=0)
     axes.set_xlabel("gap closed, %")
     axes.set_title(title, loc="left", fontsize=10)
     return figure

@@ -32,20 +32,32 @@ _COLUMNS = (
     "paper",
     "published",
     "difference",
+    "p",
 )
+# pairs of systems whose difference is tested on the same examples
+_OF_TUNED = ("tuned", "gap_closed", "vs_tuned")
+_PAIRS = {f"proxy − {other}": other for other in ("expert", "tuned")}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One of our numbers, in percent, with its 95 % interval and the size of its sample."""
+    """One of our numbers, in percent.
+
+    Attributes:
+        value: the number.
+        low, high: its 95 % interval.
+        n: how many examples it rests on.
+        p: of a difference between systems: the p-value of "none".
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    p: float | None = None
 
 
-# (table, size, the paper's metric, system or `GAP`) -> our number
+# (table, size, the paper's metric, system, pair or `GAP`) -> our number
 Ours = dict[tuple[str, str, str, str], Cell]
 
 
@@ -87,23 +99,25 @@ def read_ours(metrics: Path) -> Ours:
 def from_comparison(table: pd.DataFrame) -> Ours:
     """Our numbers from one comparison table that names its place in the paper."""
     ours: Ours = {}
+    names = {s: s for s in tables.systems_of(table)} | {GAP: "gap_closed"}
+    names |= {pair: f"vs_{other}" for pair, other in _PAIRS.items()}
     for row in tables.records(table):
         key = paper.key_of(str(row["task"]), str(row["metric"]))
         if key is None or not isinstance(row.get("paper_table"), str):
             continue
         number, size = row["paper_table"], str(row["paper_size"])
         for target in paper.tables_filled_by(number, size):
-            for system in (*tables.systems_of(table), "gap_closed"):
-                if key not in paper.TABLES[target] or not _known(row.get(system)):
+            for name, column in names.items():
+                if key not in paper.TABLES[target] or not _known(row.get(column)):
                     continue
-                if (number, target) == ("5", "15") and system in ("tuned", "gap_closed"):
+                if (number, target) == ("5", "15") and column in _OF_TUNED:
                     continue  # Table 15's is tuned with LoRA, by runs of its own
-                shown = GAP if system == "gap_closed" else system
-                ours[target, size, key, shown] = Cell(
-                    row[system],
-                    _or_none(row.get(f"{system}_low")),
-                    _or_none(row.get(f"{system}_high")),
+                ours[target, size, key, name] = Cell(
+                    row[column],
+                    _or_none(row.get(f"{column}_low")),
+                    _or_none(row.get(f"{column}_high")),
                     int(row["n"]),
+                    _or_none(row.get(f"{column}_p")),
                 )
     return ours
 
@@ -137,7 +151,8 @@ def build(number: str, ours: Ours, *, pocket: bool = False) -> pd.DataFrame:
 
     Returns:
         Columns table, size, metric, system, ours, low, high, n, paper, published, difference
-        (ours - paper); a number that does not exist is not-a-number.
+        (ours - paper), p (of a pair of systems, tested on the same examples); a number that does
+        not exist is not-a-number.
 
     Raises:
         ValueError: an unknown table.
@@ -187,6 +202,16 @@ def _metric_rows(number: str, size: str, key: str, ours: Ours) -> list[dict[str,
         published = paper.cell(number, size, system, key, "published")
         if cell or theirs is not None or published is not None:
             rows.append(_line(number, size, key, system, cell, theirs, published))
+    for pair, other in _PAIRS.items():
+        cell = ours.get((number, size, key, pair))
+        if cell:
+            proxy = (paper.cell(number, size, "proxy", key, s) for s in ("paper", "published"))
+            theirs = (paper.cell(number, size, other, key, s) for s in ("paper", "published"))
+            apart = [
+                None if a is None or b is None else a - b
+                for a, b in zip(proxy, theirs, strict=True)
+            ]
+            rows.append(_line(number, size, key, pair, cell, *apart))
     return rows
 
 
@@ -240,6 +265,7 @@ def _line(
         theirs,
         published,
         cell.value - theirs if cell and theirs is not None else None,
+        cell and cell.p,
     ]
     return {c: math.nan if v is None else v for c, v in zip(_COLUMNS, values, strict=True)}
 
@@ -257,7 +283,10 @@ def _text(value: Any) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['low']:.1f}–{row['high']:.1f}" if _known(row["low"]) else _DASH
+    if not _known(row["low"]):
+        return _DASH
+    between = " to " if row["low"] < 0 else "–"
+    return f"{row['low']:.1f}{between}{row['high']:.1f}"
 
 
 _DASH = "–"
@@ -270,5 +299,9 @@ _SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "n": lambda row: f"{int(row['n']):,}" if _known(row["n"]) else _DASH,
     "paper": lambda row: _text(row["paper"]),
     "published": lambda row: _text(row["published"]),
-    "difference": lambda row: f"{row['difference']:+.1f}" if _known(row["difference"]) else _DASH,
+    # adding zero makes -0.0 a plain zero
+    "difference": lambda row: (
+        f"{round(row['difference'], 1) + 0.0:+.1f}" if _known(row["difference"]) else _DASH
+    ),
+    "p": lambda row: tables.p_text(row["p"]) if _known(row["p"]) else _DASH,
 }

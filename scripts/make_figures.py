@@ -87,13 +87,14 @@ def figure3(results: Path, *, pocket: bool) -> list[Path]:
 
 
 def gaps(results: Path, *, pocket: bool) -> list[Path]:
-    """The gaps closed of every committed comparison."""
+    """The gaps closed of every committed comparison of several tasks."""
     drawn = []
     for path in sorted((results / "metrics").glob("*.csv")):
         table: Any = tables.read_csv(path)
         if pocket != (table["paper_size"].iloc[0] == paper.POCKET_SIZE):
             continue
-        if "gap_closed" in table and table["gap_closed"].notna().any():
+        bars = sum(bool(row["headline"]) for row in tables.records(table))
+        if bars > 1 and "gap_closed" in table and table["gap_closed"].notna().any():
             stem = results / "figures" / f"gaps_{path.stem}"
             drawn += figures.save(figures.gap_bars(table, path.stem), stem)
     return drawn

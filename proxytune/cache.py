@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from proxytune.packed import Pack
+
 BLOCK = 64  # positions; the capacity grows in multiples of it
 
 
@@ -68,7 +70,7 @@ class RowCache(Cache):
         self.lengths: list[int] = []
         self.slots = 0
         self.capacity = 0
-        self.write = Write([], None, [0], 0)
+        self.write: Write | Pack = Write([], None, [0], 0)
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
@@ -81,14 +83,34 @@ class RowCache(Cache):
             width: new tokens per row, padding included.
         """
         self.lengths.extend([0] * (max(rows) + 1 - len(self.lengths)))
-        self.write = Write(rows, view, [self.lengths[row] for row in rows], width)
-        self._grow(len(self.lengths), self.write.kv_length)
-        return self.write
+        self.write = write = Write(rows, view, [self.lengths[row] for row in rows], width)
+        self._grow(len(self.lengths), write.kv_length)
+        return write
 
     def advance(self, counts: Sequence[int]) -> None:
         """Counts the written tokens: row i of the last `prepare` grows by counts[i]."""
+        assert isinstance(self.write, Write)
         for row, count in zip(self.write.rows, counts, strict=True):
             self.lengths[row] += count
+
+    def pack(self, width: int, prompts: Sequence[int]) -> Pack:
+        """Makes room for `width` more tokens on every row and for new rows behind the last.
+
+        Args:
+            width: may be 0, for new rows alone.
+            prompts: the lengths of the new rows.
+        """
+        count = len(self.lengths)
+        rows = range(count, count + len(prompts))
+        self.write = pack = Pack(self.lengths if width else [], width, rows, prompts)
+        self._grow(count + len(prompts), pack.length)
+        return pack
+
+    def unpack(self) -> None:
+        """Counts what the last `pack` has written."""
+        assert isinstance(self.write, Pack)
+        self.lengths = self.write.ends or self.lengths
+        self.lengths += [place.stop - place.start for _, place in self.write.prompts]
 
     def keep(self, rows: list[int]) -> None:
         """Rearranges: new row i is the old row rows[i]. A row may be left out or repeated."""
@@ -156,6 +178,8 @@ class RowCache(Cache):
 
     def _store(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         write = self.write
+        if isinstance(write, Pack):
+            return write.store(cache, new)
         if write.view is None:
             rows, _ = write.indices(cache.device)
             cache[rows.squeeze(1), :, : write.width] = new
@@ -170,7 +194,7 @@ class RowCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the new ones, in the longest row."""
-        return max(self.write.starts)
+        return max(self.write.starts, default=0)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """The position of the first new token, for the masks that a model makes itself."""

@@ -37,6 +37,7 @@ class DecodeLoop:
         self._max_rows = max_rows
         self._cap: int | None = None  # lowered when memory runs out
         self._tried = 0  # rows of the last pass
+        self._width = 1  # of the last block
         self._waiting: deque[Request] = deque()
         self._joining: deque[Row] = deque()  # rows that the system has still to read
         self._done: list[Finished] = []
@@ -94,8 +95,8 @@ class DecodeLoop:
                 filled at once, with them they may wait for company (one prefill for several).
         """
         try:
-            self._admit(more)
-            if self.rows:
+            advanced = self._admit(more)
+            if self.rows and not advanced:
                 self._advance()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -112,13 +113,17 @@ class DecodeLoop:
         limit = max(1, self._max_rows(max(rooms, default=1)))
         return min(limit, self._cap or limit)
 
-    def _admit(self, more: bool) -> None:
-        """Prefills waiting prompts into free rows and chooses their first tokens."""
+    def _admit(self, more: bool) -> bool:
+        """Prefills waiting prompts into free rows and chooses their first tokens.
+
+        Returns:
+            Whether the running rows have taken a step in the same pass.
+        """
         limit = self._limit()
         free = limit - len(self.rows)
         queue = len(self._joining) + len(self._waiting)
         if free <= 0 or not queue or (self.rows and more and free < limit // 8):
-            return
+            return False
         reserved = 0  # rows for further samples of the prompts that join: copies, not prefilled
         while self._waiting and len(self._joining) + reserved < free:
             shared = Shared(self._waiting.popleft())
@@ -129,8 +134,20 @@ class DecodeLoop:
         alphas = [row.request.alpha for row in new]
         own = {} if all(alpha is None for alpha in alphas) else {"alphas": alphas}
         ahead = {"ahead": count} if (count := self._ahead(new)) else {}
-        logits = self.system.prefill([row.prompt() for row in new], **own, **ahead)
-        distributions = self._distributions(logits)
+        prompts = [row.prompt() for row in new]
+        running = list(self.rows) if self._joins(new) else []
+        if running:
+            tokens = torch.tensor([row.tokens[-1] for row in running])
+            logits = self.system.join(tokens, prompts, **own)
+            stepped, logits = logits.tensor_split([len(running)])
+            chosen = choose(stepped, running, [0] * len(running)).tolist()
+            for row in running:
+                row.fed += 1
+            self._push(running, chosen, stepped, {})
+            distributions = {"system": logits}
+        else:
+            logits = self.system.prefill(prompts, **own, **ahead)
+            distributions = self._distributions(logits)
         truncation: Truncation | None = getattr(self.system, "truncation", None)
         sources, copies = [], []
         for index, row in enumerate(new):
@@ -157,6 +174,13 @@ class DecodeLoop:
         self._push(new, chosen.tolist(), logits, distributions)
         self._begin(copies)
         self._retire()
+        return bool(running)
+
+    def _joins(self, new: Sequence[Row]) -> bool:
+        """Whether the running rows can take a step in the pass that reads new prompts."""
+        lockstep = self.pace is None or self._width == 1
+        recording = any(row.trace is not None for row in (*self.rows, *new))
+        return lockstep and not recording and getattr(self.system, "joins", False)
 
     def _begin(self, rows: list[Row]) -> None:
         """Chooses the first token of rows whose prompt has been read for an earlier sample."""
@@ -233,6 +257,7 @@ class DecodeLoop:
         recording = any(row.trace is not None for row in rows)
         width = 1 if self.pace is None or recording else self.pace.width(len(rows))
         width = min(width, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
+        self._width = width
         if width == 1:
             logits = self.system.step(tokens)
             picked = choose(logits, rows, [0] * len(rows))

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.cache import RowCache, Write
+from proxytune.packed import packed_attention
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,14 @@ class CachedModel:
     Args:
         model: any causal LM whose attention takes 4-D masks and explicit positions.
         vocab_size: the logits are cut to this many entries.
+        joins: rows of different lengths and new prompts share passes without padding (`packed`);
+            `make_member` finds out whether a model can.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, joins: bool = False) -> None:
         self.model = model
         self.vocab_size = vocab_size
+        self.joins = joins
         self.cache = RowCache()
         self.device = input_device(model)
         config = model.config.get_text_config()
@@ -99,6 +103,9 @@ class CachedModel:
             prompts: token ids, at least one each.
             rows: the cache rows to fill; None for new rows behind the last.
         """
+        if self.joins and rows is None:
+            parts = _parts([len(prompt) for prompt in prompts])
+            return torch.cat([self._packed(None, prompts[part]) for part in parts])
         first = len(self.lengths)
         rows = rows or list(range(first, first + len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -127,12 +134,24 @@ class CachedModel:
             tokens: token ids.
             rows: the rows that are extended; all of them by default.
         """
+        if self.joins and min(self.lengths) < max(self.lengths):
+            return self._packed(tokens, []).unflatten(0, tuple(tokens.shape))
         first, stop, step = rows.indices(len(self.lengths))
         width = tokens.shape[1]
         self.cache.prepare(list(range(first, stop, step)), slice(first, stop, step), width)
         logits = self._forward(tokens.to(self.device, non_blocking=True))
         self.cache.advance([width] * tokens.shape[0])
         return logits
+
+    def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`step` for the present rows and `prefill` of new ones, in one pass.
+
+        Returns:
+            The next token's logits of the present rows, then of the new ones, [rows, vocab].
+        """
+        if not self.joins or sum(map(len, prompts)) > PREFILL_TOKENS:
+            return torch.cat([self.step(tokens), self.prefill(prompts)])
+        return self._packed(tokens.unsqueeze(1), prompts)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
@@ -157,6 +176,7 @@ class CachedModel:
     def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [batch, width, vocab], or of the positions `keep` [batch, positions] alone."""
         write = self.cache.write
+        assert isinstance(write, Write)
         _, positions = write.indices(self.device)
         if self.max_positions:  # padding may stand behind the last position that exists
             positions = positions.clamp(max=self.max_positions - 1)
@@ -170,6 +190,37 @@ class CachedModel:
             logits_to_keep=0 if keep is None else keep.to(self.device),
         )
         return logits[..., : self.vocab_size]
+
+    def _packed(
+        self, tokens: torch.Tensor | None, prompts: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """One pass over a block of tokens for every row, [rows, width], and new prompts.
+
+        Returns:
+            The logits of all the block's tokens, row by row, then of each prompt's last one.
+        """
+        pack = self.cache.pack(
+            0 if tokens is None else tokens.shape[1], [len(prompt) for prompt in prompts]
+        )
+        ids = [] if tokens is None else tokens.flatten().tolist()
+        for prompt in prompts:
+            ids += prompt
+        positions = pack.positions
+        if self.max_positions:  # a block may reach beyond the last position that exists
+            positions = positions.clamp(max=self.max_positions - 1)
+        with packed_attention(self.model.config.get_text_config()):
+            logits = self.model(
+                input_ids=torch.tensor([ids]),
+                # `attend` needs no mask, but without one the model would make its own
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(pack.logits),
+                pack=pack,
+            ).logits
+        self.cache.unpack()
+        return logits[0, :, : self.vocab_size]
 
     def _call(self, rows: Sequence[int], **inputs: Any) -> torch.Tensor:
         """The model's own forward pass; `rows` are the cache rows of the batch."""
@@ -282,21 +333,30 @@ def make_member(model: PreTrainedModel, vocab_size: int) -> CachedModel | Recomp
     rows cannot carry (a recurrent state, ALiBi, chunked attention) shows as a difference or an
     error there; the model is then recomputed from the start for every token, with a warning.
     """
-    reason = _why_not_cached(model, vocab_size)
+    reason = _why_not(CachedModel(model, vocab_size))
     if reason is None:
-        return CachedModel(model, vocab_size)
+        joining = CachedModel(model, vocab_size, joins=_may_join(model))
+        return joining if not _why_not(joining) else CachedModel(model, vocab_size)
     log.warning("%s decodes without a cache, exact but slow: %s", type(model).__name__, reason)
     return RecomputedModel(model, vocab_size)
 
 
 def can_cache(model: PreTrainedModel, vocab_size: int) -> bool:
     """Whether a model's logits are the same through a `RowCache`."""
-    return _why_not_cached(model, vocab_size) is None
+    return _why_not(CachedModel(model, vocab_size)) is None
+
+
+def _may_join(model: PreTrainedModel) -> bool:
+    """Whether packed passes make sense: on a CPU, for plain attention over the whole row."""
+    config = model.config.get_text_config()
+    plain = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+    return plain and input_device(model).type == "cpu"
 
 
 @torch.inference_mode()
-def _why_not_cached(model: PreTrainedModel, vocab_size: int) -> str | None:
-    """Why `CachedModel` would not give this model's logits; None where it does."""
+def _why_not(cached: CachedModel) -> str | None:
+    """Why a `CachedModel` would not give its model's logits; None where it does."""
+    model, vocab_size = cached.model, cached.vocab_size
     config = model.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
@@ -304,13 +364,14 @@ def _why_not_cached(model: PreTrainedModel, vocab_size: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
     short, long = (torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (9, 14))
     try:
-        cached = CachedModel(model, vocab_size)
         got = [cached.prefill([short[:4], long[:9]])]
         got.append(cached.step(torch.tensor([short[4], long[9]])))
         cached.extend(torch.tensor([[short[5], 0, 0], [long[10], long[11], 0]]))
         cached.rollback([2, 1])
         block = cached.extend(torch.tensor([short[6:8], long[12:14]]))
         got += [block[:, 0], block[:, 1]]
+        joined = cached.join(torch.tensor([short[8], long[0]]), [long[:5], short[:1]])
+        cached.clear()
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a foreign forward pass raises means: not this way
@@ -322,6 +383,9 @@ def _why_not_cached(model: PreTrainedModel, vocab_size: int) -> str | None:
     plain.prefill([short[:6], long[:12]])
     block = plain.extend(torch.tensor([short[6:8], long[12:14]]))
     want += [block[:, 0], block[:, 1]]
+    got.append(joined)
+    tokens = torch.tensor([short[8], long[0]])
+    want.append(torch.cat([plain.step(tokens), plain.prefill([long[:5], short[:1]])]))
     worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
     scale = max(float(w.abs().max()) for w in want)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
@@ -348,6 +412,17 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its token ids."""
     return next(model.get_input_embeddings().parameters()).device
+
+
+def _parts(lengths: Sequence[int]) -> list[slice]:
+    """Cuts prompts, in their order, into parts of at most `PREFILL_TOKENS`, or a single prompt."""
+    starts, tokens = [0], 0
+    for index, length in enumerate(lengths):
+        tokens += length
+        if tokens > PREFILL_TOKENS and index > starts[-1]:
+            starts.append(index)
+            tokens = length
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _groups(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

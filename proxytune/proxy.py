@@ -99,6 +99,26 @@ class ProxyTunedModel:
         others = self._run({role: calls[role] for role in ("base", "antiexpert")})
         return self._combine(others | logits)
 
+    @property
+    def joins(self) -> bool:
+        """Whether `join` is one pass of each member."""
+        return all(getattr(member, "joins", False) for member in self.members.values())
+
+    def join(
+        self,
+        tokens: torch.Tensor,
+        prompts: Sequence[Mapping[str, Sequence[int]]],
+        alphas: Sequence[float | None] | None = None,
+    ) -> torch.Tensor:
+        """`step` for the present rows and `prefill` of new ones; logits [rows, vocab] of all."""
+        self._alphas += alphas or [None] * len(prompts)
+        members: dict[str, Any] = self.members
+        calls = {
+            role: partial(member.join, tokens, [prompt[role] for prompt in prompts])
+            for role, member in members.items()
+        }
+        return self._combine(self._run(calls))
+
     def _guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
         """What the expert would write behind its last rows; it forgets it again."""
         expert, new = self.members["expert"], len(logits)

@@ -6,6 +6,7 @@ that lockstep would choose (`sampling` says why that also holds for sampled ones
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -145,6 +146,22 @@ class DraftedModel:
         self.draft_model.prefill([prompt["draft"] for prompt in prompts])
         self._missing += [[] for _ in prompts]
         return self.model.prefill([prompt["base"] for prompt in prompts])
+
+    @property
+    def joins(self) -> bool:
+        """Whether `join` is one pass of the model."""
+        return getattr(self.model, "joins", False)
+
+    def join(
+        self, tokens: torch.Tensor, prompts: Sequence[Mapping[str, Sequence[int]]]
+    ) -> torch.Tensor:
+        """`step` for the present rows and `prefill` of new ones; logits [rows, vocab] of all."""
+        for missing, token in zip(self._missing, tokens.tolist(), strict=True):
+            missing.append(token)
+        self.draft_model.prefill([prompt["draft"] for prompt in prompts])
+        self._missing += [[] for _ in prompts]
+        model: Any = self.model
+        return model.join(tokens, [prompt["base"] for prompt in prompts])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""

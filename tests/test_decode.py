@@ -43,6 +43,13 @@ class Watched:
         self.row_steps += len(tokens)
         return self.member.step(tokens)
 
+    def join(self, tokens, prompts):
+        self._check(len(tokens) + len(prompts))
+        self.prefilled += [len(prompt) for prompt in prompts]
+        self.steps += 1
+        self.row_steps += len(tokens)
+        return self.member.join(tokens, prompts)
+
 
 def watched(model=MODEL, **more):
     generator = proxytune.load(model, tokenizer=TOKENIZER)

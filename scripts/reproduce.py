@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     online = not options.pocket and hub_answers()
     if not online:  # known before the libraries are imported, so that they do not wait for it
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.pocket:  # a second thread gains such small models nothing, and waits for others
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     plan, outcome = _plan(targets, names, options, online)
     if not options.dry_run:
         _run_all(targets, plan, outcome, pocket=options.pocket)
@@ -182,16 +184,15 @@ def _made(name: str, *, pocket: bool) -> list[Path]:
 
 
 def _command(step: "Step") -> list[str]:
-    """The step as a command; training takes every GPU, in a process each."""
-    import torch
-    from reproduce_checks import TRAIN
+    """The step as a command; training takes as many GPUs as its batch can be dealt out to."""
+    from reproduce_checks import TRAIN, memory_gb, training_cards
 
     script, *given = shlex.split(step.command)
-    cards = torch.cuda.device_count()
-    if script != TRAIN or cards < 2:
+    cards = training_cards()
+    if script != TRAIN or cards == 0:
         return ["python", script, *given]
-    alone = torch.cuda.get_device_properties(0).total_memory / 1e9 >= step.gpu_memory_gb
-    launch = ["-m", "accelerate.commands.launch", *([] if alone else _SHARDED)]
+    launch = ["-m", "accelerate.commands.launch"]
+    launch += _SHARDED if memory_gb(0) < step.gpu_memory_gb else []
     return ["python", *launch, "--num_processes", str(cards), script, *given]
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Checker:
         record = output / train.RECORD
         if record.is_file() and json.loads(record.read_text()).get("status") == "finished":
             return Step(step.command)
-        found.needs(step, ROOT)
+        found.needs(step, ROOT, cards=training_cards())
         if not self._absent(cfg.model, cfg.revision, found):
             found.refusal(train.check, cfg)
         return step
@@ -104,7 +104,9 @@ class Checker:
         roles = dict.fromkeys(r for s in cfg.systems for r in MEMBERS[s].values())
         members = {r: cfg.triple[r] for r in roles if cfg.triple[r]}
         ids = [m.id for m in members.values()]
-        found.needs(step, Path(constants.HF_HUB_CACHE), ids, gpu=cfg.machine.device != "cpu")
+        if cfg.machine.device == "cpu":
+            step = replace(step, gpu_memory_gb=0)
+        found.needs(step, Path(constants.HF_HUB_CACHE), ids)
         there = [
             role
             for role, member in members.items()
@@ -151,15 +153,16 @@ class _Found:
 
     problems: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
-    gpu_memory_gb: float = 0
+    gpu_memory_gb: dict[int, float] = field(default_factory=dict)  # by cards in use
     disk_gb: dict[Path, float] = field(default_factory=dict)
 
     def needs(
-        self, step: Step, folder: Path, models: Sequence[str] = (), *, gpu: bool = True
+        self, step: Step, folder: Path, models: Sequence[str] = (), *, cards: int | None = None
     ) -> None:
-        """Notes a step's memory, and what its disk still lacks of these models."""
-        if gpu:
-            self.gpu_memory_gb = max(self.gpu_memory_gb, step.gpu_memory_gb)
+        """Notes a step's memory on so many cards (all), and what a disk lacks of these models."""
+        if cards is None:
+            cards = torch.cuda.device_count()
+        self.gpu_memory_gb[cards] = max(self.gpu_memory_gb.get(cards, 0), step.gpu_memory_gb)
         need = step.disk_gb - _cached_gb(models)
         self.disk_gb[folder] = max(self.disk_gb.get(folder, 0), need)
 
@@ -175,12 +178,13 @@ class _Found:
     def lines(self) -> list[str]:
         """Everything, each once."""
         lines = []
-        cards = range(torch.cuda.device_count())
-        here = sum(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9
-        if here < self.gpu_memory_gb:
-            lines.append(
-                f"about {self.gpu_memory_gb:,g} GB of GPU memory are needed, {here:,.0f} are here"
-            )
+        for cards, need in self.gpu_memory_gb.items():
+            here = sum(memory_gb(card) for card in range(cards))
+            if here < need:
+                on = f" on {cards} card(s)" if cards else ""
+                lines.append(
+                    f"about {need:,g} GB of GPU memory are needed, {here:,.0f} are here{on}"
+                )
         for folder, need in self.disk_gb.items():
             free = _free_gb(folder)
             if free < need:
@@ -189,6 +193,17 @@ class _Found:
             names = ", ".join(dict.fromkeys(self.absent))
             lines.append(f"the model hub cannot be reached, and not here are: {names}")
         return [*lines, *dict.fromkeys(self.problems)]
+
+
+def memory_gb(card: int) -> float:
+    """A GPU's memory."""
+    return torch.cuda.get_device_properties(card).total_memory / 1e9
+
+
+def training_cards() -> int:
+    """How many of the GPUs share out the paper's batch of 128, four examples at a time."""
+    cards = torch.cuda.device_count()
+    return max((n for n in (1, 2, 4, 8, 16, 32) if n <= cards), default=0)
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:

@@ -188,3 +188,16 @@ def test_a_judges_key_and_the_leave_to_run_programs_are_asked_for(scripts, monke
 def test_a_setting_that_does_not_exist_is_one_line(scripts):
     (found,) = lines(scripts, "run.py experiment=pocket alphaa=1")
     assert "alphaa" in found and "\n" not in found
+
+
+def test_training_takes_the_cards_that_divide_its_batch(scripts, monkeypatch):
+    monkeypatch.setattr(scripts.checks.torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setattr(scripts.checks, "memory_gb", lambda card: 80)
+    train = "scripts/train_expert.py model=a/b data=gsm8k output_dir=x"
+    command = scripts.reproduce._command(scripts.checks.Step(train, gpu_memory_gb=220))
+    assert command[:3] == ["python", "-m", "accelerate.commands.launch"]
+    assert "--use_fsdp" in command and command[command.index("--num_processes") + 1] == "4"
+    small = scripts.reproduce._command(scripts.checks.Step(train, gpu_memory_gb=40))
+    assert "--use_fsdp" not in small
+    found = lines(scripts, train, gpu_memory_gb=400)
+    assert found[0] == "about 400 GB of GPU memory are needed, 320 are here on 4 card(s)"

@@ -157,6 +157,42 @@ def test_a_conversation_is_rendered_for_each_member(client, alone):
     assert answer.choices[0].message.content == expected.text
 
 
+def test_speculative_blocks_and_a_queue_change_nothing(alone):
+    """Blocks of four for two rows at a time; seven samples with log-probabilities wait in line."""
+    settings = {"temperature": 1.0, "seed": 2, "n": 3}
+    prompts = [PROMPT, "Question: What"]
+    app = create_app({"tiny": triple()}, speculative=3, batch_size=2)
+    with running(app) as url:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        answer = complete(client, prompts, logprobs=0, return_tokens_as_token_ids=True, **settings)
+        banned = complete(client, alpha=0.0, max_tokens=30, logit_bias={"2": -100})
+    expected = alone.generate(prompts, max_new_tokens=12, **settings)
+    assert [choice.text for choice in answer.choices] == [each.text for each in expected]
+    for choice, generation in zip(answer.choices, expected, strict=True):
+        prompt = alone.encode(prompts[generation.prompt_index])["base"]
+        ids = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+        rated = log_probs(alone, [*prompt, *ids])[len(prompt) - 1 : -1]
+        values = [rated[index, token].item() for index, token in enumerate(ids)]
+        assert choice.logprobs.token_logprobs == pytest.approx(values, abs=1e-4)
+    (unbanned,) = triple(0.0).generate([PROMPT], max_new_tokens=30)
+    assert banned.usage.completion_tokens == 30
+    assert banned.choices[0].text.startswith(unbanned.text)
+
+
+def test_several_models_behind_one_address(alone):
+    single = api.load(tiny_model(seed=0), tokenizer=tiny_tokenizer())
+    with running(create_app({"triple": triple(), "single": single})) as url:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list().data] == ["triple", "single"]
+        for name, generator in (("triple", alone), ("single", triple(0.0))):
+            answer = client.completions.create(
+                model=name, prompt=PROMPT, max_tokens=9, temperature=0
+            )
+            (expected,) = generator.generate([PROMPT], max_new_tokens=9)
+            assert answer.choices[0].text == expected.text
+            assert answer.model == name
+
+
 # -- streams --------------------
 
 

@@ -326,6 +326,15 @@ def test_a_failing_engine_tells_its_clients_and_goes_on(caplog):
         assert requests.get(f"{url.removesuffix('/v1')}/health").ok
 
 
+def test_health_tells_of_an_engine_that_has_ended():
+    app = create_app(single())
+    (served,) = app.state.models.values()
+    with running(app) as url:
+        served.engine.close()
+        assert requests.get(f"{url.removesuffix('/v1')}/health").status_code == 503
+        refused(requests.post(f"{url}/completions", json={"prompt": "a"}), 500)
+
+
 def test_prompts_are_rated_in_smaller_passes_when_memory_runs_out(monkeypatch):
     app = create_app(single())
     (served,) = app.state.models.values()

@@ -39,6 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The request cannot be served as it is",
         401: "No valid API key",
         404: "No such model",
+        408: "The body did not arrive in time",
         413: "The body is too large",
         429: "Too much is waiting; see Retry-After",
         500: "The server failed",
@@ -52,11 +53,11 @@ Answer = CompletionAnswer | ChatAnswer
 class Served:
     """One model that clients can name."""
 
-    def __init__(self, name: str, generator: Generator, engine: Engine) -> None:
+    def __init__(self, name: str, generator: Generator, **engine: Any) -> None:
         self.name = name
         self.generator = generator
-        self.engine = engine
         self.texts = TokenTexts(generator.members["base"].need_tokenizer())
+        self.engine = Engine(generator, **engine)
         self.card = {
             "id": name,
             "object": "model",
@@ -90,15 +91,15 @@ def create_app(
     metrics = Metrics()
     models: dict[str, Served] = {}
     for name, generator in generators.items():
-        engine = Engine(
+        models[name] = Served(
+            name,
             generator,
             max_waiting=settings.max_waiting,
             batch_size=batch_size,
             speculative=speculative,
             rate=settings.prompt_logprobs and not settings.chat_only,
         )
-        models[name] = Served(name, generator, engine)
-        metrics.watch(name, engine)
+        metrics.watch(name, models[name].engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

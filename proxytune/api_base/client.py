@@ -72,6 +72,7 @@ class Client:
         self.settings = settings
         self.store = store
         self.spent = Spent(**(store.fact("spent") or {}))
+        self.max_positions: int | None = None  # of the model, where the server's list tells
         self._open = openai.OpenAI(
             base_url=settings.base_url,
             api_key=_key(settings),
@@ -94,7 +95,7 @@ class Client:
             answer = self._open.with_options(timeout=_CHECK_TIMEOUT).get(
                 "/models", cast_to=httpx.Response
             )
-            known = [model["id"] for model in answer.json()["data"]]
+            known = {model["id"]: model for model in answer.json()["data"]}
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ValueError(self._wrong_key(error)) from error
         except openai.APIConnectionError as error:
@@ -107,8 +108,9 @@ class Client:
         if known and self.settings.model not in known:
             raise ValueError(
                 f"{self.settings.base_url} has no model {self.settings.model!r}; it has "
-                f"{', '.join(map(str, known[:10]))}: set triple.base.api.model"
+                f"{', '.join(map(str, [*known][:10]))}: set triple.base.api.model"
             )
+        self.max_positions = known.get(self.settings.model, {}).get("max_model_len")
 
     def ask(
         self,

@@ -75,6 +75,7 @@ class ApiMember:
         self.store = store
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
+        self.max_positions = protocol.client.max_positions
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
         self._last: list[list[Answer]] = []

@@ -67,7 +67,7 @@ def make(folder, examples=30, tokens=12, limit=None, tasks=2):
             for i, item in enumerate(items):
                 trace = generator.choices(pool, k=tokens)
                 ids = [step["id"] for step in trace]
-                text = " ".join(WORDS[token % len(WORDS)] for token in ids)
+                text = " ".join(WORDS[token - 2] for token in ids)
                 extra = {"trace": trace} if system == "proxy" else {}
                 completions.append(Completion(item.id, 0, text, text, ids, "eos", extra=extra))
                 value = float(i < share * examples)

@@ -69,7 +69,7 @@ def figure2(results: Path, task: str | None = None, *, pocket: bool) -> list[Pat
 
 
 def figure3(results: Path, *, pocket: bool) -> list[Path]:
-    """The share of tokens changed by position, one line per task; prints the overall shares."""
+    """The share of tokens changed by position, one line per task with its overall share."""
     stem = _stem(results, "fig3", pocket)
     found = []
     for run, task, texts in traced(results / "runs", pocket=pocket):
@@ -82,7 +82,8 @@ def figure3(results: Path, *, pocket: bool) -> list[Path]:
     if not stem.with_suffix(".csv").is_file():
         return []
     rows = pd.read_csv(stem.with_suffix(".csv"))
-    shares = {str(name): group for name, group in rows.groupby("task", sort=False)}
+    groups: dict[str, Any] = {str(name): group for name, group in rows.groupby("task", sort=False)}
+    shares = {f"{n} ({100 * g['overall'].iloc[0]:.1f} %)": g for n, g in groups.items()}
     return figures.save(figures.changed_by_position(shares), stem)
 
 

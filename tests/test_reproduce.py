@@ -201,3 +201,35 @@ def test_training_takes_the_cards_that_divide_its_batch(scripts, monkeypatch):
     assert "--use_fsdp" not in small
     found = lines(scripts, train, gpu_memory_gb=400)
     assert found[0] == "about 400 GB of GPU memory are needed, 320 are here on 4 card(s)"
+
+
+def test_make_knows_every_target_and_says_each_in_a_line():
+    makefile = (ROOT / "Makefile").read_text()
+    (line,) = [line for line in makefile.splitlines() if line.startswith("TARGETS = ")]
+    assert sorted(line.split()[2:]) == sorted(TARGETS)
+    for name in (*TARGETS, "paper", "pocket-paper", "report"):
+        assert any(s.startswith(f"{name}:") and " ## " in s for s in makefile.splitlines()), name
+
+
+def test_table_14_puts_training_times_beside_the_papers(scripts, tmp_path):
+    make_tables = importlib.import_module("make_tables")
+    record = {
+        "status": "finished",
+        "config": {"model": "meta-llama/Llama-2-7b-hf", "method": "full", "data": "gsm8k"},
+        "data": {"examples": 7473},
+        "steps": 117,
+        "tokens": 3_000_000,
+        "seconds": 7200.0,
+        "devices": 4,
+        "environment": {"hardware": {"gpus": ["A100"], "processor": "x"}},
+    }
+    pocket = record | {"config": record["config"] | {"model": "pocket/models/base"}}
+    for name, each in (("a", record), ("b", pocket), ("c", record | {"status": "training"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(json.dumps(each))
+    table, text = make_tables.table14(tmp_path, pocket=False)
+    assert table["paper_hours"].tolist() == [2.58]
+    assert "| 2 h 00 min | 4 x A100 | 2 h 35 min |" in text
+    table, text = make_tables.table14(tmp_path, pocket=True)
+    assert table["model"].tolist() == ["pocket/models/base"] and "| – |" in text
+    assert make_tables.table14(tmp_path / "empty", pocket=False) is None

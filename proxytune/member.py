@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.cache import RowCache, Write
+from proxytune.narrow import narrow_products
 from proxytune.packed import packed_attention
 
 log = logging.getLogger(__name__)
@@ -180,15 +181,16 @@ class CachedModel:
         _, positions = write.indices(self.device)
         if self.max_positions:  # padding may stand behind the last position that exists
             positions = positions.clamp(max=self.max_positions - 1)
-        logits = self._call(
-            write.rows,
-            input_ids=ids,
-            attention_mask=self._mask(write),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if keep is None else keep.to(self.device),
-        )
+        with narrow_products(ids.numel(), self.device):
+            logits = self._call(
+                write.rows,
+                input_ids=ids,
+                attention_mask=self._mask(write),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if keep is None else keep.to(self.device),
+            )
         return logits[..., : self.vocab_size]
 
     def _packed(
@@ -208,7 +210,8 @@ class CachedModel:
         positions = pack.positions
         if self.max_positions:  # a block may reach beyond the last position that exists
             positions = positions.clamp(max=self.max_positions - 1)
-        with packed_attention(self.model.config.get_text_config()):
+        config = self.model.config.get_text_config()
+        with packed_attention(config), narrow_products(len(ids), self.device):
             logits = self.model(
                 input_ids=torch.tensor([ids]),
                 # `attend` needs no mask, but without one the model would make its own

@@ -61,7 +61,7 @@ class Pack:
         return max(self.ends) * len(self.ends) - sum(self.ends)
 
     def store(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Writes one layer's new keys or values [1, heads, tokens, head size]; returns the cache."""
+        """Writes one layer's new keys or values, [1, heads, tokens, size]; returns the cache."""
         tokens = new[0].transpose(0, 1)
         if self.block and self._uniform:
             block = tokens[: self.block].unflatten(0, (-1, self.width)).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 
 from proxytune.adapter import AdapterMember
 from proxytune.member import Member
+from proxytune.speculative import guess_ahead
 from proxytune.truncation import Truncation
 
 
@@ -94,7 +95,7 @@ class ProxyTunedModel:
             return self._combine(self._run(calls))
         logits = self._run({"expert": calls["expert"]})
         base: Any = self.members["base"]
-        guesses = self._guess(logits["expert"], ahead)
+        guesses = guess_ahead(self.members["expert"], logits["expert"], ahead)
         calls["base"] = partial(base.prefill, [p["base"] for p in prompts], guesses)
         others = self._run({role: calls[role] for role in ("base", "antiexpert")})
         return self._combine(others | logits)
@@ -118,21 +119,6 @@ class ProxyTunedModel:
             for role, member in members.items()
         }
         return self._combine(self._run(calls))
-
-    def _guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
-        """What the expert would write behind its last rows; it forgets it again."""
-        expert, new = self.members["expert"], len(logits)
-        limit = getattr(expert, "max_positions", None)
-        if limit and max(expert.lengths) + count > limit:
-            return [[] for _ in range(new)]
-        tokens = torch.zeros(len(expert.lengths), dtype=torch.long, device=logits.device)
-        guessed = []
-        for _ in range(count):
-            guessed.append(logits.argmax(-1))
-            tokens[-new:] = guessed[-1]
-            logits = expert.step(tokens)[-new:]
-        expert.rollback([count] * len(tokens))
-        return torch.stack(guessed, dim=1).tolist()
 
     @property
     def truncation(self) -> Truncation | None:

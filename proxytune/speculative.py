@@ -15,7 +15,7 @@ from proxytune.member import Member
 MAX_WIDTH = 9
 WARM_UP = 1  # first rounds of a batch size whose time says nothing
 LOCKSTEP_ROUNDS = 3  # measured before the first guess at a better width
-PROBE_WIDTH = 5  # on a CPU a pass over 2 or 3 tokens takes longer than over 4
+PROBE_WIDTH = 4  # on a CPU a pass over 2 or 3 tokens may take as long
 FIRST_GAP, LAST_GAP = 32, 512  # rounds between two looks at what is not being used
 MARGIN = 1.03  # a block must promise this much over lockstep
 MEMORY = 0.98  # weight of the acceptance so far, per drafted token
@@ -26,8 +26,8 @@ class Pace:
 
     A block of width w gives 1 + a + ... + a^(w-1) tokens per row where a drafted token is right
     with probability a, and takes a time that is measured or, for a width that has not been tried,
-    read off a straight line. Both are followed while decoding. Lockstep stays where no block
-    promises more, except for a look now and then, at growing distances.
+    read off the line through its neighbours. Both are followed while decoding. Lockstep stays
+    where no block promises more, except for a look now and then, at growing distances.
 
     Args:
         fixed: the number of drafted tokens per block, always; None adapts.
@@ -92,12 +92,11 @@ class _Clock:
         """The width that promises most, or one whose time is due to be measured again."""
         if self._rounds < WARM_UP + LOCKSTEP_ROUNDS or 1 not in self._seconds:
             return 1
-        slope = self._slope()
-        if slope is None:
+        if len(self._seconds) == 1:
             return PROBE_WIDTH
-        best = max(range(1, MAX_WIDTH + 1), key=lambda w: self._rate(w, acceptance, slope))
-        gain = self._rate(best, acceptance, slope) / self._rate(1, acceptance, slope)
-        if gain < MARGIN:
+        rates = [self._rate(width, acceptance) for width in range(1, MAX_WIDTH + 1)]
+        best = 1 + rates.index(max(rates))
+        if max(rates) < MARGIN * rates[0]:
             best = 1
         if self._rounds < self._next_look:
             return best
@@ -105,18 +104,19 @@ class _Clock:
         self._gap = FIRST_GAP if best > 1 else min(2 * self._gap, LAST_GAP)
         return 1 if best > 1 else PROBE_WIDTH
 
-    def _rate(self, width: int, acceptance: float, slope: float) -> float:
+    def _rate(self, width: int, acceptance: float) -> float:
         """Tokens per row and second."""
-        tokens = sum(acceptance**i for i in range(width))
-        line = self._seconds[1] + slope * (width - 1)
-        return tokens / self._seconds.get(width, line)
+        return sum(acceptance**i for i in range(width)) / self._time(width)
 
-    def _slope(self) -> float | None:
-        """Seconds per further token of width; None before any block has been measured."""
-        rises = [(w - 1, t - self._seconds[1]) for w, t in self._seconds.items() if w > 1]
-        if not rises:
-            return None
-        return max(0.0, sum(w * t for w, t in rises) / sum(w * w for w, _ in rises))
+    def _time(self, width: int) -> float:
+        """The time of a round: measured, or on the line through the nearest measured widths."""
+        if width in self._seconds:
+            return self._seconds[width]
+        known = sorted(self._seconds)
+        above = next((i for i, w in enumerate(known) if w > width), len(known) - 1)
+        left, right = known[above - 1], known[above]
+        slope = max(0.0, (self._seconds[right] - self._seconds[left]) / (right - left))
+        return self._seconds[left] + slope * (width - left)
 
 
 class DraftedModel:

@@ -119,6 +119,28 @@ class _Clock:
         return self._seconds[left] + slope * (width - left)
 
 
+def guess_ahead(expert: Member, logits: torch.Tensor, count: int) -> list[list[int]]:
+    """What an expert would write behind its last rows; it forgets it again.
+
+    Args:
+        expert: has just read those rows.
+        logits: what it said behind them, [rows, vocab].
+        count: tokens per row; none where its context ends before.
+    """
+    new = len(logits)
+    limit = getattr(expert, "max_positions", None)
+    if limit and max(expert.lengths) + count > limit:
+        return [[] for _ in range(new)]
+    tokens = torch.zeros(len(expert.lengths), dtype=torch.long, device=logits.device)
+    guessed = []
+    for _ in range(count):
+        guessed.append(logits.argmax(-1))
+        tokens[-new:] = guessed[-1]
+        logits = expert.step(tokens)[-new:]
+    expert.rollback([count] * len(tokens))
+    return torch.stack(guessed, dim=1).tolist()
+
+
 class DraftedModel:
     """A single model for which a smaller one drafts; a `member.Member` with `draft` and `verify`.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from proxytune.member import Member
+from proxytune.truncation import Truncation
 
 MAX_WIDTH = 9
 WARM_UP = 1  # first rounds of a batch size whose time says nothing
@@ -163,11 +164,25 @@ class DraftedModel:
         """Tokens per row, of the model."""
         return self.model.lengths
 
-    def prefill(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
-        self.draft_model.prefill([prompt["draft"] for prompt in prompts])
+    @property
+    def truncation(self) -> Truncation | None:
+        """What is known of the last logits where the model shows a part only; else None."""
+        return getattr(self.model, "truncation", None)
+
+    def prefill(
+        self, prompts: Sequence[Mapping[str, Sequence[int]]], ahead: int = 0
+    ) -> torch.Tensor:
+        """Appends one row per prompt; returns the next token's logits [prompts, vocab].
+
+        Args:
+            prompts: role -> token ids.
+            ahead: see `ProxyTunedModel.prefill`; the draft model guesses.
+        """
+        logits = self.draft_model.prefill([prompt["draft"] for prompt in prompts])
         self._missing += [[] for _ in prompts]
-        return self.model.prefill([prompt["base"] for prompt in prompts])
+        model: Any = self.model
+        guesses = [guess_ahead(self.draft_model, logits, ahead)] if ahead else []
+        return model.prefill([prompt["base"] for prompt in prompts], *guesses)
 
     @property
     def joins(self) -> bool:

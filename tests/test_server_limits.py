@@ -395,7 +395,7 @@ def test_what_schemathesis_makes_up_from_the_openapi_document(mode):
             if mode.is_negative and operation.method == "get":
                 continue  # they take nothing that could be wrong
 
-            @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+            @settings(max_examples=15, deadline=None, derandomize=True, database=None)
             @given(operation.as_strategy(mode))
             def attack(case):
                 response = case.call_and_validate(base_url=root, checks=CHECKS)
@@ -408,6 +408,6 @@ def test_what_schemathesis_makes_up_from_the_openapi_document(mode):
                     statuses[response.status_code] += 1
 
             attack()
-        assert statuses[400] > 15
-        assert mode.is_negative or statuses[200] > 15
+        assert statuses[400] > 10
+        assert mode.is_negative or statuses[200] > 10
         assert requests.post(f"{url}/completions", json={"prompt": "a"}).ok

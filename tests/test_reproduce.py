@@ -4,6 +4,8 @@ import importlib
 import json
 import shlex
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,7 @@ def ran(scripts, monkeypatch, tmp_path):
     monkeypatch.setattr(scripts.reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(scripts.checks.Checker, "check", lambda self, steps: (steps, []))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return found
 
 
@@ -130,6 +133,20 @@ def test_an_unknown_target_is_refused_with_the_known_ones(scripts, words):
 
 
 # -- the checks --------------------
+
+
+def test_a_hub_that_answers_anything_is_there(scripts, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    quiet = type("Quiet", (BaseHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with HTTPServer(("127.0.0.1", 0), quiet) as server:  # every request ends in an error 501
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert scripts.reproduce.hub_answers()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not scripts.reproduce.hub_answers()
+        server.shutdown()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert not scripts.reproduce.hub_answers()
 
 
 def lines(scripts, *commands, online=False, **needs):

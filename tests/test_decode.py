@@ -1,5 +1,7 @@
 """The decode loop: ends, stop strings, scheduling, shared prefills, memory running out."""
 
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +9,11 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
+from proxytune.decode import DecodeLoop
+from proxytune.generator import make_decoding
 from proxytune.memory import row_budget
+from proxytune.rows import Request
+from proxytune.sampling import Sampler
 from proxytune.text import GrowingText
 
 TOKENIZER = tiny_tokenizer()
@@ -265,3 +271,58 @@ def test_row_budget_goes_by_memory_and_length():
     auto = row_budget(members)
     assert auto(10**15) == 1
     assert 1 < auto(100) <= 32
+
+
+class Cheap:
+    """A system without a model: it remembers lengths, and every token is followed by the next."""
+
+    vocab_size = 8
+
+    def __init__(self):
+        self.lengths = []
+        self.steps = 0
+        self.most_tokens = 0
+
+    def prefill(self, prompts):
+        self.lengths += [len(prompt) for prompt in prompts]
+        return torch.eye(8)[[prompt[-1] for prompt in prompts]].roll(1, -1)
+
+    def step(self, tokens):
+        self.steps += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.most_tokens = max(self.most_tokens, sum(self.lengths))
+        return torch.eye(8)[tokens % 8].roll(1, -1)
+
+    def keep(self, rows):
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def clear(self):
+        self.lengths = []
+
+
+def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_the_time():
+    decoding = make_decoding(max_new_tokens=4)
+    sampler = Sampler(decoding)
+
+    def requests(count):
+        for i in range(count):
+            yield Request(i, [i % 8], [i % 8], str(i), 0, decoding, sampler, frozenset(), 2 + i % 3)
+
+    def measure(count):
+        system = Cheap()
+        tracemalloc.start()
+        tokens = sum(
+            len(each.token_ids)
+            for each in DecodeLoop(system, lambda _: 16, None).run(requests(count))
+        )
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert tokens == sum(2 + i % 3 for i in range(count))
+        return peak, system
+
+    measure(20)  # what is loaded at the first use is no row's memory
+    few, of_few = measure(100)
+    many, of_many = measure(10_000)
+    assert many < few + 200_000  # bytes: 20 a prompt would show
+    assert of_many.most_tokens <= 16 * 5 and of_few.most_tokens <= 16 * 5
+    assert of_many.steps == pytest.approx(100 * of_few.steps, rel=0.1)

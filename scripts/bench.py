@@ -34,6 +34,7 @@ RATIOS = (
     "speculative_acceptance",
     "speculative_cost_ratio",
     "speculative_speedup",
+    "speculative_speedup_at_batch_8",
     "speculative_over_tuned",
     "lockstep_over_tuned",
     "table12_proxy_over_tuned",

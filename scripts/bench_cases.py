@@ -52,6 +52,11 @@ PAPER_TABLE12 = {"8,512": 2.54, "512,8": 2.32, "8,8": 2.45}  # 13B, proxy over t
 
 Results = dict[str, Any]
 
+_STRATEGIES: tuple[tuple[str, Literal["auto", False]], ...] = (
+    ("lockstep", False),
+    ("auto", "auto"),
+)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -206,12 +211,17 @@ def mixed(size: Size, rounds: int) -> Results:
             "bound_static": partial(static_batches, triple.members, even, size.batch),
             "bound_engine": partial(_generate, generator, even, size.batch),
         }
-        times = interleaved(runs, rounds, size.clock)
+        _generate(generator, Workload(work.prompts[: size.batch], [2] * size.batch), size.batch)
+        once = interleaved(runs, 1, size.clock)
+        speedup[kind] = median_ratio(once["static"], once["engine"])
+        over_generate[kind] = median_ratio(once["engine"], once["generate_of_base"])
+        # what the bar is about in every round, the slow loops in the first alone
+        again = {name: runs[name] for name in ("engine", "bound_static", "bound_engine")}
+        more = interleaved(again, rounds - 1, size.clock)
+        times = {name: values + more.get(name, []) for name, values in once.items()}
         bound = [
             min(pair) for pair in zip(times["bound_static"], times["bound_engine"], strict=True)
         ]
-        speedup[kind] = median_ratio(times["static"], times["engine"])
-        over_generate[kind] = median_ratio(times["engine"], times["generate_of_base"])
         share[kind] = median_ratio(bound, times["engine"])
         times_by_kind[kind] = {name: median(values) for name, values in times.items()}
         times_by_kind[kind]["row_steps"] = sum(work.lengths)
@@ -279,7 +289,18 @@ def speculative(size: Size, rounds: int) -> Results:
         found["speculative_over_tuned"][name] = median_ratio(times["auto"], times["tuned"])
         found["lockstep_over_tuned"][name] = median_ratio(times["lockstep"], times["tuned"])
         found["speculative_acceptance"][name] = _agreement(triple.expert, texts, 16)
-    return dict(found)
+    triple = agreeing_triple(*size.draft_pair, 0.8, size.device, size.dtype)
+    work = Workload(_prompts(8, 16, size.draft_pair[0].vocab, seed=5), [size.steps] * 8)
+    generator = _load(triple)
+    _generate(generator, Workload(work.prompts, [max(8, size.steps // 2)] * 8), 8, "auto")
+    batch = interleaved(
+        {name: partial(_generate, generator, work, 8, how) for name, how in _STRATEGIES},
+        rounds,
+        size.clock,
+    )
+    return found | {
+        "speculative_speedup_at_batch_8": {"0.8": median_ratio(batch["lockstep"], batch["auto"])}
+    }
 
 
 @torch.inference_mode()

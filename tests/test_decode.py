@@ -325,4 +325,4 @@ def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_t
     many, of_many = measure(10_000)
     assert many < few + 200_000  # bytes: 20 a prompt would show
     assert of_many.most_tokens <= 16 * 5 and of_few.most_tokens <= 16 * 5
-    assert of_many.steps == pytest.approx(100 * of_few.steps, rel=0.1)
+    assert of_many.steps == pytest.approx(100 * of_few.steps, rel=0.3)

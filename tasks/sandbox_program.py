@@ -130,9 +130,12 @@ def audit_hook(native, fence, testing):
     """
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     realpath, fsdecode, inside = os.path.realpath, os.fsdecode, f"{fence}{os.sep}"
+    is_directory = os.path.isdir
     refused = REFUSED if native else REFUSED | REFUSED_NATIVE
     modules = frozenset() if native else NATIVE_MODULES
-    changes, in_test = CHANGES_FILES, REFUSED_IN_TEST
+    # Each is needed once more, to end the program's own tracing: if the program uses it up (from
+    # a trace function, between two stages), that end fails, and with it the program.
+    changes, in_test, ours = CHANGES_FILES, REFUSED_IN_TEST, set(REFUSED_IN_TEST)
 
     def outside(path):
         return isinstance(path, (str, bytes)) and not realpath(fsdecode(path)).startswith(inside)
@@ -144,7 +147,9 @@ def audit_hook(native, fence, testing):
         if event in refused:
             raise PermissionError(f"{event} is not allowed in the sandbox")
         if testing and event in in_test:
-            raise PermissionError(f"{event} is not allowed during the test")
+            if event not in ours:
+                raise PermissionError(f"{event} is not allowed during the test")
+            ours.remove(event)
         if event == "import" and args[0] in modules:
             raise ImportError(f"{args[0]} is not allowed in the sandbox")
         if not native and event.startswith("ctypes."):
@@ -152,7 +157,10 @@ def audit_hook(native, fence, testing):
         if fence is None:
             return
         if event == "open":
-            path, _, flags = args
+            path, mode, flags = args
+            # Paths relative to a directory's descriptor would lead anywhere, unseen from here.
+            if mode is None and is_directory(path):
+                raise PermissionError(f"{path!r} is a directory: no descriptors of them")
             if outside(path) and (flags & writes or in_proc(path)):
                 raise PermissionError(f"{path!r} is outside the sandbox")
         elif event in changes and any(outside(path) for path in args):
@@ -209,7 +217,7 @@ def guard_names(program, text):
 
 
 def stages(code, test, testing):
-    """What to do: program, end of tracing, guard, test, guard. All are C functions.
+    """What to do: program, beginning of the test, end of tracing, guard, test, guard. All C code.
 
     Each is called with the None that the one before it returned: for exec it is `locals`, as if
     left out; for the others it is what they need.
@@ -220,7 +228,10 @@ def stages(code, test, testing):
     guard = functools.partial(
         exec, compile(GUARD, "<guard>", "exec"), guard_names(names, code + test)
     )
-    return [run, sys.setprofile, sys.settrace, testing.append, guard, trusted, guard]
+    # A profile function gets to see the C functions that it is told of, and so `testing` as
+    # __self__ of its append; it is not told of partials.
+    begin = functools.partial(testing.append)
+    return [run, begin, sys.setprofile, sys.settrace, guard, trusted, guard]
 
 
 def _run(write, first, take_nonce, take):

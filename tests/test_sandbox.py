@@ -107,6 +107,26 @@ CHEATS = {
         "    sys.settrace(lambda *a: None)\n"
         "    return 0"
     ),
+    "trace function that outlives the end of tracing": (
+        "import sys\n"
+        "done = []\n"
+        "def jump(frame, event, arg):\n"
+        "    if event == 'line' and frame.f_code.co_name == 'check' and frame.f_lineno < 4:\n"
+        "        frame.f_lineno = 4\n"
+        "    return jump\n"
+        "def profile(frame, event, arg):\n"
+        "    if event == 'c_return' and arg is sys.settrace and not done:\n"
+        "        done.append(1)\n"
+        "        sys.settrace(jump)\n"
+        "        sys.setprofile(None)\n"
+        "def between_stages(frame, event, arg):\n"
+        "    if event == 'opcode' and not done: sys.setprofile(profile)\n"
+        "    return between_stages\n"
+        "caller = sys._getframe(1)\n"
+        "caller.f_trace_opcodes, caller.f_trace = True, between_stages\n"
+        "sys.settrace(between_stages)\n"
+        "def f(x): return 0"
+    ),
     "thread that waits for check": (
         "import threading\n"
         "def wait():\n"
@@ -249,6 +269,22 @@ def test_attacks_on_the_machine(
         "write outside": f"open({str(victim)!r}, 'w').write('x')",
         "delete outside": f"import os; os.remove({str(victim)!r})",
         "rename outside": f"import os; os.rename({str(victim)!r}, {str(victim) + '2'!r})",
+        "write by a directory's descriptor": (
+            "import os\n"
+            "root = os.open('/', os.O_RDONLY)\n"
+            f"os.open({str(victim)[1:]!r}, os.O_WRONLY | os.O_TRUNC, dir_fd=root)"
+        ),
+        "own memory by a directory's descriptor": (
+            "import os\n"
+            "root = os.open('/', os.O_RDONLY)\n"
+            "os.open('proc/self/mem', os.O_RDWR, dir_fd=root)"
+        ),
+        "write by a descriptor of the own directory": (
+            "import os\n"
+            "here = os.open('.', os.O_RDONLY)\n"
+            "os.makedirs('a/b/c/d'); os.chdir('a/b/c/d')\n"
+            "os.open('../sandbox-test-was-here', os.O_WRONLY | os.O_CREAT, dir_fd=here)"
+        ),
         "write to /tmp": "open('/tmp/sandbox-test-was-here', 'w')",
         "write to /dev/shm": "open('/dev/shm/sandbox-test-was-here', 'w')",
         "socket": "import socket; socket.socket()",

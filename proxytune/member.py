@@ -265,6 +265,8 @@ class RecomputedModel:
         vocab_size: the logits are cut to this many entries.
     """
 
+    joins = False
+
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.model = model
         self.vocab_size = vocab_size

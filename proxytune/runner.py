@@ -10,6 +10,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
         OSError: the results folder cannot be written; everything finished is kept.
     """
     started = time.time()
-    output = Path(cfg.output_dir)
     tasks = check_before_models(cfg)
+    output = Path(cfg.output_dir)  # contains the experiment's name, which is checked by now
     _check_writable(output)
     if cfg.stage != "score":
         _check_machine(cfg)
@@ -105,11 +106,14 @@ def check_before_models(cfg: DictConfig) -> dict[str, Any]:
 def _check_config(cfg: DictConfig) -> None:
     unknown = [s for s in cfg.systems if s not in SYSTEMS]
     if unknown or not cfg.systems:
-        raise ValueError(f"unknown system {unknown}; systems are any of {', '.join(SYSTEMS)}")
+        wrong = f"unknown system {unknown}" if unknown else "no system chosen"
+        raise ValueError(f"{wrong}; systems are any of {', '.join(SYSTEMS)}")
     if cfg.stage not in STAGES:
         raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES)}")
     if cfg.limit is not None and cfg.limit < 1:
         raise ValueError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
+    if not math.isfinite(cfg.alpha):
+        raise ValueError(f"alpha={cfg.alpha}: it must be a finite number")
     if not cfg.task:
         raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
     if OmegaConf.is_missing(cfg, "name"):

@@ -48,7 +48,7 @@ def load_rows(
         columns: what every row must have.
 
     Raises:
-        ValueError: there is no such file, it is malformed, or the hub cannot be reached.
+        ValueError: there is no such file, it is malformed or empty, or the hub cannot be reached.
     """
     if path is not None:
         rows = read_rows(Path(path).expanduser())
@@ -56,6 +56,8 @@ def load_rows(
     else:
         rows = _from_hub(hub, revision, setting)
         source = hub.id
+    if not rows:
+        raise ValueError(f"{source} holds no rows; give a file that does: {setting}=FILE")
     check_columns(rows, columns, source)
     return rows
 

@@ -106,6 +106,8 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
         (["triple.base.id=/no/such/folder"], "/no/such/folder"),
         (["systems=[bas]"], "unknown system ['bas']"),
         (["limit=0"], "limit=0"),
+        (["systems=[]"], "no system chosen"),
+        (["alpha=nan"], "alpha=nan"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path):
@@ -115,6 +117,12 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path):
     assert len(lines) == 1
     assert said in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_an_experiment_without_a_name_is_asked_for_one():
+    done = run("experiment=none", "triple=pocket", "task=[pocket_gsm8k]", "limit=1")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("give one: name=my_triple")
 
 
 def test_a_triple_without_one_vocabulary_names_the_first_differing_token(tmp_path):

@@ -64,3 +64,10 @@ def test_without_the_hub(hub, monkeypatch):
     with pytest.raises(ValueError, match=r"task\.x\.path=FILE") as error:
         load_rows(None, hub, "abc", setting="task.x.path")
     assert "nobody/nothing" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("r.jsonl", ""), ("r.json", "[]"), ("r.csv", "q\n")])
+def test_a_file_without_rows_is_refused(tmp_path, name, text):
+    path = written(tmp_path / name, text)
+    with pytest.raises(ValueError, match=r"holds no rows; give .*task\.x\.path=FILE"):
+        load_rows(str(path), HUB, None, setting="task.x.path", columns=("q",))

@@ -91,7 +91,7 @@ class Pack:
         if self.block:
             block = query[0, :, : self.block].unflatten(1, (-1, self.width)).transpose(0, 1)
             into = out[0, : self.block].unflatten(0, (-1, self.width))
-            for rows, end, mask in self._calls or self._plan(keys.shape[1]):
+            for rows, end, mask in self._calls or self._plan(keys.shape[1], query.dtype):
                 into[rows] = _attention(
                     block[rows], keys[rows, :, :end], values[rows, :, :end], mask, scale
                 ).transpose(1, 2)
@@ -107,7 +107,7 @@ class Pack:
             )[0].transpose(0, 1)
         return out
 
-    def _plan(self, heads: int) -> list[tuple[slice, int, torch.Tensor | None]]:
+    def _plan(self, heads: int, dtype: torch.dtype) -> list[tuple[slice, int, torch.Tensor | None]]:
         """Which running rows share a call, how far they look, and the mask where it takes one."""
         count = len(self.starts)
         together = self.padding * heads <= CALL * count
@@ -115,7 +115,10 @@ class Pack:
         for rows in [slice(count)] if together else [slice(i, i + 1) for i in range(count)]:
             end = max(self.ends[rows])
             plain = self.width == 1 and min(self.ends[rows]) == end
-            mask = None if plain else torch.arange(end) <= positions[rows]
+            mask = None
+            if not plain:  # added to the products; from booleans each layer would make its own
+                seen = torch.arange(end) <= positions[rows]
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
             self._calls.append((rows, end, mask))
         return self._calls
 

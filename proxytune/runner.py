@@ -94,6 +94,8 @@ def check_before_models(cfg: DictConfig) -> dict[str, Any]:
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
+    if cfg.stage != "score":
+        _check_devices(model_specs(cfg))
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
@@ -114,6 +116,9 @@ def _check_config(cfg: DictConfig) -> None:
         raise ValueError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
     if not math.isfinite(cfg.alpha):
         raise ValueError(f"alpha={cfg.alpha}: it must be a finite number")
+    size = cfg.decoding.batch_size
+    if size != "auto" and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f"decoding.batch_size={size}: it must be at least 1, or auto")
     if not cfg.task:
         raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
     if OmegaConf.is_missing(cfg, "name"):
@@ -144,6 +149,20 @@ def _check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     probe.write_text("a full disk is found out now rather than after the first batch\n")
     probe.unlink()
+
+
+def _check_devices(specs: dict[str, Any]) -> None:
+    named = {role: s.device for role, s in specs.items() if s.device not in (None, "auto")}
+    for role, name in named.items():
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            message = f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER"
+            raise ValueError(message) from error
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            message = f"{role}: there is no device {name} here ({count} GPUs)"
+            raise ValueError(f"{message}; machine=cpu runs without one")
 
 
 def _check_machine(cfg: DictConfig) -> None:

@@ -108,6 +108,9 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
         (["limit=0"], "limit=0"),
         (["systems=[]"], "no system chosen"),
         (["alpha=nan"], "alpha=nan"),
+        (["decoding.batch_size=0"], "decoding.batch_size=0"),
+        (["machine.device=cuda:99"], "no device cuda:99 here"),
+        (["machine.device=gpu"], "'gpu' is no device"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path):

@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from proxytune import config
 from proxytune.config import ROOT, register
@@ -85,9 +86,19 @@ def explain(error: BaseException) -> str:
     if misspelt and hasattr(config, misspelt[2]):
         key, known = misspelt[1], [f.name for f in fields(getattr(config, misspelt[2]))]
         return f"unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
+        return _no_such_key(str(error.full_key), error.parent_node)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("object_type=", "reference_type="))]
     return "; ".join(lines) or type(error).__name__
+
+
+def _no_such_key(full_key: str, parent: Any) -> str:
+    """A key that a task's file does not have: misspelt, or one that `+` adds."""
+    where, _, key = full_key.rpartition(".")
+    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    names = f"; known: {', '.join(known)}" if known else ""
+    return f"{where} has no key '{key}'{_close(key, known)}{names}; +{full_key}=... adds a new one"
 
 
 def _close(name: str, known: Sequence[str]) -> str:

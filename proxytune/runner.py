@@ -10,7 +10,6 @@
 import dataclasses
 import json
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,25 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.cells import MEMBERS, Cell, HarnessCell, claim, make_cells, models_of
-from proxytune.config import ROLES, SYSTEMS, to_dict
+from proxytune.checks import check_before_models, check_machine, check_writable, model_specs
+from proxytune.config import to_dict
 from proxytune.progress import GenerationProgress, generation_progress
-from proxytune.records import (
-    Completion,
-    JsonlWriter,
-    Metric,
-    read_jsonl,
-    write_jsonl,
-)
+from proxytune.records import Completion, JsonlWriter, Metric, read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-
-STAGES = ("all", "generate", "score")
 
 
 def run_experiment(cfg: DictConfig) -> list[Metric]:
@@ -50,9 +40,9 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
     started = time.time()
     tasks = check_before_models(cfg)
     output = Path(cfg.output_dir)  # contains the experiment's name, which is checked by now
-    _check_writable(output)
+    check_writable(output)
     if cfg.stage != "score":
-        _check_machine(cfg)
+        check_machine(cfg)
     cells = make_cells(cfg, tasks, output)
     for cell in cells:
         claim(cell, cfg.stage)
@@ -81,135 +71,6 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# -- refusals: everything that can be known before a model is loaded --------------------
-
-
-def check_before_models(cfg: DictConfig) -> dict[str, Any]:
-    """Refuses what can be known to fail without loading a model; returns the tasks by name.
-
-    Raises:
-        ValueError: a bad setting, an unknown task key, a judge without its key, a model that is
-            not there or may not be read, a triple without one vocabulary.
-    """
-    _check_config(cfg)
-    if cfg.stage != "score":
-        _check_devices(model_specs(cfg))
-    tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
-    if cfg.stage != "generate":  # which needs no judge and runs no program
-        for task in tasks.values():
-            task.check()
-    if cfg.stage != "score":
-        _check_models(cfg)
-    return tasks
-
-
-def _check_config(cfg: DictConfig) -> None:
-    unknown = [s for s in cfg.systems if s not in SYSTEMS]
-    if unknown or not cfg.systems:
-        wrong = f"unknown system {unknown}" if unknown else "no system chosen"
-        raise ValueError(f"{wrong}; systems are any of {', '.join(SYSTEMS)}")
-    if cfg.stage not in STAGES:
-        raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES)}")
-    if cfg.limit is not None and cfg.limit < 1:
-        raise ValueError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
-    if not math.isfinite(cfg.alpha):
-        raise ValueError(f"alpha={cfg.alpha}: it must be a finite number")
-    size = cfg.decoding.batch_size
-    if size != "auto" and not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"decoding.batch_size={size}: it must be at least 1, or auto")
-    if not cfg.task:
-        raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
-    if OmegaConf.is_missing(cfg, "name"):
-        raise ValueError("the experiment has no name; give one: name=my_triple")
-    for role in {role for system in cfg.systems for role in MEMBERS[system].values()}:
-        member = cfg.triple[role]
-        if member is None or OmegaConf.is_missing(member, "id"):
-            raise ValueError(
-                f"the triple has no {role}; give one (triple.{role}.id=...) or leave the systems "
-                "that need it out (systems=[...])"
-            )
-
-
-def _make_task(name: str, node: DictConfig) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).splitlines()[0]
-        hint = f"its keys stand in conf/task/{name}.yaml"
-        raise ValueError(f"task {name}: {reason}; {hint}") from error
-
-
-def _check_writable(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.write_text("a full disk is found out now rather than after the first batch\n")
-    probe.unlink()
-
-
-def _check_devices(specs: dict[str, Any]) -> None:
-    named = {role: s.device for role, s in specs.items() if s.device not in (None, "auto")}
-    for role, name in named.items():
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            message = f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER"
-            raise ValueError(message) from error
-        count = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= count:
-            message = f"{role}: there is no device {name} here ({count} GPUs)"
-            raise ValueError(f"{message}; machine=cpu runs without one")
-
-
-def _check_machine(cfg: DictConfig) -> None:
-    need = cfg.needs.gpu_memory_gb
-    if not need:
-        return
-    log.info(
-        "estimated needs: %g GB of GPU memory, %g GB of downloads, %g A100 hours",
-        need,
-        cfg.needs.disk_gb,
-        cfg.needs.gpu_hours,
-    )
-    if cfg.machine.device == "auto" and not torch.cuda.is_available():
-        raise ValueError(
-            f"experiment {cfg.name} needs about {need:g} GB of GPU memory and no GPU was found; "
-            "run it on a GPU machine, or say machine=cpu to run it here all the same"
-        )
-
-
-def _check_models(cfg: DictConfig) -> None:
-    from proxytune.model import check_triple
-
-    specs = model_specs(cfg)
-    used = {role for system in cfg.systems for role in MEMBERS[system].values()}
-    check_triple({role: spec for role, spec in specs.items() if role in used})
-
-
-def model_specs(cfg: DictConfig) -> dict[str, Any]:
-    """Role -> `ModelSpec` of the configured triple, with the machine's devices filled in."""
-    from proxytune.model import ModelSpec
-    from proxytune.prompting import PromptFormat
-
-    specs = {}
-    for role in ROLES:
-        member = cfg.triple[role]
-        if member is None or OmegaConf.is_missing(member, "id"):
-            continue
-        settings = to_dict(member)
-        device = settings["device"] or cfg.machine.devices.get(role) or cfg.machine.device
-        # "auto" for one role spreads it over all GPUs; for the machine it means the first device
-        spread = device == "auto" and role in cfg.machine.devices
-        settings["device"] = device if spread or device != "auto" else None
-        settings["format"] = PromptFormat(**settings["format"])
-        if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:
-            settings["api"]["cache"] = str(Path(cfg.output_dir, "api.sqlite"))
-        specs[role] = ModelSpec(**settings)
-    return specs
 
 
 def _begin_run_json(

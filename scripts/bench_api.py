@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 
 import proxytune
 from proxytune import provenance
+from proxytune.checks import model_specs
 from proxytune.cli import guarded
 from proxytune.config import ROOT, register
 from proxytune.prompting import encode, render
-from proxytune.runner import model_specs
 
 TASKS = "[pocket_gsm8k,pocket_triviaqa,pocket_truthfulqa_open,pocket_humaneval]"
 

@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from proxytune import config, train
 from proxytune.cells import MEMBERS
+from proxytune.checks import check_before_models
 from proxytune.cli import explain
 from proxytune.config import ROOT
-from proxytune.runner import check_before_models
 
 RUN = "run.py"
 TRAIN = "scripts/train_expert.py"

@@ -52,7 +52,7 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
 
     from proxytune.api import load
     from proxytune.cells import MEMBERS
-    from proxytune.runner import model_specs
+    from proxytune.checks import model_specs
     from proxytune.server.app import create_app
 
     roles = MEMBERS[cfg.system]

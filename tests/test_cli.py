@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from proxytune import cli
 from proxytune.config import ROOT
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]
@@ -114,13 +115,24 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
         (["task.pocket_gsm8k.pth=x"], "no key 'pth' (did you mean path?)"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path):
-    done = run(*arguments, f"output_dir={tmp_path}")
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output_dir={tmp_path}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # the command sets it; it is put back afterwards
+    with pytest.raises(SystemExit) as exit_:
+        cli.run()
+    assert exit_.value.code == 1
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert said in lines[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in shown
+
+
+def test_a_mistake_of_the_command_itself_is_one_line():
+    done = run("experiment=pokcet")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown experiment 'pokcet' (did you mean pocket?)")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_experiment_without_a_name_is_asked_for_one():

@@ -20,8 +20,8 @@ def row_budget(
     """How many rows of a given length fit: `budget(tokens) -> rows`, at least 1.
 
     Args:
-        members: models with `device`, `vocab_size` and `bytes_per_token()`; others (behind an
-            API) need no memory.
+        members: models with `device`, `vocab_size` and `bytes_per_token()`; one behind an API
+            needs no memory, and may say how many rows suit it (`max_rows`).
         batch_size: an upper limit from the user; with it, memory is not looked at.
     """
     if batch_size != "auto":
@@ -29,12 +29,16 @@ def row_budget(
         return lambda tokens: limit
     per_token: Counter[torch.device] = Counter()
     per_row: Counter[torch.device] = Counter()
+    limits = []
     for member in members:
+        if hasattr(member, "max_rows"):
+            limits.append(member.max_rows)
         if hasattr(member, "bytes_per_token"):
             per_token[member.device] += member.bytes_per_token()
             per_row[member.device] += LOGITS_COPIES * 4 * member.vocab_size
     free = {device: _free_bytes(device) for device in per_token}
     most = GPU_ROWS if any(device.type == "cuda" for device in free) else CPU_ROWS
+    most = min([most, *limits])
 
     def budget(tokens: int) -> int:
         fits = [

@@ -151,7 +151,8 @@ def _generate_cell(
     base: Any = generator.members["base"].member
     if hasattr(base, "estimate"):
         lengths = [len(prompt["base"]) for prompt in prompts]
-        drafted = cell.system == "proxy" and cfg.decoding.speculative is not False
+        lockstep = cfg.decoding.speculative is False or cfg.decoding.trace
+        drafted = cell.system == "proxy" and not lockstep
         estimate = base.estimate(lengths, cell.decoding, drafted)
         log.info("%s, %s: %s", cell.task_name, cell.system, estimate)
     tokens = 0

@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from proxytune import api
+from proxytune.cells import _system_identity
+from proxytune.config import ROOT, register
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import faulty
 
@@ -169,3 +173,32 @@ def test_the_base_alone_works_too(folder, url):
     got = single.generate(PROMPTS, **GREEDY)
     assert ids(got) == ids(api.load(str(folder / "base")).generate(PROMPTS, **GREEDY))
     assert all(each.extra["api"]["flagged_steps"] == 0 for each in got)
+
+
+def test_a_draft_model_saves_requests_for_a_single_base(folder, url):
+    base = over_http(folder, url, top_logprobs=20).members["base"]
+    drafted = api.load(base, draft=str(folder / "base"))
+    before = client_of(drafted).spent.requests
+    got = drafted.generate(PROMPTS[:1], max_new_tokens=12)
+    assert ids(got) == ids(api.load(str(folder / "base")).generate(PROMPTS[:1], max_new_tokens=12))
+    assert got[0].extra["api"]["flagged_steps"] == 0
+    assert client_of(drafted).spent.requests - before <= 3
+
+
+def test_what_completions_depend_on_leaves_out_where_the_base_is():
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        plain, moved, other = (
+            compose("config", ["experiment=gpt35_realtimeqa", *more])
+            for more in (
+                [],
+                ["triple.base.api.base_url=http://elsewhere/v1", "triple.base.api.max_cost=3"],
+                ["triple.base.api.top_logprobs=20"],
+            )
+        )
+    one, same, different = (_system_identity(cfg, "proxy") for cfg in (plain, moved, other))
+    assert one == same
+    assert one != different
+    assert one["members"]["base"]["api"]["model"] == "gpt-3.5-turbo-0613"
+    assert "api_key_env" not in one["members"]["base"]["api"]

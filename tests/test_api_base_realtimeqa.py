@@ -144,6 +144,21 @@ def letter_id(letter: str) -> int:
     return vocab.get(f"Ġ{letter}", vocab[letter])
 
 
+def test_a_spent_budget_keeps_what_is_finished(folder, weeks, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with openai_server(answer) as server:
+        cfg = experiment(folder, weeks, tmp_path, server.url)
+        cfg.decoding.batch_size = 1
+        cfg.triple.base.api.max_requests = 3  # the probe and two questions
+        with pytest.raises(ValueError, match=r"max_requests=3 is spent .*the same command goes on"):
+            run_experiment(cfg)
+        path = tmp_path / "realtimeqa" / "base" / "completions.jsonl"
+        assert len(path.read_text().splitlines()) == 2
+        cfg.triple.base.api.max_requests = 5
+        assert {m.n_examples for m in run_experiment(cfg)} == {4}
+        assert len(server.requests) == 5
+
+
 def test_a_chat_endpoint_cannot_go_on(folder, weeks, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with openai_server(answer) as server:

@@ -76,6 +76,8 @@ class ApiMember:
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.max_positions = protocol.client.max_positions
+        # two waves of requests per block; the logits of more rows would only fill memory
+        self.max_rows = 2 * protocol.client.settings.max_concurrency
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
         self._last: list[list[Answer]] = []

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import openai
 
 from proxytune.api_base.store import Store
@@ -91,11 +90,11 @@ class Client:
             ValueError: it does not; one line with the way out.
         """
         try:
-            # the raw answer: a server without this route may say anything
-            answer = self._open.with_options(timeout=_CHECK_TIMEOUT).get(
-                "/models", cast_to=httpx.Response
+            # plain JSON, not the client's own type: a server without this route may say anything
+            answer: Any = self._open.with_options(timeout=_CHECK_TIMEOUT).get(
+                "/models", cast_to=object
             )
-            known = {model["id"]: model for model in answer.json()["data"]}
+            known = {model["id"]: model for model in answer["data"]}
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ValueError(self._wrong_key(error)) from error
         except openai.APIConnectionError as error:
@@ -139,7 +138,7 @@ class Client:
             self._wait_until_allowed()
             reserved = self._reserve(prompt_tokens)
             try:
-                answer = self._open.post(f"/{endpoint}", body=body, cast_to=httpx.Response).json()
+                answer = self._open.post(f"/{endpoint}", body=body, cast_to=object)
                 usage = _usage(answer, prompt_tokens)
                 result = _read(answer, read)
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:

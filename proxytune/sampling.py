@@ -206,8 +206,9 @@ class Sampler:
         if count < kept and bool((before[:, -1] < self.top_p).any()):
             values, ids = scores.topk(kept)
             before = _mass_before(values, values.logsumexp(-1, keepdim=True))
-        # The first token has nothing before it, so at least one is always kept.
-        return values.masked_fill(before >= self.top_p, -torch.inf), ids
+        beyond = before >= self.top_p
+        beyond[:, 0] = False  # nothing stands before the first, even where top_p rounds to 0
+        return values.masked_fill(beyond, -torch.inf), ids
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:

@@ -136,6 +136,12 @@ def test_the_noise_is_pinned():
     assert noise[0].tolist() == pytest.approx([1.159, -0.504849, 0.572309], abs=1e-5)
 
 
+def test_the_smallest_top_p_leaves_the_likeliest_token():
+    sampler = Sampler(Decoding(temperature=1.0, top_p=5e-324))  # 0 in float32
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert draws(sampler, logits, 20).tolist() == [1] * 20
+
+
 def test_bans_and_choices():
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0], [5.0, 4.0, 3.0, 2.0]])
     greedy = Decoding()

@@ -19,7 +19,6 @@ from proxytune.server.logprobs import same_tokens
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as at OpenAI
-LEAST_TOP_P = 1e-6  # leaves the likeliest token alone; much smaller is 0 in float32
 GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone
 UNLIMITED_CONTEXT = 4096  # tokens of a chat answer where neither model nor settings have a limit
 
@@ -173,7 +172,7 @@ def _decoding(body: Any, max_tokens: int, n: int, settings: ServerSettings) -> D
     return Decoding(
         max_new_tokens=max_tokens,
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-        top_p=1.0 if body.top_p is None else max(body.top_p, LEAST_TOP_P),
+        top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
         n=n,
         stop=tuple(stop),

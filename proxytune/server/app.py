@@ -46,7 +46,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "It took longer than the server allows",
     }.items()
 }
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Without a schema: OpenAPI 3.1 has none for events, and readers disagree on what one would mean.
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 Answer = CompletionAnswer | ChatAnswer
 
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.api_base.answer import Answer, make_answer
@@ -15,7 +15,7 @@ from proxytune.api_base.names import Named, TokenNames
 from proxytune.api_base.store import Store
 from proxytune.records import Decoding
 from proxytune.sampling import NOTHING, Sampler
-from tests.tiny import tiny_tokenizer
+from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 TINY = TokenNames(tiny_tokenizer(), 300)
 
@@ -24,14 +24,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     """Pieces as Llama-2 writes them: a bar for the space, and byte tokens."""
     pieces = ["<s>", "</s>", "<0x41>", "▁A", "A", "▁the", "the", "▁", "<0xE2>", "<0x80>"]
     core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
-    core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    core.decoder = sentencepiece_decoder()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 

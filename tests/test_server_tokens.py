@@ -1,12 +1,12 @@
 """Tokens as text and bytes, for both kinds of vocabulary; text held back before a stop string."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.server.answers import ShownText
 from proxytune.server.tokens import TokenTexts
-from tests.tiny import tiny_tokenizer
+from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -15,14 +15,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    core.decoder = sentencepiece_decoder()
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
 
 

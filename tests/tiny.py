@@ -145,3 +145,9 @@ def save_tiny(
     tiny_model(arch, seed, **more).save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def sentencepiece_decoder() -> decoders.Decoder:
+    """Pieces to text as Llama-2's tokenizer does it: a bar is a space, and there are byte tokens."""
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])

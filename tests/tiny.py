@@ -148,6 +148,6 @@ def save_tiny(
 
 
 def sentencepiece_decoder() -> decoders.Decoder:
-    """Pieces to text as Llama-2's tokenizer does it: a bar is a space, and there are byte tokens."""
+    """Pieces to text as Llama-2's tokenizer does it: bars for spaces, and byte tokens."""
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from proxytune.packed import Pack
+from proxytune.packed import Pack, make_pack
 
 BLOCK = 64  # positions; the capacity grows in multiples of it
 
@@ -101,15 +101,15 @@ class RowCache(Cache):
             prompts: the lengths of the new rows.
         """
         count = len(self.lengths)
-        rows = range(count, count + len(prompts))
-        self.write = pack = Pack(self.lengths if width else [], width, rows, prompts)
+        starts, rows = self.lengths if width else (), range(count, count + len(prompts))
+        self.write = pack = make_pack(tuple(starts), width, tuple(rows), tuple(prompts))
         self._grow(count + len(prompts), pack.length)
         return pack
 
     def unpack(self) -> None:
         """Counts what the last `pack` has written."""
         assert isinstance(self.write, Pack)
-        self.lengths = self.write.ends or self.lengths
+        self.lengths = [*(self.write.ends or self.lengths)]
         self.lengths += [place.stop - place.start for _, place in self.write.prompts]
 
     def keep(self, rows: list[int]) -> None:
@@ -117,13 +117,17 @@ class RowCache(Cache):
         moves = [(new, old) for new, old in enumerate(rows) if new != old]
         lengths = [self.lengths[row] for row in rows]
         self._grow(len(rows), max(lengths, default=0))
-        if moves:
+        tensors = [*self._keys.values(), *self._values.values()]
+        if {new for new, _ in moves}.isdisjoint(old for _, old in moves):
+            for new, old in moves:  # a row that fills a hole
+                for tensor in tensors:
+                    tensor[new, :, : lengths[new]] = tensor[old, :, : lengths[new]]
+        else:
             used = max(self.lengths[old] for _, old in moves)
             new_rows, old_rows = (torch.tensor(list(side)) for side in zip(*moves, strict=True))
-            for store in (self._keys, self._values):
-                for tensor in store.values():
-                    target, source = new_rows.to(tensor.device), old_rows.to(tensor.device)
-                    tensor[target, :, :used] = tensor[source, :, :used]
+            for tensor in tensors:
+                target, source = new_rows.to(tensor.device), old_rows.to(tensor.device)
+                tensor[target, :, :used] = tensor[source, :, :used]
         self.lengths = lengths
 
     def clear(self) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192  # tokens (padding included) of one prefill pass
 PREFILL_WASTE = 0.75  # prompts shorter than this share of a group's longest start a new group
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Member(Protocol):
@@ -76,7 +77,7 @@ class CachedModel:
         self.joins = joins
         self.cache = RowCache()
         self.device = input_device(model)
-        config = model.config.get_text_config()
+        self._config = config = model.config.get_text_config()
         self.max_positions = max_positions(model)
         layer_types = set(getattr(config, "layer_types", None) or ())
         self._window: int | None = getattr(config, "sliding_window", None)
@@ -179,14 +180,12 @@ class CachedModel:
         write = self.cache.write
         assert isinstance(write, Write)
         _, positions = write.indices(self.device)
-        if self.max_positions:  # padding may stand behind the last position that exists
-            positions = positions.clamp(max=self.max_positions - 1)
         with narrow_products(ids.numel(), self.device):
             logits = self._call(
                 write.rows,
                 input_ids=ids,
                 attention_mask=self._mask(write),
-                position_ids=positions,
+                position_ids=self._within(positions, write.kv_length),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if keep is None else keep.to(self.device),
@@ -204,26 +203,27 @@ class CachedModel:
         pack = self.cache.pack(
             0 if tokens is None else tokens.shape[1], [len(prompt) for prompt in prompts]
         )
-        ids = [] if tokens is None else tokens.flatten().tolist()
-        for prompt in prompts:
-            ids += prompt
-        positions = pack.positions
-        if self.max_positions:  # a block may reach beyond the last position that exists
-            positions = positions.clamp(max=self.max_positions - 1)
-        config = self.model.config.get_text_config()
-        with packed_attention(config), narrow_products(len(ids), self.device):
+        parts = [] if tokens is None else [tokens.reshape(-1)]
+        ids = torch.cat([*parts, *(torch.tensor(prompt) for prompt in prompts)])
+        with packed_attention(self._config), narrow_products(len(ids), self.device):
             logits = self.model(
-                input_ids=torch.tensor([ids]),
+                input_ids=ids.unsqueeze(0),
                 # `attend` needs no mask, but without one the model would make its own
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-                position_ids=positions,
+                attention_mask=_NO_MASK,
+                position_ids=self._within(pack.positions, pack.length),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(pack.logits),
+                logits_to_keep=pack.logits,
                 pack=pack,
             ).logits
         self.cache.unpack()
         return logits[0, :, : self.vocab_size]
+
+    def _within(self, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """Positions that exist: padding, or a block, may reach beyond the last one."""
+        if self.max_positions and length > self.max_positions:
+            return positions.clamp(max=self.max_positions - 1)
+        return positions
 
     def _call(self, rows: Sequence[int], **inputs: Any) -> torch.Tensor:
         """The model's own forward pass; `rows` are the cache rows of the batch."""

@@ -10,6 +10,7 @@ This is for CPUs, where a call costs microseconds and a padded position as much 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "proxytune_packed"  # under which transformers finds `attend`
-CALL = 600  # what a call costs, in padded positions times heads
+_Call = tuple[slice, int, torch.Tensor | None]  # rows, positions, mask
+_SETTING = "_attn_implementation_internal"
+CALL = 250  # what a call costs, in padded positions times heads
 
 
 class Pack:
@@ -34,21 +37,19 @@ class Pack:
     def __init__(
         self, starts: Sequence[int], width: int, rows: Sequence[int], prompts: Sequence[int]
     ) -> None:
-        self.starts = list(starts)
+        self.starts = tuple(starts)
         self.width = width
-        self.ends = [start + width for start in starts]
+        self.ends = tuple(start + width for start in starts)
         self.prompts: list[tuple[int, slice]] = []  # cache row, place in the pass
         first = self.block = len(starts) * width  # tokens of running rows
-        positions = [torch.arange(start, start + width) for start in starts]
+        positions = [position for end in self.ends for position in range(end - width, end)]
         for row, length in zip(rows, prompts, strict=True):
             self.prompts.append((row, slice(first, first + length)))
-            positions.append(torch.arange(length))
+            positions += range(length)
             first += length
-        self.positions = torch.cat(positions).unsqueeze(0)
-        self.logits = list(range(self.block)) + [place.stop - 1 for _, place in self.prompts]
-        self._uniform = len(set(self.starts)) == 1
-        self._rows = torch.arange(len(starts)).repeat_interleave(width)
-        self._calls: list[tuple[slice, int, torch.Tensor | None]] = []
+        self.positions = torch.tensor([positions])
+        self._places: dict[tuple[int, int], torch.Tensor] = {}
+        self._calls: dict[tuple[int, torch.dtype], list[_Call]] = {}
 
     @property
     def length(self) -> int:
@@ -56,18 +57,23 @@ class Pack:
         return max([*self.ends, *(place.stop - place.start for _, place in self.prompts)])
 
     @property
-    def padding(self) -> int:
-        """Positions that one call for all running rows would look at in vain."""
-        return max(self.ends) * len(self.ends) - sum(self.ends)
+    def logits(self) -> int | torch.Tensor:
+        """The places whose logits are wanted, as `logits_to_keep`: 0 for all."""
+        if not self.prompts:
+            return 0
+        return torch.tensor([*range(self.block), *(place.stop - 1 for _, place in self.prompts)])
 
     def store(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Writes one layer's new keys or values, [1, heads, tokens, size]; returns the cache."""
-        tokens = new[0].transpose(0, 1)
-        if self.block and self._uniform:
-            block = tokens[: self.block].unflatten(0, (-1, self.width)).transpose(1, 2)
-            cache[: len(self.starts), :, self.starts[0] : self.ends[0]] = block
-        elif self.block:
-            cache[self._rows, :, self.positions[0, : self.block]] = tokens[: self.block]
+        if self.block:
+            _, heads, capacity, size = cache.shape
+            if (heads, capacity) not in self._places:
+                rows = torch.arange(len(self.starts)).repeat_interleave(self.width).unsqueeze(1)
+                first = (rows * heads + torch.arange(heads)) * capacity
+                places = first + self.positions[0, : self.block].unsqueeze(1)
+                self._places[heads, capacity] = places.flatten()
+            tokens = new[0, :, : self.block].transpose(0, 1).reshape(-1, size)
+            cache.view(-1, size).index_copy_(0, self._places[heads, capacity], tokens)
         for row, place in self.prompts:
             cache[row, :, : place.stop - place.start] = new[0, :, place]
         return cache
@@ -86,41 +92,68 @@ class Pack:
         Returns:
             [1, tokens, heads, head size].
         """
-        out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
-        grouped = query.shape[1] != keys.shape[1]
+        parts = []
         if self.block:
             block = query[0, :, : self.block].unflatten(1, (-1, self.width)).transpose(0, 1)
-            into = out[0, : self.block].unflatten(0, (-1, self.width))
-            for rows, end, mask in self._calls or self._plan(keys.shape[1], query.dtype):
-                into[rows] = _attention(
+            for rows, end, mask in self._plan(keys.shape[1], query.dtype):
+                part = _attention(
                     block[rows], keys[rows, :, :end], values[rows, :, :end], mask, scale
-                ).transpose(1, 2)
+                )
+                parts.append(part.transpose(1, 2).flatten(0, 1))
+        grouped = query.shape[1] != keys.shape[1]
         for row, place in self.prompts:
             length = place.stop - place.start
-            out[0, place] = scaled_dot_product_attention(
+            part = scaled_dot_product_attention(
                 query[:, :, place],
                 keys[row : row + 1, :, :length],
                 values[row : row + 1, :, :length],
                 is_causal=length > 1,
                 scale=scale,
                 enable_gqa=grouped,
-            )[0].transpose(0, 1)
-        return out
+            )
+            parts.append(part[0].transpose(0, 1))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
-    def _plan(self, heads: int, dtype: torch.dtype) -> list[tuple[slice, int, torch.Tensor | None]]:
+    def _plan(self, heads: int, dtype: torch.dtype) -> list[_Call]:
         """Which running rows share a call, how far they look, and the mask where it takes one."""
-        count = len(self.starts)
-        together = self.padding * heads <= CALL * count
-        positions = self.positions[0, : self.block].view(count, 1, self.width, 1)
-        for rows in [slice(count)] if together else [slice(i, i + 1) for i in range(count)]:
+        if (heads, dtype) in self._calls:
+            return self._calls[heads, dtype]
+        # added to the products; from booleans each layer would make its own
+        seen = torch.arange(max(self.ends)) <= self.positions[0, : self.block].unsqueeze(1)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        mask = mask.view(len(self.ends), 1, self.width, -1)
+        calls: list[_Call] = []
+        for rows in _neighbours(self.ends, CALL // heads):
             end = max(self.ends[rows])
             plain = self.width == 1 and min(self.ends[rows]) == end
-            mask = None
-            if not plain:  # added to the products; from booleans each layer would make its own
-                seen = torch.arange(end) <= positions[rows]
-                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
-            self._calls.append((rows, end, mask))
-        return self._calls
+            calls.append((rows, end, None if plain else mask[rows, ..., :end]))
+        self._calls[heads, dtype] = calls
+        return calls
+
+
+@lru_cache(maxsize=4)
+def make_pack(
+    starts: tuple[int, ...], width: int, rows: tuple[int, ...], prompts: tuple[int, ...]
+) -> Pack:
+    """A `Pack`; the members of a triple, whose rows mostly have the same lengths, share it."""
+    return Pack(starts, width, rows, prompts)
+
+
+def _neighbours(ends: Sequence[int], most: int) -> Iterator[slice]:
+    """Cuts rows, in their order, into runs of similar length.
+
+    Args:
+        ends: the length of each row.
+        most: padded positions that one more row may bring into a run.
+    """
+    first = longest = 0
+    for row, end in enumerate(ends):
+        padding = max(longest - end, (end - longest) * (row - first))
+        if row > first and padding > most:
+            yield slice(first, row)
+            first, longest = row, 0
+        longest = max(longest, end)
+    yield slice(first, len(ends))
 
 
 def _attention(
@@ -177,9 +210,10 @@ AttentionInterface.register(NAME, attend)
 @contextmanager
 def packed_attention(config: Any) -> Iterator[None]:
     """Has the model of a configuration call `attend`, for the time of one pass."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
+    own = vars(config)  # the property's setter goes through every part of the configuration
+    before = own[_SETTING]
+    own[_SETTING] = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        own[_SETTING] = before

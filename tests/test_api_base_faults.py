@@ -6,12 +6,15 @@ import time
 from typing import Any
 
 import pytest
+import requests
 
 from proxytune import api
 from proxytune.api_base import Unanswered, client
 from proxytune.model import ModelSpec, check_triple
+from proxytune.server import ServerSettings, create_app
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import Faulty, faulty
+from tests.serving import running
 from tests.tiny import save_tiny
 
 SETTINGS: dict[str, Any] = {"top_logprobs": 20, "timeout_s": 30, "max_concurrency": 4}
@@ -101,6 +104,20 @@ def test_a_server_that_stays_away_is_given_up_in_one_line(folder, url):
         proxy.faults += [500] * 200
         with pytest.raises(Unanswered, match=r"did not answer for 0.3 seconds.*the same command"):
             write(remote)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(500, 503), (400, 502)])
+def test_a_proxy_that_is_served_itself_says_that_the_base_is_gone(folder, url, fault, status):
+    with faulty(url) as proxy:
+        remote = over_http(folder, proxy.url, retry_for_s=0.3, **SETTINGS)
+        with running(create_app({"proxy": remote}, ServerSettings())) as own:
+            body = {"prompt": "4", "max_tokens": 3, "temperature": 0}
+            proxy.faults += [fault] * 200
+            answer = requests.post(f"{own}/completions", json=body, timeout=60)
+            assert answer.status_code == status, answer.text
+            assert proxy.url in answer.json()["error"]["message"]
+            proxy.faults.clear()
+            assert requests.post(f"{own}/completions", json=body, timeout=60).ok
 
 
 @pytest.mark.parametrize("blocks", [True, False])

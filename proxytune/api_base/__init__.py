@@ -9,7 +9,7 @@ member.py  the member that the decode loop drives
 local.py   our own server for a base that has none
 """
 
-from proxytune.api_base.client import Client, Unanswered
+from proxytune.api_base.client import Client, Unanswered, UpstreamError
 from proxytune.api_base.member import ApiMember, open_api, settings_of
 
-__all__ = ["ApiMember", "Client", "Unanswered", "open_api", "settings_of"]
+__all__ = ["ApiMember", "Client", "Unanswered", "UpstreamError", "open_api", "settings_of"]

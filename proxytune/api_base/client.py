@@ -28,12 +28,20 @@ _BUDGET = (
 )
 
 
-class Unanswered(OSError):
+class UpstreamError(Exception):
+    """The server that was asked is of no more use; the message says why, and the way out."""
+
+
+class Unanswered(UpstreamError, OSError):
     """The server did not answer for as long as we were told to wait."""
 
 
-class Refused(ValueError):
+class Refused(UpstreamError, ValueError):
     """The server says that a request cannot be."""
+
+
+class Closed(UpstreamError, ValueError):
+    """The server may not be asked: a wrong key, or nothing left to pay with."""
 
 
 class Malformed(Exception):
@@ -130,7 +138,7 @@ class Client:
         Raises:
             Refused: the server says that the request cannot be.
             Unanswered: it did not answer for `retry_for_s` seconds.
-            ValueError: a wrong key, an unknown model, or the budget is spent.
+            Closed: a wrong key, or the budget is spent.
         """
         give_up: float | None = None
         wait = FIRST_WAIT
@@ -143,7 +151,7 @@ class Client:
                 result = _read(answer, read)
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
                 self._release(reserved)
-                raise ValueError(self._wrong_key(error)) from error
+                raise Closed(self._wrong_key(error)) from error
             except Refused:
                 self._release(reserved)
                 raise
@@ -193,7 +201,7 @@ class Client:
                 used = getattr(self.spent, name)
                 busy = getattr(self._reserved, name) + getattr(wanted, name)
                 if limit is not None and used + busy > limit * (1 + 1e-9):
-                    raise ValueError(
+                    raise Closed(
                         f"the budget triple.base.api.{key}={limit:g} is spent "
                         f"({text.format(used)} used, and the next request would go beyond it); "
                         "what is finished is kept: with a larger one the same command goes on"
@@ -219,13 +227,13 @@ class Client:
         """The seconds that the server asks us to wait, if it says; raises what waiting won't cure.
 
         Raises:
-            Refused, ValueError: see `ask`.
+            Refused, Closed: see `ask`.
         """
         if not isinstance(error, openai.APIStatusError):
             return None
         status = error.status_code
         if getattr(error, "code", None) == "insufficient_quota":
-            raise ValueError(
+            raise Closed(
                 f"{self.settings.base_url}: the account has no money left ({_reason(error)}); what "
                 "is finished is kept, and the same command goes on"
             ) from error

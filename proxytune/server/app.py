@@ -43,6 +43,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         429: "Too much is waiting; see Retry-After",
         500: "The server failed",
+        502: "The API of the base refused",
+        503: "The API of the base did not answer",
         504: "It took longer than the server allows",
     }.items()
 }

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from proxytune.api_base import Unanswered, UpstreamError
 from proxytune.server.engine import BusyError, EngineError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 
@@ -83,6 +84,9 @@ def explain(error: Exception) -> tuple[int, str]:
     """Status and message of what may happen to a job while it runs."""
     if isinstance(error, TimeoutError):
         return 504, "this took longer than the server allows; ask for fewer tokens"
+    cause = error.__cause__
+    if isinstance(cause, UpstreamError):
+        return (503 if isinstance(cause, Unanswered) else 502), f"the API of the base: {cause}"
     return 500, "the server failed; its log says why"
 
 

@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "proxytune_packed"  # under which transformers finds `attend`
-_Call = tuple[slice, int, torch.Tensor | None]  # rows, positions, mask
-_SETTING = "_attn_implementation_internal"
 CALL = 250  # what a call costs, in padded positions times heads
+_SETTING = "_attn_implementation_internal"  # where configurations keep the attention's name
+_Call = tuple[slice, int, torch.Tensor | None]  # rows, positions, mask
 
 
 class Pack:

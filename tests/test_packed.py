@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 from proxytune.member import CachedModel, make_member
 from proxytune.narrow import NarrowProducts, narrow_products
-from proxytune.packed import CALL
+from proxytune.packed import CALL, _neighbours
 
 MODELS = {arch: tiny_model(arch, 1) for arch in ("llama", "qwen2", "qwen3", "gpt2")}
 prompts = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=4)
@@ -98,3 +98,25 @@ def test_narrow_products_are_for_few_tokens_on_a_cpu():
     with NarrowProducts():  # other types and wide layers stay with torch
         half = torch.nn.functional.linear(torch.ones(2, 4).half(), torch.ones(3, 4).half())
     assert half.dtype == torch.float16
+
+
+@given(ends=st.lists(st.integers(1, 300), min_size=1, max_size=20), most=st.integers(-1, 200))
+def test_runs_hold_every_row_once_and_pad_each_row_little(ends, most):
+    runs = list(_neighbours(ends, most))
+    assert [row for run in runs for row in range(len(ends))[run]] == list(range(len(ends)))
+    for run in runs:
+        for size in range(2, run.stop - run.start + 1):
+            longest = max(ends[run][: size - 1])
+            new = ends[run][size - 1]
+            assert max(longest - new, (new - longest) * (size - 1)) <= most
+
+
+def test_members_of_one_length_share_a_plan_and_no_lengths():
+    one, two = (CachedModel(MODELS[arch], 300, joins=True) for arch in ("llama", "gpt2"))
+    with torch.inference_mode():
+        for member in (one, two):
+            member.prefill([[1, 2, 3], [4]])
+            member.step(torch.tensor([5, 6]))
+        assert one.cache.write is two.cache.write
+        one.rollback([1, 0])
+    assert (one.lengths, two.lengths) == ([3, 2], [4, 2])

@@ -361,7 +361,8 @@ class Generator:
     def _pace(self, speculative: Speculative) -> Pace | None:
         if speculative is False or not hasattr(self.system, "draft"):
             return None
-        fixed = None if speculative in ("auto", True) else int(speculative)
+        adapts = speculative is True or speculative == "auto"  # 1 == True, but drafts one token
+        fixed = None if adapts else int(speculative)
         if fixed is not None and fixed < 1:
             raise ValueError(f"speculative={speculative!r} is none of 'auto', False, 1, 2, ...")
         base = self._wrapped["base"]

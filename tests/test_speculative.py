@@ -59,6 +59,12 @@ def test_a_single_model_with_a_draft_model_writes_its_own_text():
             assert pace.accepted == pace.drafted
 
 
+@pytest.mark.parametrize(("speculative", "fixed"), [("auto", None), (True, None), (1, 1), (4, 4)])
+def test_one_drafted_token_is_a_number_like_any_other(speculative, fixed):
+    pace = proxytune.load(AGREEING[0], draft=AGREEING[1]).loop(1, speculative).pace
+    assert pace is not None and pace.fixed == fixed
+
+
 def test_recording_forces_lockstep_and_keeps_the_text():
     generator = proxytune.load(*AGREEING, tokenizer=TOKENIZER)
     want = generator.generate(PROMPTS, max_new_tokens=8, speculative=3)

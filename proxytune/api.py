@@ -9,6 +9,7 @@ Example:
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from proxytune.adapter import AdapterMember, AdapterModel
@@ -40,6 +41,7 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     tokenizer: Any | None = None,
+    cuda_graphs: bool = False,
 ) -> Generator:
     """Loads a single model, or a triple to be proxy-tuned.
 
@@ -55,6 +57,8 @@ def load(
         device: for paths and ids: "cpu", "cuda:1", "auto" (all GPUs); None is the first GPU, or
             the CPU.
         tokenizer: for models that were loaded by the caller.
+        cuda_graphs: records the steps of each model that is on one GPU, and replays them
+            (`graphs.RecordedSteps`).
 
     Raises:
         ValueError: a model that cannot be found, or vocabularies that differ; before any weights
@@ -64,6 +68,8 @@ def load(
         raise ValueError("a triple needs both an expert and an antiexpert (or neither)")
     if expert is not None and draft is not None:
         raise ValueError("draft is for a single model; a triple's own expert drafts for it")
+    if cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("cuda_graphs=True needs a GPU, and none was found")
     given = {"base": base, "expert": expert, "antiexpert": antiexpert, "draft": draft}
     sources = {
         role: ModelSpec(source, dtype=dtype, device=device) if isinstance(source, str) else source
@@ -83,7 +89,7 @@ def load(
         {role: member.tokenizer for role, member in members.items()},
         {role: member.output_size for role, member in members.items() if member.output_size},
     )
-    wrapped = _wrap_all(members, vocab_size)
+    wrapped = _wrap_all(members, vocab_size, cuda_graphs)
     if expert is not None:
         system: Any = ProxyTunedModel(**wrapped, alpha=alpha)
     elif draft is not None:
@@ -106,19 +112,24 @@ def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> Lo
     return LoadedModel(source.eval(), tokenizer)
 
 
-def _wrap_all(members: Mapping[str, LoadedModel], vocab_size: int) -> dict[str, Any]:
+def _wrap_all(
+    members: Mapping[str, LoadedModel], vocab_size: int, cuda_graphs: bool
+) -> dict[str, Any]:
     """The members as the decode loop drives them; an adapter and its model share one."""
     expert, antiexpert = members.get("expert"), members.get("antiexpert")
-    wrapped = {}
+    wrapped: dict[str, Any] = {}
     if expert is not None and antiexpert is not None and antiexpert.model is not None:
         (adapted,) = getattr(antiexpert.model, "adapted_by", None) or [None]
         if adapted is not None and expert.model is adapted and can_cache(adapted, vocab_size):
             both = AdapterModel(adapted, vocab_size)
             wrapped = {"expert": AdapterMember(both, 0), "antiexpert": AdapterMember(both, 1)}
-    return {role: wrapped.get(role) or _wrap(each, vocab_size) for role, each in members.items()}
+    for role, each in members.items():
+        if role not in wrapped:
+            wrapped[role] = _wrap(each, vocab_size, cuda_graphs)
+    return {role: wrapped[role] for role in members}
 
 
-def _wrap(member: LoadedModel, vocab_size: int) -> Any:
+def _wrap(member: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Any:
     if member.member is not None:
         return member.member
     if member.model is None:
@@ -126,4 +137,4 @@ def _wrap(member: LoadedModel, vocab_size: int) -> Any:
     (adapted,) = getattr(member.model, "adapted_by", None) or [None]
     if adapted is not None and adapted is not member.model:
         return AdapterModel(adapted, vocab_size, paired=False)
-    return make_member(member.model, vocab_size)
+    return make_member(member.model, vocab_size, cuda_graphs)

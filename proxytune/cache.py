@@ -63,6 +63,13 @@ class RowCache(Cache):
 
     It is handed to a model as `past_key_values`; before each forward pass `write` says which rows
     the pass extends, afterwards `advance` makes the new tokens count.
+
+    Attributes:
+        lengths: tokens per row.
+        slots: rows that there is room for.
+        capacity: positions that each of them has room for.
+        epoch: another number whenever the tensors have moved in memory.
+        write: where the pass that is about to run writes.
     """
 
     def __init__(self) -> None:
@@ -70,6 +77,7 @@ class RowCache(Cache):
         self.lengths: list[int] = []
         self.slots = 0
         self.capacity = 0
+        self.epoch = 0
         self.write: Write | Pack = Write([], None, [0], 0)
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
@@ -86,6 +94,10 @@ class RowCache(Cache):
         self.write = write = Write(rows, view, [self.lengths[row] for row in rows], width)
         self._grow(len(self.lengths), write.kv_length)
         return write
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Makes room for at least so many rows of so many positions."""
+        self._grow(rows, length)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Counts the written tokens: row i of the last `prepare` grows by counts[i]."""
@@ -133,6 +145,7 @@ class RowCache(Cache):
     def clear(self) -> None:
         """Drops every row and gives the memory back."""
         self.lengths, self.slots, self.capacity = [], 0, 0
+        self.epoch += 1
         self._keys.clear()
         self._values.clear()
 
@@ -144,6 +157,7 @@ class RowCache(Cache):
             wanted = max(length, self.capacity + self.capacity // 4) if self.capacity else length
             self.capacity = -(-wanted // BLOCK) * BLOCK
         self.slots = max(slots, self.slots)
+        self.epoch += 1
         for store in (self._keys, self._values):
             for index, old in store.items():
                 store[index] = new = self._empty(old)

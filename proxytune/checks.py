@@ -28,6 +28,8 @@ def check_before_models(cfg: DictConfig) -> dict[str, Any]:
     _check_config(cfg)
     if cfg.stage != "score":
         _check_devices(model_specs(cfg))
+        if cfg.machine.cuda_graphs and not torch.cuda.is_available():
+            raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():

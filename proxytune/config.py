@@ -143,11 +143,13 @@ class MachineConfig:
         device: "auto" is the first GPU, or the CPU where there is none.
         devices: role -> device, over `device`; "auto" spreads one model over all GPUs.
         threads: CPU threads of torch; null chooses the machine's cores.
+        cuda_graphs: records decode steps and replays them, for models on one GPU each.
     """
 
     device: str = "auto"
     devices: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
+    cuda_graphs: bool = False
 
 
 @dataclass

@@ -5,15 +5,17 @@ decode loop drives it and cannot tell what it drives.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from proxytune.cache import RowCache, Write
+from proxytune.graphs import RecordedSteps, Run, may_record, tolerance
 from proxytune.narrow import narrow_products
 from proxytune.packed import packed_attention
+from proxytune.recomputed import RecomputedModel, input_device, max_positions
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class CachedModel:
         if layer_types == {"full_attention"}:
             self._window = None
         self._eager = config._attn_implementation == "eager"
+        self.recorded: RecordedSteps | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -138,6 +141,8 @@ class CachedModel:
         """
         if self.joins and min(self.lengths) < max(self.lengths):
             return self._packed(tokens, []).unflatten(0, tuple(tokens.shape))
+        if self.recorded and self.recorded.usable and rows == slice(None):
+            return self.recorded.extend(tokens)
         first, stop, step = rows.indices(len(self.lengths))
         width = tokens.shape[1]
         self.cache.prepare(list(range(first, stop, step)), slice(first, stop, step), width)
@@ -154,6 +159,10 @@ class CachedModel:
         if not self.joins or sum(map(len, prompts)) > PREFILL_TOKENS:
             return torch.cat([self.step(tokens), self.prefill(prompts)])
         return self._packed(tokens.unsqueeze(1), prompts)
+
+    def record(self, record: Callable[[Run], Run] | None = None) -> None:
+        """From now on, records and replays the passes of `extend` (`graphs.RecordedSteps`)."""
+        self.recorded = RecordedSteps(self._forward, self.cache, self.device, record)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
@@ -255,83 +264,9 @@ class CachedModel:
         return bias.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
 
 
-class RecomputedModel:
-    """A causal LM without a usable cache: every call reads all rows again from their start.
-
-    Exact for any architecture, and slow: the cost of a token grows with the length of its row.
-
-    Args:
-        model: any causal LM.
-        vocab_size: the logits are cut to this many entries.
-    """
-
-    joins = False
-
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
-        self.model = model
-        self.vocab_size = vocab_size
-        self.device = input_device(model)
-        self.max_positions = max_positions(model)
-        self._rows: list[list[int]] = []
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens per row."""
-        return [len(row) for row in self._rows]
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
-        rows = [list(prompt) for prompt in prompts]
-        logits = self._last(rows, 1)
-        self._rows += rows
-        return logits[:, 0]
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).squeeze(1)
-
-    def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab]."""
-        rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
-        logits = self._last(rows, tokens.shape[1])
-        self._rows = rows
-        return logits
-
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Forgets the last counts[r] tokens of each row r."""
-        kept = zip(self._rows, counts, strict=True)
-        self._rows = [row[: len(row) - count] for row, count in kept]
-
-    def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        self._rows = [list(self._rows[row]) for row in rows]
-
-    def clear(self) -> None:
-        """Drops every row."""
-        self._rows = []
-
-    def bytes_per_token(self) -> int:
-        """Nothing is cached."""
-        return 0
-
-    def _last(self, rows: list[list[int]], count: int) -> torch.Tensor:
-        """The logits of each row's last `count` positions, [rows, count, vocab]."""
-        width = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        logits = self.model(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-        ).logits
-        ends = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-        wanted = (ends - count + torch.arange(count)).to(logits.device)
-        batch = torch.arange(len(rows), device=logits.device).unsqueeze(1)
-        return logits[batch, wanted, : self.vocab_size]
-
-
-def make_member(model: PreTrainedModel, vocab_size: int) -> CachedModel | RecomputedModel:
+def make_member(
+    model: PreTrainedModel, vocab_size: int, cuda_graphs: bool = False
+) -> CachedModel | RecomputedModel:
     """Wraps a loaded model: with a cache where that is provably the same, else without.
 
     A short check compares the cache with one plain pass over the same tokens. What a cache of
@@ -341,7 +276,12 @@ def make_member(model: PreTrainedModel, vocab_size: int) -> CachedModel | Recomp
     reason = _why_not(CachedModel(model, vocab_size))
     if reason is None:
         joining = CachedModel(model, vocab_size, joins=_may_join(model))
-        return joining if not _why_not(joining) else CachedModel(model, vocab_size)
+        member = joining if not _why_not(joining) else CachedModel(model, vocab_size)
+        if cuda_graphs and may_record(model):
+            member.record()
+        elif cuda_graphs:
+            log.warning("%s decodes without CUDA graphs: not on one GPU", type(model).__name__)
+        return member
     log.warning("%s decodes without a cache, exact but slow: %s", type(model).__name__, reason)
     return RecomputedModel(model, vocab_size)
 
@@ -393,30 +333,9 @@ def _why_not(cached: CachedModel) -> str | None:
     want.append(torch.cat([plain.step(tokens), plain.prefill([long[:5], short[:1]])]))
     worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
     scale = max(float(w.abs().max()) for w in want)
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    if worst <= tolerance * scale:
+    if worst <= tolerance(model.dtype) * scale:
         return None
     return f"its cached logits differ from the plain ones by {worst:.2g} of {scale:.2g}"
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest row that a model reads; None for no limit that it names.
-
-    Where the rotary embedding of all rows changes once one row passes a length (dynamic NTK,
-    longrope), that length is the limit: beyond it a row would depend on its neighbours.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        first = rope.get("original_max_position_embeddings")
-        return first or getattr(config, "original_max_position_embeddings", None) or limit
-    return limit
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids."""
-    return next(model.get_input_embeddings().parameters()).device
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:

@@ -240,7 +240,8 @@ class _Pool:
                 share = self._models.get("antiexpert") if system == "proxy" else None
                 self._models[name] = load_member(self.specs[name], share=share)
         members = {role: self._models[name] for role, name in MEMBERS[system].items()}
-        return load(**members, alpha=self.cfg.alpha)
+        graphs = self.cfg.machine.cuda_graphs
+        return load(**members, alpha=self.cfg.alpha, cuda_graphs=graphs)
 
     def tokenizer(self, name: str) -> Any:
         """The tokenizer of a loaded member."""

@@ -28,6 +28,7 @@ from proxytune.cli import guarded
 RATIOS = (
     "lockstep_over_sum",
     "lockstep_over_largest",
+    "cuda_graphs_over_lockstep",
     "mixed_speedup",
     "mixed_over_generate_of_base",
     "mixed_share_of_bound",

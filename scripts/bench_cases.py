@@ -138,8 +138,9 @@ SIZES = {
 }
 
 
-def _load(triple: Triple) -> proxytune.Generator:
-    return proxytune.load(triple.base, expert=triple.expert, antiexpert=triple.antiexpert)
+def _load(triple: Triple, cuda_graphs: bool = False) -> proxytune.Generator:
+    base, expert, antiexpert = triple.members
+    return proxytune.load(base, expert, antiexpert, cuda_graphs=cuda_graphs)
 
 
 def _prompts(rows: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
@@ -170,7 +171,7 @@ def decode(size: Size, rounds: int) -> Results:
     """A decoded token against the members' bare forwards: their sum, and the largest alone."""
     triple = random_triple(size.base, size.small, size.device, size.dtype)
     generator = _load(triple)
-    over_sum, over_largest, each = {}, {}, {}
+    over_sum, over_largest, over_lockstep, each = {}, {}, {}, {}
     for rows in (1, 8):
         work = Workload(_prompts(rows, 16, size.base.vocab), [size.steps] * rows)
         runs: dict[str, Callable[[], object]] = {
@@ -178,6 +179,9 @@ def decode(size: Size, rounds: int) -> Results:
             for role, model in zip(("base", "expert", "antiexpert"), triple.members, strict=True)
         }
         runs["lockstep"] = partial(_generate, generator, work, rows)
+        if size.device != "cpu":
+            recorded = _load(triple, cuda_graphs=True)
+            runs["cuda_graphs"] = partial(_generate, recorded, work, rows)
         _generate(generator, Workload(work.prompts, [4] * rows), rows)
         times = interleaved(runs, rounds, size.clock)
         total = [
@@ -186,12 +190,15 @@ def decode(size: Size, rounds: int) -> Results:
         ]
         over_sum[str(rows)] = median_ratio(times["lockstep"], total)
         over_largest[str(rows)] = median_ratio(times["lockstep"], times["base"])
+        if "cuda_graphs" in times:
+            over_lockstep[str(rows)] = median_ratio(times["cuda_graphs"], times["lockstep"])
         each[str(rows)] = {
             name: 1000 * median(values) / size.steps for name, values in times.items()
         }
     return {
         "lockstep_over_sum": over_sum,
         "lockstep_over_largest": over_largest,
+        **({"cuda_graphs_over_lockstep": over_lockstep} if over_lockstep else {}),
         "milliseconds_per_step": each,
     }
 

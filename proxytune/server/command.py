@@ -67,7 +67,8 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     # A prompt that is too long is the client's mistake, and the client hears of it.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     specs: dict[str, Any] = model_specs(cfg)
-    generator = load(**{role: specs[each] for role, each in roles.items()}, alpha=cfg.alpha)
+    members = {role: specs[each] for role, each in roles.items()}
+    generator = load(**members, alpha=cfg.alpha, cuda_graphs=cfg.machine.cuda_graphs)
     return create_app(
         {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
     )

@@ -47,7 +47,7 @@ def recorded(members: dict[str, Any], record):
 
 
 def triple(arch) -> dict[str, Any]:
-    small = {"layers": 1} if arch != "gemma3" else {}
+    small: dict[str, Any] = {"layers": 1} if arch != "gemma3" else {}
     roles = ("base", "expert", "antiexpert")
     return {role: tiny_model(arch, seed, **small) for seed, role in enumerate(roles)}
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 import proxytune
 from proxytune import model
-from proxytune.member import CachedModel, RecomputedModel, make_member
+from proxytune.member import CachedModel, make_member
 from proxytune.model import ModelSpec, check_triple, common_vocabulary, load_member, shares_weights
+from proxytune.recomputed import RecomputedModel
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ Example:
 """
 
 from collections.abc import Mapping
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from proxytune.model import (
     load_tokenizer,
 )
 from proxytune.proxy import ProxyTunedModel
+from proxytune.records import finite
 from proxytune.speculative import DraftedModel
 
 __all__ = ["Generation", "Generator", "load", "make_decoding"]
 
-Source = str | ModelSpec | PreTrainedModel | LoadedModel
+Source = str | PathLike[str] | ModelSpec | PreTrainedModel | LoadedModel
 
 
 def load(
@@ -70,9 +72,14 @@ def load(
         raise ValueError("draft is for a single model; a triple's own expert drafts for it")
     if cuda_graphs and not torch.cuda.is_available():
         raise ValueError("cuda_graphs=True needs a GPU, and none was found")
+    if base is None:
+        raise ValueError("load needs a base: a path, a hub id, a ModelSpec or a model")
+    alpha = finite("alpha", alpha)
     given = {"base": base, "expert": expert, "antiexpert": antiexpert, "draft": draft}
     sources = {
-        role: ModelSpec(source, dtype=dtype, device=device) if isinstance(source, str) else source
+        role: ModelSpec(fspath(source), dtype=dtype, device=device)
+        if isinstance(source, str | PathLike)
+        else source
         for role, source in given.items()
         if source is not None
     }

@@ -26,10 +26,8 @@ def check_before_models(cfg: DictConfig) -> dict[str, Any]:
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
-    if cfg.stage != "score":
-        _check_devices(model_specs(cfg))
-        if cfg.machine.cuda_graphs and not torch.cuda.is_available():
-            raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
+    if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
@@ -93,20 +91,6 @@ def check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     probe.write_text("a full disk is found out now rather than after the first batch\n")
     probe.unlink()
-
-
-def _check_devices(specs: dict[str, Any]) -> None:
-    named = {role: s.device for role, s in specs.items() if s.device not in (None, "auto")}
-    for role, name in named.items():
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            message = f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER"
-            raise ValueError(message) from error
-        count = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= count:
-            message = f"{role}: there is no device {name} here ({count} GPUs)"
-            raise ValueError(f"{message}; machine=cpu runs without one")
 
 
 def check_machine(cfg: DictConfig) -> None:

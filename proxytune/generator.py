@@ -1,9 +1,12 @@
 """What `load` returns: a generator of completions, logits and log-likelihoods."""
 
 import hashlib
+import operator
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -12,7 +15,7 @@ from proxytune import score
 from proxytune.decode import DecodeLoop
 from proxytune.memory import row_budget
 from proxytune.model import LoadedModel
-from proxytune.records import Decoding, FinishReason
+from proxytune.records import Decoding, FinishReason, whole_number
 from proxytune.rows import Finished, Request
 from proxytune.sampling import Sampler, token_texts, tokens_of
 from proxytune.speculative import Pace
@@ -208,13 +211,15 @@ class Generator:
         Raises:
             ValueError: a prompt that cannot be continued.
         """
-        if isinstance(prompts, str | Mapping):
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list; for one prompt, give [prompt]")
         if sample_keys is not None and len(sample_keys) != len(prompts):
             raise ValueError(f"{len(sample_keys)} sample_keys for {len(prompts)} prompts")
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise ValueError(f"seed must be a whole number, not {seed!r}")
         if decoding.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give load(..., tokenizer=...)")
-        top = 5 if record is True else int(record or 0)
+        top = 5 if record is True else whole_number("record", record or 0, 0)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
         requests = []
@@ -251,8 +256,8 @@ class Generator:
 
         Only one loop may run on a generator at a time.
         """
-        if batch_size != "auto" and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or 'auto', not {batch_size}")
+        if batch_size != "auto":
+            batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
         rows = row_budget(self._wrapped.values(), batch_size)
         return DecodeLoop(self.system, rows, self._pace(speculative))
 
@@ -299,16 +304,16 @@ class Generator:
             ValueError: an empty prompt, unknown token ids, or roles that do not fit.
         """
         if isinstance(prompt, Mapping):
-            ids = {role: list(prompt[role]) for role in self.roles if role in prompt}
+            ids = {role: _token_ids(prompt[role]) for role in self.roles if role in prompt}
             if len(ids) < len(self.roles):
                 raise ValueError(f"the prompt has roles {sorted(prompt)}, not {self.roles}")
         elif isinstance(prompt, str):
             ids = {role: each.tokenize(prompt) for role, each in self.members.items()}
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            messages: Any = prompt
+        elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            messages: Any = _messages(prompt)
             ids = {role: each.tokenize_chat(messages) for role, each in self.members.items()}
         else:
-            ids = {role: [int(token) for token in prompt] for role in self.members}  # pyright: ignore[reportArgumentType]
+            ids = {role: _token_ids(prompt) for role in self.members}
         if "draft" in self.members:
             ids.setdefault("draft", ids["base"])
         for role, tokens in ids.items():
@@ -362,9 +367,8 @@ class Generator:
         if speculative is False or not hasattr(self.system, "draft"):
             return None
         adapts = speculative is True or speculative == "auto"  # 1 == True, but drafts one token
-        fixed = None if adapts else int(speculative)
-        if fixed is not None and fixed < 1:
-            raise ValueError(f"speculative={speculative!r} is none of 'auto', False, 1, 2, ...")
+        name = "speculative, where it is neither 'auto' nor a truth value,"
+        fixed = None if adapts else whole_number(name, speculative, 1)
         base = self._wrapped["base"]
         if hasattr(base, "pace"):  # behind a network, where requests count and not the clock
             make = base.pace(fixed)
@@ -372,16 +376,39 @@ class Generator:
         return self._paces.setdefault(fixed, Pace(fixed))
 
 
+def _token_ids(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(
+            "a prompt is a string, token ids, chat messages, or role -> token ids; not "
+            f"{reprlib.repr(prompt)}"
+        ) from error
+
+
+def _messages(prompt: Sequence[Any]) -> Sequence[Any]:
+    for message in prompt:
+        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"a chat message has a role and a content, not {message!r}")
+    return prompt
+
+
 def make_decoding(**settings: Any) -> Decoding:
     """A `Decoding` from the keywords of `generate`; lists and single strings become tuples."""
     unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
-    if isinstance(settings.get("stop"), str):
-        settings["stop"] = (settings["stop"],)
     arguments: dict[str, Any] = {"max_new_tokens": 256} | settings
-    arguments |= {name: tuple(settings.get(name) or ()) for name in _LISTS}
+    for name in _LISTS:
+        given = settings.get(name)
+        arguments[name] = (given,) if isinstance(given, str) else _strings(name, given)
     return Decoding(**arguments)
+
+
+def _strings(name: str, given: Any) -> tuple[Any, ...]:
+    if given is not None and not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be a string or a list of them, not {given!r}")
+    return tuple(given or ())
 
 
 def _generation(finished: Finished) -> Generation:

@@ -50,6 +50,8 @@ class ModelSpec:
     api: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ValueError(f"a model is named by a folder or a hub id, not {self.id!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.attn_implementation not in (None, "sdpa", "eager"):
@@ -127,9 +129,11 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
         The length of the vocabulary that all of them share; logits are cut to it.
 
     Raises:
-        ValueError: a model or adapter cannot be found, two vocabularies differ (the first
-            differing token is named), or an API cannot be used.
+        ValueError: a device, a model or an adapter cannot be found, two vocabularies differ (the
+            first differing token is named), or an API cannot be used.
     """
+    for role, spec in specs.items():
+        _check_device(role, spec.device)
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
         if spec.api is not None and role in ("expert", "antiexpert", "draft"):
@@ -180,13 +184,14 @@ def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -
             f"{theirs!r} to the {role}; proxy-tuning needs models of one tokenizer"
         )
     added = {token.content for token in known[first_role].added_tokens_decoder.values()}
-    lost = [w for w, i in tables[first_role].items() if i >= common and w not in added]
-    if lost:
+    beyond = {i: w for w, i in tables[first_role].items() if i >= common and w not in added}
+    if beyond:
+        lost = min(beyond)
         ends = {role: min(lengths[role], sizes.get(role, lengths[role])) for role in tables}
         short = min(ends, key=lambda role: ends[role])
         raise ValueError(
-            f"the vocabularies differ: the {first_role} has the token {lost[0]!r} "
-            f"(id {tables[first_role][lost[0]]}), but the {short} ends at id {common - 1}; "
+            f"the vocabularies differ: the {first_role} has the token {beyond[lost]!r} "
+            f"(id {lost}), but the {short} ends at id {common - 1}; "
             "proxy-tuning needs models of one tokenizer"
         )
     return common
@@ -287,6 +292,19 @@ def _load_config(role: str, spec: ModelSpec) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(role, spec.id, "config.json", error)) from error
+
+
+def _check_device(role: str, name: str | None) -> None:
+    if name in (None, "auto"):
+        return
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        message = f"{role}: there is no device {name} here ({count} GPUs)"
+        raise ValueError(f"{message}; machine=cpu, or device='cpu', runs without one")
 
 
 def _check_adapter(role: str, spec: ModelSpec) -> None:

@@ -4,9 +4,11 @@ Everything here is plain data: it knows no model, no task and no configuration.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -78,18 +80,42 @@ class Decoding:
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("n", 1)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if self.n < 1:
-            raise ValueError(f"n (samples per prompt) must be at least 1, not {self.n}")
+        for name in ("stop", "banned", "banned_first", "choices"):
+            strings = getattr(self, name)
+            if isinstance(strings, str) or not all(isinstance(each, str) for each in strings):
+                raise ValueError(f"{name} must be strings in a list, not {strings!r}")
         if "" in self.stop:
             raise ValueError("a stop string must not be empty")
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The value of a setting that counts something: Python's integer or another library's.
+
+    Raises:
+        ValueError: another type (truth values, too), or a number below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """The value of a setting that measures something.
+
+    Raises:
+        ValueError: another type (truth values, too), an infinity, or not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """One (system, task) cell of an experiment: what to generate, where, and what it rests on."""
 
+import copy
 import dataclasses
+import fcntl
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -190,9 +194,10 @@ def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     for role, name in MEMBERS[system].items():
         member = to_dict(cfg.triple[name])
         del member["device"]
-        weights = provenance.weights_fingerprint(member["id"])
-        if weights is not None:  # a local folder may move; its weights say what it is
-            member |= {"id": Path(member["id"]).name, "weights": weights}
+        member |= provenance.model_facts(member)
+        for key in ("id", "adapter"):  # a local folder may move; its weights say what it is
+            if member[key] and (Path(member[key]).is_dir() or Path(member[key]).is_absolute()):
+                member[key] = Path(member[key]).name
         if member["api"]:  # where it is and what it costs changes no answer
             member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
         members[role] = member
@@ -216,7 +221,7 @@ def claim(cell: Cell | HarnessCell, stage: str) -> None:
     path = cell.folder / "cell.json"
     if path.exists():
         stored = json.loads(path.read_text())
-        changed = provenance.differences(stored, cell.identity)
+        changed = provenance.differences(*_comparable(stored, cell.identity))
         if changed:
             raise ValueError(
                 f"{cell.folder} holds completions of another configuration ({'; '.join(changed)}); "
@@ -227,6 +232,45 @@ def claim(cell: Cell | HarnessCell, stage: str) -> None:
         raise ValueError(f"{cell.folder} holds no completions to score; run with stage=all first")
     cell.folder.mkdir(parents=True, exist_ok=True)
     provenance.write_json(path, cell.identity)
+
+
+def _comparable(
+    stored: dict[str, Any], identity: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two identities without the facts of their models that only one of them knows.
+
+    Scoring needs no model, so it may be done where the models are not.
+    """
+    one, other = copy.deepcopy(stored), copy.deepcopy(identity)
+    for role in one["members"].keys() & other["members"].keys():
+        pair = one["members"][role], other["members"][role]
+        for fact, name in provenance.FACTS.items():
+            known = [member.get(fact) is not None for member in pair]
+            # of a commit that both know, the name by which it was asked for says nothing more
+            unused = name if all(known) else fact
+            for member in pair:
+                member.pop(unused, None)
+    return one, other
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from generating into a results folder; a killed one frees it.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is generating into {folder}; wait for it, or choose another "
+                "folder with output_dir=..."
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+        yield
 
 
 def models_of(cell: Cell | HarnessCell) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def comparison(
                 headline_gaps.append(gap)
             _add_paper(row, systems, paper_table)
             rows.append(row)
-    if len(headline_gaps) > 1 and {"base", "proxy", "tuned"} <= set(systems):
+    if sum(gap is not None for gap in headline_gaps) > 1:
         rows.append(_average_row(headline_gaps, rows, paper_table))
     return pd.DataFrame(rows)
 
@@ -101,6 +101,8 @@ def _add_comparisons(
     for other in ("base", "expert", "tuned"):
         if "proxy" in stored and other in stored:
             found = stats.paired_difference(stored["proxy"], stored[other], metric)
+            if found is None:
+                continue
             row[f"vs_{other}"] = found.value * scale
             row[f"vs_{other}_low"], row[f"vs_{other}_high"] = found.low * scale, found.high * scale
             row[f"vs_{other}_p"] = found.p_value
@@ -151,7 +153,7 @@ def _average_row(
     paper_gaps = [r.get("paper_gap_closed") for r in rows if r["headline"]]
     if paper_table is not None:
         row["paper_table"], row["paper_size"] = paper_table
-        if all(is_number(g) for g in paper_gaps):
+        if len(known) == len(gaps) and all(is_number(g) for g in paper_gaps):
             row["paper_gap_closed"] = sum(map(float, paper_gaps)) / len(paper_gaps)  # pyright: ignore[reportArgumentType]
     return row
 

@@ -64,8 +64,8 @@ Ours = dict[tuple[str, str, str, str], Cell]
 def collect(runs: Path, metrics: Path) -> list[Path]:
     """Copies the comparison tables of finished runs to where they are committed.
 
-    Tasks of smoke runs are left out, and so are variants of an experiment (another alpha, a
-    traced run), whose folder is not named like the experiment.
+    Tasks of smoke runs and unfinished ones are left out, and so are variants of an experiment
+    (another alpha, a traced run), whose folder is not named like the experiment.
 
     Args:
         runs: the folder of results folders.
@@ -79,11 +79,12 @@ def collect(runs: Path, metrics: Path) -> list[Path]:
         run = path.with_name("run.json")
         name = json.loads(run.read_text())["name"] if run.is_file() else None
         table: Any = tables.read_csv(path)
-        table = table[table["limit"].isna()]
+        table = table.reindex(columns=dict.fromkeys([*table, "unfinished"]))
+        table = table[table["limit"].isna() & table["unfinished"].isna()]
         if name != path.parent.name or "paper_table" not in table or table.empty:
             continue
         metrics.mkdir(parents=True, exist_ok=True)
-        tables.to_csv(table.drop(columns="limit"), metrics / f"{name}.csv")
+        tables.to_csv(table.drop(columns=["limit", "unfinished"]), metrics / f"{name}.csv")
         written.append(metrics / f"{name}.csv")
     return written
 

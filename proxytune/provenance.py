@@ -9,12 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer
 
 from proxytune.config import ROOT
+from proxytune.prompting import read_template
 from proxytune.records import Example
 
 _PACKAGES = [
@@ -30,6 +35,15 @@ _PACKAGES = [
     "hydra-core",
 ]
 _HEAD_BYTES = 1 << 16
+
+# what `model_facts` finds -> the setting that it stands in for, where it says all about it
+FACTS = {
+    "weights": None,
+    "commit": "revision",
+    "adapter_weights": None,
+    "adapter_commit": "adapter_revision",
+    "chat_template_sha256": None,
+}
 
 
 def sha256_json(value: Any) -> str:
@@ -69,6 +83,59 @@ def weights_fingerprint(model_id: str) -> str | None:
             file.seek(max(0, size - _HEAD_BYTES))
             digest.update(file.read(_HEAD_BYTES))
     return digest.hexdigest()
+
+
+def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
+    """What the names in a member's configuration stand for on this machine.
+
+    Args:
+        member: the fields of a `ModelConfig`.
+
+    Returns:
+        Those of `FACTS` that can be known: fingerprints of local folders, commits of hub
+        repositories as they were last fetched, the hash of the chat template that it reads.
+    """
+    facts = {
+        "weights": weights_fingerprint(member["id"]),
+        "commit": _hub_commit(member["id"], member["revision"], "config.json"),
+    }
+    if member["adapter"]:
+        name, revision = member["adapter"], member["adapter_revision"]
+        facts["adapter_weights"] = weights_fingerprint(name)
+        facts["adapter_commit"] = _hub_commit(name, revision, "adapter_config.json")
+    if member["format"]["kind"] == "chat":
+        template = member["format"]["chat_template"]
+        facts["chat_template_sha256"] = (
+            sha256_text(read_template(template))
+            if template
+            else _own_template_sha256(
+                member["id"], member["revision"], bool(member["trust_remote_code"])
+            )
+        )
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _hub_commit(name: str, revision: str | None, file: str) -> str | None:
+    """The commit of a hub repository in the cache; None for a folder, and where it is not there."""
+    if Path(name).is_dir():
+        return None
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:  # a folder of another machine
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+@cache
+def _own_template_sha256(name: str, revision: str | None, trust_remote_code: bool) -> str | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # it is not on this machine
+    template = tokenizer.chat_template
+    return sha256_text(template) if isinstance(template, str) else None
 
 
 def git_state() -> dict[str, Any]:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.cells import MEMBERS, Cell, HarnessCell, claim, make_cells, models_of
+from proxytune.cells import MEMBERS, Cell, HarnessCell, claim, make_cells, models_of, sole_writer
 from proxytune.checks import check_before_models, check_machine, check_writable, model_specs
 from proxytune.config import to_dict
 from proxytune.progress import GenerationProgress, generation_progress
@@ -43,9 +44,16 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
     check_writable(output)
     if cfg.stage != "score":
         check_machine(cfg)
+    with sole_writer(output) if cfg.stage != "score" else nullcontext():
+        return _run(cfg, tasks, output, started)
+
+
+def _run(cfg: DictConfig, tasks: dict[str, Any], output: Path, started: float) -> list[Metric]:
     cells = make_cells(cfg, tasks, output)
     for cell in cells:
         claim(cell, cfg.stage)
+    if cfg.machine.threads:
+        torch.set_num_threads(cfg.machine.threads)
     session = {"started": _now(), "stage": cfg.stage, **provenance.environment()}
     run_json = _begin_run_json(output, cfg, cells, session)
     tracker = _make_tracker(cfg, output)
@@ -55,8 +63,8 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
             tracker.log_throughput(session["generation"])
         metrics = []
         if cfg.stage != "generate":
-            metrics = _score(cells, output)
-            _show(cfg, cells, metrics, output, tracker)
+            metrics, unfinished = _score(cells, output)
+            _show(cfg, cells, metrics, unfinished, tracker)
         session["finished"], session["seconds"] = _now(), round(time.time() - started, 1)
         provenance.write_json(output / "run.json", run_json)
         if cfg.report and cfg.stage != "generate":
@@ -83,6 +91,8 @@ def _begin_run_json(
         run_json = json.loads(path.read_text())
     datasets = {c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)}
     models = {role: member for c in cells for role, member in models_of(c).items()}
+    if cfg.stage == "score":  # which may be done where the models are not
+        models |= run_json.get("models", {})
     run_json |= {
         "name": cfg.name,
         "config": resolved,  # of the latest session; the folder may hold further tasks and systems
@@ -219,8 +229,6 @@ class _Pool:
         self.cfg = cfg
         self.specs = model_specs(cfg)
         self._models: dict[str, Any] = {}
-        if cfg.machine.threads:
-            torch.set_num_threads(cfg.machine.threads)
 
     def open(self, system: str, keep_for: Sequence[str]) -> Any:
         """A generator of this system; models that only earlier systems used are freed."""
@@ -261,25 +269,41 @@ class _Pool:
 # -- scoring --------------------
 
 
-def _score(cells: Sequence[Cell | HarnessCell], output: Path) -> list[Metric]:
-    """Writes every cell's scores, and the metrics; those of the folder's other cells are kept."""
+def _score(
+    cells: Sequence[Cell | HarnessCell], output: Path
+) -> tuple[list[Metric], dict[str, str]]:
+    """Writes every cell's scores, and the metrics; those of the folder's other cells are kept.
+
+    Returns:
+        The metrics, and of the tasks that lack completions: which systems have how many.
+
+    Raises:
+        ValueError: nothing has been generated that could be scored.
+    """
     metrics: list[Metric] = []
+    lacking: dict[str, list[str]] = defaultdict(list)
     for cell in cells:
         found, scores = cell.score()
         write_jsonl(cell.folder / "scores.jsonl", scores)
         metrics += found
+        if isinstance(cell, Cell) and len(scores) < cell.total:
+            lacking[cell.task_name].append(f"{cell.system} {len(scores)} of {cell.total}")
+    if not metrics:
+        raise ValueError(
+            f"no example in {output} has all its completions yet; run with stage=all to go on"
+        )
     ours = {(cell.task_name, cell.system) for cell in cells}
     path = output / "metrics.jsonl"
     others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
     write_jsonl(path, [*metrics, *others])
-    return metrics
+    return metrics, {task: ", ".join(systems) for task, systems in lacking.items()}
 
 
 def _show(
     cfg: DictConfig,
     cells: Sequence[Cell | HarnessCell],
     metrics: list[Metric],
-    output: Path,
+    unfinished: dict[str, str],
     tracker: Any,
 ) -> None:
     """Writes the comparison table, prints it, and hands everything to the tracker."""
@@ -290,7 +314,8 @@ def _show(
 
     infos = {cell.task_name: cell.infos for cell in cells}
     place = (cfg.paper.table, cfg.paper.size) if cfg.paper else None
-    table = tables.build(output, metrics, infos, place, cfg.limit)
+    output = Path(cfg.output_dir)
+    table = tables.build(output, metrics, infos, place, cfg.limit, unfinished)
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)

@@ -28,7 +28,8 @@ class Difference(NamedTuple):
 
     Attributes:
         value: the difference.
-        low, high: its 95 % interval (paired bootstrap over examples).
+        low, high: its 95 % interval (paired bootstrap over examples); not a number for a single
+            example, which says nothing of its spread.
         p_value: of "no difference"; exact McNemar for 0/1 values, else a sign-flip permutation.
     """
 
@@ -43,7 +44,8 @@ class GapClosed(NamedTuple):
 
     Attributes:
         value: (proxy - base) / (tuned - base).
-        low, high: its 95 % interval; None where the gap itself may be zero.
+        low, high: its 95 % interval; None for a single example, or where the gap itself may be
+            zero.
         draws: the bootstrap's values, [resamples]; not a number where a resample had no gap.
     """
 
@@ -102,19 +104,19 @@ def interval(values: Values) -> tuple[float, float]:
 
 def paired_difference(
     scores_a: Sequence[Score], scores_b: Sequence[Score], metric: str
-) -> Difference:
+) -> Difference | None:
     """How much higher system a's metric is than system b's, on the examples that both have.
 
     An example that only one system's denominator leaves out still counts for the other system's
-    mean, as in the table; the test needs both values.
-
-    Raises:
-        ValueError: the systems share no example with this metric.
+    mean, as in the table; the test needs both values. None where they share no example with this
+    metric (runs that were stopped at different places).
     """
     values = _paired([scores_a, scores_b], metric)
+    if values is None:
+        return None
     draws = bootstrap_means(values)
     means = np.nanmean(values, axis=0)
-    low, high = _percentiles(draws[:, 0] - draws[:, 1])
+    low, high = _percentiles(draws[:, 0] - draws[:, 1]) if len(values) > 1 else (np.nan, np.nan)
     both = values[~np.isnan(values).any(axis=1)]
     return Difference(float(means[0] - means[1]), low, high, _p_value(both[:, 0], both[:, 1]))
 
@@ -127,15 +129,15 @@ def gap_closed(base: float, proxy: float, tuned: float) -> float | None:
 def gap_closed_interval(
     base: Sequence[Score], proxy: Sequence[Score], tuned: Sequence[Score], metric: str
 ) -> GapClosed | None:
-    """The gap closed with its paired bootstrap interval; None when there is no gap.
+    """The gap closed with its paired bootstrap interval; None when there is no gap, or no common
+    example with this metric.
 
     A ratio whose denominator may be zero has no useful interval: where more than 2.5 % of the
     resamples have no gap, or one of the other sign, the interval is left out.
-
-    Raises:
-        ValueError: the systems share no example with this metric.
     """
     values = _paired([base, proxy, tuned], metric)
+    if values is None:
+        return None
     means = np.nanmean(values, axis=0)
     value = gap_closed(*map(float, means))
     if value is None:
@@ -144,7 +146,8 @@ def gap_closed_interval(
     gaps = draws[:, 2] - draws[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(gaps == 0, np.nan, (draws[:, 1] - draws[:, 0]) / gaps)
-    if (gaps * np.sign(means[2] - means[0]) <= 0).mean() > _UNSTABLE:
+    unstable = (gaps * np.sign(means[2] - means[0]) <= 0).mean() > _UNSTABLE
+    if unstable or len(values) == 1:
         return GapClosed(value, None, None, ratios)
     return GapClosed(value, *_percentiles(ratios), ratios)
 
@@ -194,14 +197,17 @@ def _column(scores: Sequence[Score], metric: str) -> Values:
     return np.array([np.nan if value is None else float(value) for value in found])
 
 
-def _paired(systems: Sequence[Sequence[Score]], metric: str) -> Values:
-    """[examples, systems]: the examples that all systems have, in the first system's order."""
+def _paired(systems: Sequence[Sequence[Score]], metric: str) -> Values | None:
+    """[examples, systems]: the examples that all systems have, in the first system's order.
+
+    None where some system has no value of the metric on them.
+    """
     by_id: list[Mapping[str, Score]] = [{s.example_id: s for s in scores} for scores in systems]
     common = [i for i in by_id[0] if all(i in scores for scores in by_id[1:])]
     columns = [_column([scores[i] for i in common], metric) for scores in by_id]
     values = np.stack(columns, axis=1)
     if not len(values) or np.isnan(values).all(axis=0).any():
-        raise ValueError(f"no example has a value of {metric!r} for every system")
+        return None
     return values
 
 

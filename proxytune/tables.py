@@ -33,6 +33,7 @@ def build(
     infos: Mapping[str, Mapping[str, Any]],
     paper_table: tuple[str, str] | None = None,
     limit: int | None = None,
+    unfinished: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """The comparison of a results folder, written to its table.csv and table.md.
 
@@ -46,6 +47,7 @@ def build(
         infos: task -> metric -> how it is shown.
         paper_table: see `comparison`.
         limit: of a smoke run; it is said in the table's header.
+        unfinished: task -> which of its systems lack completions, for the header, too.
     """
     earlier = _earlier(folder, metrics)
     order = list(dict.fromkeys([*earlier.infos, *(m.task for m in metrics)]))
@@ -53,13 +55,20 @@ def build(
     scores = read_scores(folder, everything)
     table = comparison(everything, {**earlier.infos, **infos}, scores, paper_table)
     limits = earlier.limits | dict.fromkeys(infos, limit)
-    of_rows = [limits.get(task) for task in table["task"]]
-    if len(of_rows) and table["task"].iloc[-1] == AVERAGE:
-        of_rows[-1] = next((each for each in of_rows if each is not None), None)
-    table["limit"] = pd.array(of_rows, dtype="Int64")
+    lacking = earlier.unfinished | dict.fromkeys(infos, "") | dict(unfinished or {})
+    table["limit"] = pd.array(_of_rows(table, limits, None), dtype="Int64")
+    table["unfinished"] = _of_rows(table, lacking, "")
     to_csv(table, folder / "table.csv")
     (folder / "table.md").write_text(to_markdown(table) + "\n")
     return table
+
+
+def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> list[Any]:
+    """What is said of each row's task; the average has the first that is said of any."""
+    found = [of_task.get(task, nothing) for task in table["task"]]
+    if table["task"].iloc[-1] == AVERAGE:
+        found[-1] = next((each for each in found if each != nothing), nothing)
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,12 @@ class _Earlier:
     metrics: list[Metric]
     infos: dict[str, dict[str, _Shown]]
     limits: dict[str, int | None]
+    unfinished: dict[str, str]
 
 
 def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
     """Reads what earlier runs left in the folder."""
-    found = _Earlier([], {}, {})
+    found = _Earlier([], {}, {}, {})
     if (folder / "table.csv").is_file():
         for row in records(read_csv(folder / "table.csv")):
             task = str(row["task"])
@@ -90,6 +100,7 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
                 shown = _Shown(row["label"], row["higher_is_better"], row["percent"])
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
                 found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
+                found.unfinished[task] = _unfinished(row)
     ours = {(m.task, m.system) for m in metrics}
     examples = {m.task: m.n_examples for m in metrics}
     for metric in read_jsonl(folder / "metrics.jsonl", Metric):
@@ -102,7 +113,22 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
 
 
 def caveat(table: pd.DataFrame) -> str:
-    """What a reader must know before comparing: a smoke run; "" for a full one."""
+    """What a reader must know before comparing: a smoke or unfinished run; "" for a full one."""
+    return "; ".join(part for part in (_smoke(table), _lacking(table)) if part)
+
+
+def _lacking(table: pd.DataFrame) -> str:
+    rows = [row for row in headlines(table) if _unfinished(row) and row["task"] != AVERAGE]
+    tasks = "; ".join(f"{row['task']}: {_unfinished(row)}" for row in rows)
+    return f"unfinished, not comparable ({tasks})" if tasks else ""
+
+
+def _unfinished(row: Mapping[str, Any]) -> str:
+    text = row.get("unfinished")
+    return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
+
+
+def _smoke(table: pd.DataFrame) -> str:
     rows = records(table)
     smoke = {str(r["task"]): int(r["limit"]) for r in rows if is_number(r.get("limit"))}
     if not smoke:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from proxytune import cli
+from proxytune.cells import sole_writer
 from proxytune.config import ROOT
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]
@@ -215,3 +216,47 @@ def test_a_run_of_some_tasks_keeps_the_metrics_of_the_others(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert set((folder / "metrics.jsonl").read_text().splitlines()) == before
     assert "pocket_truthfulqa_open" in (folder / "table.md").read_text()
+
+
+def test_a_stopped_run_can_be_scored_and_says_that_it_is_unfinished(whole, tmp_path):
+    folder = tmp_path / "stopped"
+    shutil.copytree(whole, folder)
+    path = folder / "pocket_triviaqa" / "proxy" / "completions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    done = run(*TINY, f"output_dir={folder}", "stage=score")
+    assert done.returncode == 0, done.stderr
+    said = "unfinished, not comparable (pocket_triviaqa: proxy 5 of 12)"
+    assert said in (folder / "table.md").read_text()
+    for left in folder.glob("*/*/completions.jsonl"):
+        left.write_text("")
+    done = run(*TINY, f"output_dir={folder}", "stage=score")
+    assert done.returncode == 1
+    assert "no example" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_belongs_to_one_generating_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *TINY, f"output_dir={tmp_path}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    with sole_writer(tmp_path), pytest.raises(SystemExit):
+        cli.run()
+    assert f"another process is generating into {tmp_path}" in capsys.readouterr().err
+    with sole_writer(tmp_path):
+        pass  # the first one left it free
+
+
+def test_scoring_where_the_models_are_not_keeps_what_is_known_of_them(tmp_path):
+    models, folder = tmp_path / "models", tmp_path / "run"
+    shutil.copytree(ROOT / "pocket" / "models", models)
+    members = [f"triple.{role}.id={models / role}" for role in ("base", "expert", "antiexpert")]
+    arguments = [*members, "systems=[base,proxy]", "task=[pocket_truthfulqa_mc]", "limit=2"]
+    arguments += ["report=false", f"output_dir={folder}"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    known = json.loads((folder / "run.json").read_text())["models"]
+    assert known["expert"]["weights"] and known["expert"]["chat_template_sha256"]
+    shutil.rmtree(models)
+    done = run(*arguments, "stage=score")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "run.json").read_text())["models"] == known
+    done = run(*arguments, "stage=score", "alpha=0.5")
+    assert "alpha: 1.0 -> 0.5" in done.stderr

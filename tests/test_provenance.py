@@ -1,6 +1,10 @@
 """run.json's ingredients change when, and only when, what they stand for does."""
 
+from typing import Any
+
 from proxytune import provenance
+from proxytune.config import ROOT
+from proxytune.prompting import read_template
 from proxytune.records import Example, Prompt
 
 
@@ -42,3 +46,41 @@ def test_environment_names_versions_and_hardware():
     assert found["versions"]["torch"] and found["versions"]["transformers"]
     assert found["hardware"]["cores"] >= 1
     assert set(found["git"]) == {"commit", "dirty"}
+
+
+def member(**changes: Any) -> dict[str, Any]:
+    plain = {"id": "some-org/some-model", "revision": None, "adapter": None}
+    plain |= {"adapter_revision": None, "trust_remote_code": False}
+    return plain | {"format": {"kind": "raw", "chat_template": None}} | changes
+
+
+def test_a_hub_model_is_known_by_the_commit_that_was_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert provenance.model_facts(member()) == {}
+    repo = tmp_path / "models--some-org--some-model"
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "snapshots" / "abc" / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    assert provenance.model_facts(member()) == {"commit": "abc"}
+    assert provenance.model_facts(member(revision="v2")) == {}
+
+
+def test_adapters_and_chat_templates_are_known_by_their_contents(tmp_path):
+    adapter, template = tmp_path / "adapter", tmp_path / "mine.jinja"
+    adapter.mkdir()
+    chat = {"kind": "chat", "chat_template": str(template)}
+    found = []
+    for content in ("one", "two"):
+        (adapter / "adapter_model.safetensors").write_text(content)
+        template.write_text(content)
+        read_template.cache_clear()
+        found.append(provenance.model_facts(member(adapter=str(adapter), format=chat)))
+    assert found[0].keys() == {"adapter_weights", "chat_template_sha256"}
+    assert all(found[0][name] != found[1][name] for name in found[0])
+
+
+def test_the_pocket_experts_own_template_is_known():
+    chat = {"kind": "chat", "chat_template": None}
+    facts = provenance.model_facts(member(id=str(ROOT / "pocket/models/expert"), format=chat))
+    assert len(facts["chat_template_sha256"]) == 64

@@ -143,6 +143,14 @@ def test_bootstrap_by_distinct_rows_equals_plain_resampling():
     assert np.cov(fast.T) == pytest.approx(np.cov(plain.T), rel=0.06, abs=2e-4)
 
 
-def test_systems_without_a_common_example_are_refused():
-    with pytest.raises(ValueError, match="'acc'"):
-        stats.paired_difference(scores([1]), [Score("other", {"acc": 1})], "acc")
+def test_systems_without_a_common_example_have_no_difference():
+    other = [Score("other", {"acc": 1})]
+    assert stats.paired_difference(scores([1]), other, "acc") is None
+    assert stats.gap_closed_interval(scores([1]), scores([0]), other, "acc") is None
+
+
+def test_a_single_example_has_no_interval_of_a_difference():
+    found = stats.paired_difference(scores([1]), scores([0]), "acc")
+    assert found.value == 1 and np.isnan(found.low) and np.isnan(found.high)
+    gap = stats.gap_closed_interval(scores([0]), scores([1]), scores([1]), "acc")
+    assert gap.value == 1 and gap.low is None

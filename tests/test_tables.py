@@ -215,3 +215,32 @@ def test_a_smoke_run_of_one_task_marks_that_task_alone(tmp_path, metrics, scores
     assert tables.caveat(table) == "limit=3: smoke run, not comparable (gsm8k)"
     row = table[table["task"] == "gsm8k"].iloc[0]
     assert row["base"] != row["base"]  # measured on other examples, so not beside it
+
+
+def test_an_unfinished_task_says_so_until_it_is_finished(tmp_path, metrics, scores):
+    for (task, system), found in scores.items():
+        write_jsonl(tmp_path / task / system / "scores.jsonl", found)
+    write_jsonl(tmp_path / "metrics.jsonl", metrics)
+    table = tables.build(tmp_path, metrics, INFOS, unfinished={"gsm8k": "proxy 40 of 150"})
+    said = "unfinished, not comparable (gsm8k: proxy 40 of 150)"
+    assert tables.caveat(table) == said
+    assert tables.caveat(tables.read_csv(tmp_path / "table.csv")) == said
+    other = [m for m in metrics if m.task == "toxigen"]
+    assert tables.caveat(tables.build(tmp_path, other, {"toxigen": INFOS["toxigen"]})) == said
+    assert tables.caveat(tables.build(tmp_path, metrics, INFOS)) == ""
+
+
+def test_systems_without_a_common_example_stand_without_differences(metrics, scores):
+    moved = [replace(s, example_id=f"other{s.example_id}") for s in scores["gsm8k", "proxy"]]
+    table = tables.comparison(metrics, INFOS, scores | {("gsm8k", "proxy"): moved})
+    gsm = row(table, "gsm8k", "acc")
+    assert gsm.proxy == 25 and gsm.isna()["vs_base"] and gsm.isna()["gap_closed"]
+
+
+def test_an_average_takes_two_gaps_and_stands_beside_the_papers_of_the_same_tasks(metrics, scores):
+    flat = [m for m in metrics if (m.task, m.system) != ("toxigen", "tuned")]
+    same = replace(
+        next(m for m in flat if (m.task, m.system) == ("toxigen", "base")), system="tuned"
+    )
+    table = tables.comparison([*flat, same], INFOS)
+    assert tables.AVERAGE not in set(table["task"])

@@ -272,6 +272,9 @@ def make_member(
     A short check compares the cache with one plain pass over the same tokens. What a cache of
     rows cannot carry (a recurrent state, ALiBi, chunked attention) shows as a difference or an
     error there; the model is then recomputed from the start for every token, with a warning.
+
+    Raises:
+        ValueError: a model that looks ahead: its logits change with the tokens behind them.
     """
     reason = _why_not(CachedModel(model, vocab_size))
     if reason is None:
@@ -282,8 +285,10 @@ def make_member(
         elif cuda_graphs:
             log.warning("%s decodes without CUDA graphs: not on one GPU", type(model).__name__)
         return member
+    plain = RecomputedModel(model, vocab_size)
+    plain.check_causal()
     log.warning("%s decodes without a cache, exact but slow: %s", type(model).__name__, reason)
-    return RecomputedModel(model, vocab_size)
+    return plain
 
 
 def can_cache(model: PreTrainedModel, vocab_size: int) -> bool:

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from proxytune.prompting import PromptFormat, encode, render_messages
 
@@ -287,11 +293,16 @@ def _put_adapter(model: PreTrainedModel, spec: ModelSpec) -> Any:
 
 def _load_config(role: str, spec: ModelSpec) -> Any:
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(role, spec.id, "config.json", error)) from error
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    kinds = {type(config), type(config.get_text_config())}
+    if not own_code and kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise ValueError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
+    return config
 
 
 def _check_device(role: str, name: str | None) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from proxytune.graphs import tolerance
+
 
 class RecomputedModel:
     """A causal LM without a usable cache: every call reads all rows again from their start.
@@ -60,6 +62,22 @@ class RecomputedModel:
     def clear(self) -> None:
         """Drops every row."""
         self._rows = []
+
+    @torch.inference_mode()
+    def check_causal(self) -> None:
+        """Compares a token's logits with and without tokens behind it.
+
+        Raises:
+            ValueError: they differ, so the model cannot write from left to right.
+        """
+        row = [token % self.vocab_size for token in range(3, 12)]
+        alone, followed = self._last([row[:5]], 1)[0, 0], self._last([row], 5)[0, 0]
+        scale = float(alone.abs().max())
+        if float((alone - followed).abs().max()) > 3 * tolerance(self.model.dtype) * scale:
+            raise ValueError(
+                f"{type(self.model).__name__} looks ahead: its logits depend on later tokens, so "
+                "it is no causal language model (is_decoder=True in its config.json?)"
+            )
 
     def bytes_per_token(self) -> int:
         """Nothing is cached."""

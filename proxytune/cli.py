@@ -73,10 +73,10 @@ def explain(error: BaseException) -> str:
         return (
             f"unknown {group or 'config'} '{name}'{_close(name, known)}; known: {', '.join(known)}"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk is full ({error.filename or 'results folder'}): free some space and run the "
-            "same command again; everything finished so far is kept"
+            f"the disk is full, or your quota ({error.filename or 'results folder'}): free some "
+            "space and run the same command again; everything finished so far is kept"
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {error.filename}; choose another folder with output_dir=..."

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from proxytune.config import ROOT
 from proxytune.prompting import read_template
-from proxytune.records import Example
+from proxytune.records import Example, replace_file
 
 _PACKAGES = [
     "proxytune",
@@ -202,6 +202,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a crash leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-    temporary.replace(path)
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    replace_file(path, text.encode())

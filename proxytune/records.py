@@ -261,9 +261,23 @@ class JsonlWriter:
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Replaces a JSON Lines file as a whole: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, b"".join(_dump(record) for record in records))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole: a crash leaves the old file or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, say); the old file stays, and no other.
+    """
     temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(b"".join(_dump(record) for record in records))
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def _dump(record: Any) -> bytes:

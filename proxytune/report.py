@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from proxytune import analysis, tables
-from proxytune.records import Completion, Score, read_jsonl
+from proxytune.records import Completion, Score, read_jsonl, replace_file
 
 ASSETS = Path(__file__).resolve().parent / "report_assets"
 MEMBERS = ("base", "expert", "antiexpert")
@@ -68,9 +68,7 @@ def write_report(folder: Path) -> Path:
     }
     page = Template(_asset("report.html")).substitute(values)
     path = folder / "report.html"
-    temporary = path.with_name("report.html.part")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    replace_file(path, page.encode(errors="replace"))
     return path
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxytune.comparison import AVERAGE, SYSTEMS, comparison, is_number
-from proxytune.records import Metric, Score, read_jsonl
+from proxytune.records import Metric, Score, read_jsonl, replace_file
 
 _DASH = "–"
 
@@ -59,7 +59,7 @@ def build(
     table["limit"] = pd.array(_of_rows(table, limits, None), dtype="Int64")
     table["unfinished"] = _of_rows(table, lacking, "")
     to_csv(table, folder / "table.csv")
-    (folder / "table.md").write_text(to_markdown(table) + "\n")
+    replace_file(folder / "table.md", f"{to_markdown(table)}\n".encode())
     return table
 
 
@@ -170,9 +170,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def to_csv(table: pd.DataFrame, path: Path) -> None:
     """Writes every column; `read_csv` gives the same table back."""
-    temporary = path.with_name(path.name + ".part")
-    table.to_csv(temporary, index=False, float_format="%.10g")
-    temporary.replace(path)
+    replace_file(path, table.to_csv(index=False, float_format="%.10g").encode())
 
 
 def read_csv(path: Path) -> pd.DataFrame:

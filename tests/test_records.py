@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,22 @@ def test_write_jsonl_replaces_the_file_as_a_whole(tmp_path, monkeypatch):
 def test_impossible_decoding_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field.split("_")[0]):
         dataclasses.replace(Decoding(), **{field: value})
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    # a limit on file sizes, in a process of its own, stands for a full disk
+    code = (
+        "import resource, signal, sys, pathlib\n"
+        "from proxytune.records import replace_file\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    replace_file(pathlib.Path(sys.argv[1]), b'x' * 5000)\n"
+        "except OSError as error:\n"
+        "    print(error.filename)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.strip() == str(path), done.stderr
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

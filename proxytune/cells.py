@@ -28,7 +28,7 @@ from proxytune.records import (
 
 log = logging.getLogger(__name__)
 
-_DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
+DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
 
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
@@ -163,7 +163,7 @@ def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cel
         if len({e.id for e in examples}) != len(examples):
             raise ValueError(f"task {name}: two examples share an id")
         dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
-        overrides = {k: cfg.decoding[k] for k in _DECODING_OVERRIDES if cfg.decoding[k] is not None}
+        overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
         decoding = dataclasses.replace(task.decoding, **overrides)
         shown = examples[: cfg.limit]
         write_jsonl(output / name / "examples.jsonl", shown)

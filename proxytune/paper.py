@@ -51,6 +51,7 @@ _FILLS = {
 }
 # what the paper trained (Table 14)
 _SIZE_OF = {f"meta-llama/Llama-2-{size.lower()}-hf": size for size in ("7B", "13B", "70B")}
+_BASE_OF = {size: model for model, size in _SIZE_OF.items()}
 _TRAINED_ON = {"gsm8k": "gsm", "triviaqa": "triviaqa"}
 _LOWER_IS_BETTER = ("toxigen_toxic",)
 # the average gap closed that the paper states, in percent: table, size -> value
@@ -107,6 +108,18 @@ def cell(
         if len(found):
             return float(found["value"].tolist()[0])
     return None
+
+
+def other_base(size: str, model: str) -> str | None:
+    """The base behind the paper's numbers of a size, where `model` is another one; else None.
+
+    Args:
+        size: as in `cell`.
+        model: a hub id, or a folder that is named like it.
+    """
+    theirs = _BASE_OF.get(size)
+    same = theirs is None or Path(model).name.lower() == Path(theirs).name.lower()
+    return None if same else theirs
 
 
 def tables_filled_by(table: str, size: str) -> tuple[str, ...]:

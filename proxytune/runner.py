@@ -21,8 +21,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from proxytune import provenance
-from proxytune.cells import MEMBERS, Cell, HarnessCell, claim, make_cells, models_of, sole_writer
+from proxytune import paper, provenance
+from proxytune.cells import (
+    DECODING_OVERRIDES,
+    MEMBERS,
+    Cell,
+    HarnessCell,
+    claim,
+    make_cells,
+    models_of,
+    sole_writer,
+)
 from proxytune.checks import check_before_models, check_machine, check_writable, model_specs
 from proxytune.config import to_dict
 from proxytune.progress import GenerationProgress, generation_progress
@@ -313,13 +322,28 @@ def _show(
     from proxytune.tracking import sample_completions
 
     infos = {cell.task_name: cell.infos for cell in cells}
-    place = (cfg.paper.table, cfg.paper.size) if cfg.paper else None
     output = Path(cfg.output_dir)
-    table = tables.build(output, metrics, infos, place, cfg.limit, unfinished)
+    table = tables.build(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished)
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)
     tracker.log_completions(sample_completions(output, list(infos)))
+
+
+def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
+    """Table and size of the paper's cells beside ours; None where the paper ran something else."""
+    if not cfg.paper:
+        return None
+    settings = {f"decoding.{key}": cfg.decoding[key] for key in DECODING_OVERRIDES}
+    other = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    other += [f"alpha={cfg.alpha:g}"] if cfg.alpha != 1 else []
+    base = cfg.triple.base.id
+    theirs = paper.other_base(cfg.paper.size, base)
+    other += [f"the base {base} in the place of {theirs}"] if theirs else []
+    if other:
+        log.info("the paper's numbers are left out: it has none for %s", ", ".join(other))
+        return None
+    return cfg.paper.table, cfg.paper.size
 
 
 def _make_tracker(cfg: DictConfig, output: Path) -> Any:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def figure2(results: Path, task: str | None = None, *, pocket: bool) -> list[Path]:
-    """Metrics over alpha, of every run of one task that has a proxy."""
+    """Metrics of one task over alpha, from the runs of the experiment with the most alphas."""
     stem = _stem(results, "fig2", pocket)
     folders = [
         path.parent
@@ -55,12 +55,18 @@ def figure2(results: Path, task: str | None = None, *, pocket: bool) -> list[Pat
     sweep: Any = analysis.alpha_sweep(folders)
     wanted = [t for t in sweep["task"] if paper.key_of(t, "info_true") == "truthfulqa_info_true"]
     chosen = task or next(iter(wanted), None)
-    points = sweep[sweep["task"] == chosen].drop_duplicates(["experiment", "metric", "alpha"])
+    points = sweep[sweep["task"] == chosen]
+    counts = points.groupby("experiment", sort=False)["alpha"].nunique()
+    points = points[points["experiment"] == (counts.idxmax() if len(counts) else None)]
+    # of several runs with one alpha, the one with the most examples
+    points = points.sort_values("n", ascending=False, kind="stable")
+    points = points.drop_duplicates(["metric", "alpha"]).sort_values(["metric", "alpha"])
     if points["alpha"].nunique() > 1:
         _write(points.round({"value": 6, "low": 6, "high": 6}), stem)
     if not stem.with_suffix(".csv").is_file():
         return []
-    rows: Any = pd.read_csv(stem.with_suffix(".csv"))
+    # "true" is a metric's name, not a truth value
+    rows: Any = pd.read_csv(stem.with_suffix(".csv"), dtype={"metric": str})
     labels = {"true": "true", "info": "informative", "info_true": "both"}
     measured: list[str] = list(dict.fromkeys(rows["metric"].tolist()))
     known = {m: labels.get(m) or m for m in measured if "/" not in m}

@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import pytest
 
-from proxytune import cli
+from proxytune import cli, runner
 from proxytune.cells import sole_writer
 from proxytune.config import ROOT
 
@@ -260,3 +261,29 @@ def test_scoring_where_the_models_are_not_keeps_what_is_known_of_them(tmp_path):
     assert json.loads((folder / "run.json").read_text())["models"] == known
     done = run(*arguments, "stage=score", "alpha=0.5")
     assert "alpha: 1.0 -> 0.5" in done.stderr
+
+
+def test_the_points_of_a_sweep_are_named_by_what_changes_completions(tmp_path):
+    sweep = ["-m", "alpha=0.5,1.0", "task=[pocket_truthfulqa_mc]", "systems=[proxy]", "limit=1"]
+    sweep += ["stage=generate", f"output_dir={tmp_path}"]
+    for more in (["decoding.batch_size=1"], ["tracking.project=p", "machine.threads=1"]):
+        done = run(*sweep, *more)
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"alpha={a},systems=[proxy],task=[pocket_truthfulqa_mc]" for a in (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ([], ("2", "13B")),
+        (["triple.base.id=/models/llama-2-13b-hf"], ("2", "13B")),
+        (["alpha=0.5"], None),
+        (["decoding.temperature=0.7"], None),
+        (["triple=qwen25_7b"], None),
+    ],
+)
+def test_the_papers_numbers_stand_beside_the_papers_experiment_only(changes, place):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("config", ["experiment=llama13b_chat", *changes])
+    assert runner.paper_place(cfg) == place

@@ -8,10 +8,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 
 from proxytune.config import ROOT
+from proxytune.records import Metric, write_jsonl
 
 TARGETS = yaml.safe_load((ROOT / "conf" / "paper.yaml").read_text())
 
@@ -250,3 +252,24 @@ def test_table_14_puts_training_times_beside_the_papers(scripts, tmp_path):
     table, text = make_tables.table14(tmp_path, pocket=True)
     assert table["model"].tolist() == ["pocket/models/base"] and "| – |" in text
     assert make_tables.table14(tmp_path / "empty", pocket=False) is None
+
+
+def test_figure_2_draws_one_experiment_and_its_largest_runs(scripts, tmp_path):
+    make_figures = importlib.import_module("make_figures")
+    for name, alpha, n, value in (
+        ("llama70b_chat", 1.0, 100, 0.9),
+        ("llama13b_chat", 0.5, 100, 0.5),
+        ("llama13b_chat", 1.0, 20, 0.1),
+        ("llama13b_chat", 1.0, 100, 0.6),
+    ):
+        folder = tmp_path / "runs" / f"{name}_{alpha}_{n}"
+        metric = Metric("truthfulqa_open", "proxy", "true", value, n, n, ci_low=0.0, ci_high=1.0)
+        write_jsonl(folder / "metrics.jsonl", [metric])
+        config = {"name": name, "alpha": alpha, "paper": {"table": "2", "size": "13B"}}
+        (folder / "run.json").write_text(json.dumps({"config": config}))
+    make_figures.figure2(tmp_path, pocket=False)
+    drawn = pd.read_csv(tmp_path / "figures" / "fig2.csv")
+    assert drawn[["experiment", "alpha", "value"]].to_numpy().tolist() == [
+        ["llama13b_chat", 0.5, 0.5],
+        ["llama13b_chat", 1.0, 0.6],
+    ]

@@ -244,3 +244,9 @@ def test_an_average_takes_two_gaps_and_stands_beside_the_papers_of_the_same_task
     )
     table = tables.comparison([*flat, same], INFOS)
     assert tables.AVERAGE not in set(table["task"])
+
+
+def test_a_metric_called_true_is_read_back_as_text(tmp_path):
+    table = tables.build(tmp_path, [Metric("t", "base", "true", 0.5, 5, 5)], {"t": {}})
+    assert tables.read_csv(tmp_path / "table.csv")["metric"].tolist() == ["true"]
+    assert tables.to_markdown(tables.read_csv(tmp_path / "table.csv")) == tables.to_markdown(table)

@@ -176,7 +176,8 @@ def to_csv(table: pd.DataFrame, path: Path) -> None:
 def read_csv(path: Path) -> pd.DataFrame:
     """Reads what `to_csv` wrote."""
     texts = ("task", "metric", "label", "paper_table", "paper_size")  # "true" is one, and "2"
-    return pd.read_csv(path, dtype=dict.fromkeys(texts, str) | {"limit": "Int64"})
+    kinds: Any = dict.fromkeys(texts, str) | {"limit": "Int64"}
+    return pd.read_csv(path, dtype=kinds)
 
 
 def to_markdown(table: pd.DataFrame) -> str:

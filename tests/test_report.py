@@ -275,3 +275,31 @@ def test_a_thousand_long_examples_open_without_delay(browser, tmp_path):
     print(f"{size:.0f} MB written in {written:.1f} s, opened in {opened:.2f} s, {filtered:.2f} s")
     assert opened < 5 and filtered < 1
     wait(browser, "return document.querySelectorAll('.tokens span').length >= 5120")
+
+
+def test_a_run_without_examples_has_no_browser_of_them(browser, tmp_path):
+    folder = report_folder.make(tmp_path, examples=3)
+    for path in folder.glob("*/examples.jsonl"):
+        path.unlink()
+    show(browser, write_report(folder))
+    assert not browser.execute_script("return document.getElementById('browser').checkVisibility()")
+    label = "return document.querySelector('.comparison td').dataset.label"
+    assert browser.execute_script(label) == "base"
+
+
+def test_texts_of_models_stay_texts(browser, tmp_path):
+    folder = report_folder.make(tmp_path, examples=3, tasks=1)
+    evil = (
+        "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\x00\u202e"
+    )
+    for name, key in (("base/completions", "text"), ("base/scores", "answer")):
+        path = folder / "gsm8k" / f"{name}.jsonl"
+        first, *others = path.read_text().splitlines()
+        first = json.dumps(json.loads(first) | {key: evil})
+        path.write_text("\n".join([first, *others, ""]))
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"name": evil}))
+    show(browser, write_report(folder))
+    assert "<img" in browser.title
+    assert "<img" in browser.execute_script("return document.querySelector('.body').textContent")
+    assert not browser.execute_script("return window.hacked")

@@ -177,6 +177,7 @@
     const head = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
     cell.dataset.label = head.textContent;
   }
-  render();
+  if (data.tasks.length) render();
+  else at("browser").hidden = true; // tasks of lm-eval keep their examples elsewhere
   document.documentElement.dataset.ready = "yes";
 })();

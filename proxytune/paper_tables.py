@@ -117,7 +117,7 @@ def from_comparison(table: pd.DataFrame) -> Ours:
                     row[column],
                     _or_none(row.get(f"{column}_low")),
                     _or_none(row.get(f"{column}_high")),
-                    int(row["n"]),
+                    int(row[f"{column}_n"] if column in tables.SYSTEMS else row["n"]),
                     _or_none(row.get(f"{column}_p")),
                 )
     return ours

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 import report_folder
 
-from proxytune import paper, paper_tables, tables
+from proxytune import paper, paper_tables, stats, tables
 from proxytune.config import ROOT
+from proxytune.records import Score
 
 
 def cell(table, size, metric, system, column):
@@ -177,3 +178,17 @@ def test_a_column_without_numbers_is_left_out(tmp_path):
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="no table 9"):
         paper_tables.build("9", {})
+
+
+def test_each_system_stands_with_its_own_number_of_examples():
+    """The accuracy of parsed answers leaves out what a system did not answer."""
+    parsed = {"base": 3, "expert": 8, "proxy": 9, "tuned": 10}
+    found = {
+        system: [Score(str(i), {"acc_valid": 1.0 if i < n else None}) for i in range(10)]
+        for system, n in parsed.items()
+    }
+    metrics = [m for s, scores in found.items() for m in stats.metrics("truthfulqa_mc", s, scores)]
+    compared = tables.comparison(metrics, {}, None, ("2", "13B"))
+    table = paper_tables.build("2", paper_tables.from_comparison(compared))
+    shown = {s: cell(table, "13B", "truthfulqa_mc_acc", s, "n") for s in parsed}
+    assert shown == parsed

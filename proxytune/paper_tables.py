@@ -113,7 +113,7 @@ def from_comparison(table: pd.DataFrame) -> Ours:
                     continue
                 if (number, target) == ("5", "15") and column in _OF_TUNED:
                     continue  # Table 15's is tuned with LoRA, by runs of its own
-                own = row.get(f"{column}_n")
+                own: Any = row.get(f"{column}_n")
                 ours[target, size, key, name] = Cell(
                     row[column],
                     _or_none(row.get(f"{column}_low")),

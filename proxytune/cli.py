@@ -8,8 +8,10 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -22,8 +24,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from proxytune import config
 from proxytune.config import ROOT, register
+from proxytune.interrupts import Interrupted, hush, interruptible
 
-_EXIT_INTERRUPTED = 130
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -48,21 +50,42 @@ def main() -> None:
 def serve() -> None:
     """Composes conf/serve.yaml with the command line and serves a triple; docs/serving.md."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    guarded(_serve_main)
+    guarded(_serve_main, again="")
 
 
-def guarded(command: Callable[[], object]) -> None:
-    """Calls `command`, turning a user's mistake into one line on stderr and exit code 1."""
+def guarded(
+    command: Callable[[], object], again: str = "the same command goes on where this run stopped"
+) -> None:
+    """Calls `command`; a user's mistake ends in one line on stderr and exit code 1.
+
+    Ctrl-C, SIGTERM and SIGHUP end in one line, too, and exit code 130, 143 or 129.
+
+    Args:
+        command: what to call.
+        again: what to know about starting it again, for the line after an interrupt.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():  # bars of downloads would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        command()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this run stopped", file=sys.stderr)
-        raise SystemExit(_EXIT_INTERRUPTED) from None
+        with interruptible():
+            command()
+            sys.stdout.flush()  # here, where an error of it is explained
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        _say(f"{stopped.said}; {again}" if again else stopped.said)
+        raise SystemExit(stopped.exit_code) from None
     except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         if _SHOW_TRACEBACK:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        _say(f"error: {explain(error)}")
         raise SystemExit(1) from None
+    finally:
+        hush()
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:
@@ -78,6 +101,8 @@ def explain(error: BaseException) -> str:
             f"the disk is full, or your quota ({error.filename or 'results folder'}): free some "
             "space and run the same command again; everything finished so far is kept"
         )
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; everything finished so far is kept"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {error.filename}; choose another folder with output_dir=..."
     if isinstance(error, HydraException) and error.__cause__ is not None:
@@ -123,7 +148,7 @@ def _serve_main(cfg: DictConfig) -> None:
     from proxytune.server.command import serve  # torch is imported once the config is known good
 
     choice = HydraConfig.get().runtime.choices.get("triple")
-    guarded(lambda: serve(cfg, choice))
+    guarded(lambda: serve(cfg, choice), again="")
 
 
 register()

@@ -153,5 +153,5 @@ def _show(key: str, value: Any, indent: str = "  ") -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="with --json, what was measured is kept")
     sys.exit(0)

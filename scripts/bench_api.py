@@ -123,4 +123,4 @@ def _tokenizers(generator: proxytune.Generator) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="")

@@ -121,4 +121,4 @@ def _write(rows: pd.DataFrame, stem: Path) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="")

@@ -26,4 +26,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="")

@@ -204,4 +204,4 @@ _SHOWN_14: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="")

@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 TARGETS = ROOT / "conf" / "paper.yaml"
 # full tuning shards weights and moments over the GPUs (docs/training.md)
 _SHARDED = shlex.split("--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP")
+_PATIENCE_S = 20
 _CODE = "task.{}.allow_code_execution=true"
 
 
@@ -199,9 +201,17 @@ def _command(step: "Step") -> list[str]:
 def _run(command: Sequence[str]) -> bool:
     print(f"\n$ {shlex.join(command)}", flush=True)
     start = time.time()
-    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT)
+    with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT) as step:
+        try:
+            status = step.wait()
+        except KeyboardInterrupt:  # the step ends as orderly as we do, and before us
+            step.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                step.wait(_PATIENCE_S)
+            step.kill()
+            raise
     print(f"({time.time() - start:.0f} s)", flush=True)
-    return done.returncode == 0
+    return status == 0
 
 
 def _summary(outcome: Mapping[str, tuple[bool, str]]) -> None:

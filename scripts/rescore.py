@@ -30,6 +30,7 @@ from pathlib import Path
 import pandas as pd
 from rescore_release import Comparison, Run, check_only, mean, score_release
 
+from proxytune.cli import guarded
 from proxytune.records import Completion, Example, Metric, Prompt, read_jsonl
 from tasks.loading import Row, read_rows, read_text
 
@@ -168,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(lambda: sys.exit(main()), again="")

@@ -183,4 +183,4 @@ def _place(index: int) -> wr.Layout:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, again="")

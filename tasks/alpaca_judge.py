@@ -240,12 +240,16 @@ class AlpacaJudge:
                         choice = future.result()
                         yield {futures[future]: choice}
                         done += 1
-                except (openai.OpenAIError, ValueError) as error:
+                except (openai.OpenAIError, ValueError, KeyboardInterrupt) as error:
                     pool.shutdown(wait=True, cancel_futures=True)
                     for future, prompt in futures.items():  # those that came back meanwhile
                         if future.done() and not future.cancelled() and not future.exception():
                             yield {prompt: future.result()}
+                    if isinstance(error, KeyboardInterrupt):
+                        raise
                     raise self._failed(error, done, len(prompts)) from error
+                finally:  # what was not sent is not paid for, whoever stops listening
+                    pool.shutdown(wait=True, cancel_futures=True)
 
         return judge
 

@@ -177,7 +177,10 @@ def _share(
 
     with ThreadPoolExecutor(len(servers)) as pool:
         done = pool.map(lambda server: list(work(server)), servers)
-        return {index: verdict for part in done for index, verdict in part}
+        try:
+            return {index: verdict for part in done for index, verdict in part}
+        finally:
+            waiting.clear()  # an interrupt does not wait for the programs that have not begun
 
 
 class _Server:

@@ -1,5 +1,6 @@
 """AlpacaEval's annotators against a local server that speaks OpenAI's protocol, faults included."""
 
+import _thread
 import json
 import math
 import re
@@ -122,6 +123,27 @@ def test_a_judge_that_fails_stops_and_loses_nothing(tmp_path):
         server.requests.clear()
         assert judge.annotate(cases, texts) == [1.0] * 10
         assert not server.requests
+
+
+def test_an_interrupt_sends_nothing_more(tmp_path):
+    answered = 0
+
+    def interrupts(body: dict) -> str:
+        nonlocal answered
+        answered += 1
+        if answered == 5:
+            _thread.interrupt_main()
+        time.sleep(0.05)
+        return prefers_good(body)
+
+    with openai_server(interrupts) as server:
+        judge = make(server, tmp_path, concurrency=2)
+        with pytest.raises(KeyboardInterrupt):
+            judge.annotate(examples(40), ["good"] * 40)
+        assert len(server.requests) <= 10  # each is paid for
+        before = len(server.requests)
+        assert judge.annotate(examples(40), ["good"] * 40) == [1.0] * 40
+    assert 40 <= len(server.requests) < 40 + before  # what was under way may be asked again
 
 
 def test_a_wrong_key_is_an_error_and_not_a_score(tmp_path):

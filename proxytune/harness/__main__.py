@@ -7,4 +7,4 @@ from proxytune.cli import guarded
 
 if __name__ == "__main__":
     model_registry.register("proxytune", target="proxytune.harness.model:ProxyTuneLM")
-    guarded(cli_evaluate)
+    guarded(cli_evaluate, again="lm-eval keeps answers with --use_cache only")

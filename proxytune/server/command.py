@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import signal
 import socket
 from contextlib import suppress
 from dataclasses import fields
@@ -42,8 +43,11 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
             access_log=False,
             timeout_graceful_shutdown=5,
         )
+        server = _Server(config, f"{name} on http://{shown}:{port}/v1")
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
+            signal.signal(signal.SIGHUP, server.handle_exit)
         with suppress(KeyboardInterrupt):  # how a server ends; uvicorn has closed everything
-            _Server(config, f"{name} on http://{shown}:{port}/v1").run([listener])
+            server.run([listener])
 
 
 def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:

@@ -138,6 +138,7 @@ def model_specs(cfg: DictConfig) -> dict[str, Any]:
         # "auto" for one role spreads it over all GPUs; for the machine it means the first device
         spread = device == "auto" and role in cfg.machine.devices
         settings["device"] = device if spread or device != "auto" else None
+        settings["quantization"] = settings["quantization"] or None
         settings["format"] = PromptFormat(**settings["format"])
         if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:
             settings["api"]["cache"] = str(Path(cfg.output_dir, "api.sqlite"))

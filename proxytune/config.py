@@ -79,7 +79,7 @@ class ModelConfig:
         revision: a branch, tag or commit of the hub repository.
         dtype: "auto" is the checkpoint's own; else float32, bfloat16 or float16.
         device: null leaves it to the machine group; "auto" spreads over all GPUs.
-        quantization: arguments of transformers' BitsAndBytesConfig, or null.
+        quantization: arguments of transformers' BitsAndBytesConfig; none quantises nothing.
         adapter: a PEFT adapter's id or folder. An expert that adapts the antiexpert's own
             checkpoint shares its weights.
         adapter_revision: as `revision`, for the adapter.
@@ -93,7 +93,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str | None = None
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = field(default_factory=dict)  # Hydra fills no null
     adapter: str | None = None
     adapter_revision: str | None = None
     attn_implementation: str | None = None

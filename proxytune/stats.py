@@ -212,7 +212,7 @@ def _paired(systems: Sequence[Sequence[Score]], metric: str) -> Values | None:
 
 
 def _p_value(a: Values, b: Values) -> float:
-    if not len(a):
+    if len(a) < 2:  # either sign of one difference is as extreme
         return 1.0
     if _binary(a) and _binary(b):
         only_a, only_b = int((a > b).sum()), int((b > a).sum())

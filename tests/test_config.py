@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from proxytune.checks import model_specs
 from proxytune.cli import explain
 from proxytune.config import ROOT, to_dict
 from proxytune.config import register as register_schema
@@ -56,6 +57,14 @@ def test_every_triple_composes(name):
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_composes(name):
     assert compose("config", [f"machine={name}"]).machine.device
+
+
+def test_quantisation_is_set_on_the_command_line():
+    given = "+triple.base.quantization.load_in_4bit=true"
+    cfg = compose("config", ["experiment=pocket", given])
+    specs = model_specs(cfg)
+    assert specs["base"].quantization == {"load_in_4bit": True}
+    assert specs["expert"].quantization is None
 
 
 def test_no_default_model_is_assumed():

@@ -152,5 +152,7 @@ def test_systems_without_a_common_example_have_no_difference():
 def test_a_single_example_has_no_interval_of_a_difference():
     found = stats.paired_difference(scores([1]), scores([0]), "acc")
     assert found.value == 1 and np.isnan(found.low) and np.isnan(found.high)
+    shares = stats.paired_difference(scores([0.3]), scores([0.1]), "acc")
+    assert found.p_value == shares.p_value == 1
     gap = stats.gap_closed_interval(scores([0]), scores([1]), scores([1]), "acc")
     assert gap.value == 1 and gap.low is None

@@ -194,6 +194,7 @@ def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     for role, name in MEMBERS[system].items():
         member = to_dict(cfg.triple[name])
         del member["device"]
+        member["quantization"] = member["quantization"] or None  # two ways to say none
         member |= provenance.model_facts(member)
         for key in ("id", "adapter"):  # a local folder may move; its weights say what it is
             if member[key] and (Path(member[key]).is_dir() or Path(member[key]).is_absolute()):

@@ -287,3 +287,8 @@ def test_the_papers_numbers_stand_beside_the_papers_experiment_only(changes, pla
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = hydra.compose("config", ["experiment=llama13b_chat", *changes])
     assert runner.paper_place(cfg) == place
+
+
+def test_no_quantization_is_one_configuration_however_it_is_said(whole):
+    done = run(*TINY, f"output_dir={whole}", "stage=score", "+triple.base.quantization={}")
+    assert done.returncode == 0, done.stderr

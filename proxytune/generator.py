@@ -378,7 +378,10 @@ class Generator:
 
 def _token_ids(prompt: Any) -> list[int]:
     try:
-        return [operator.index(token) for token in prompt]
+        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if any(isinstance(token, bool) for token in tokens):  # True == 1, but is no token
+            raise TypeError("truth values")
+        return [operator.index(token) for token in tokens]
     except TypeError as error:
         raise ValueError(
             "a prompt is a string, token ids, chat messages, or role -> token ids; not "

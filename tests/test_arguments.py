@@ -36,6 +36,8 @@ PROMPTS: list[Any] = [
     [None],
     [5],
     [[1.5]],
+    [[True, False]],
+    [torch.tensor([True, False])],
     [["a", "b"]],
     [[10**6]],
     [[-1]],

@@ -10,6 +10,7 @@ The judge is an OpenAI model, anything behind an OpenAI-compatible URL, or a mod
 import difflib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import openai
 
 from proxytune.records import Example
-from tasks.judgements import DEFAULT_CACHE, JudgeError, cached
+from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 from tasks.local_chat import LocalChat
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ _NOT_SENT = (
     "is_strip",
     "sleep_time",
 )
+
+# A refusal of one prompt, however often it is asked: no verdict, rather than the end of scoring.
+_REFUSALS = ("content_filter", "content_policy_violation", "context_length_exceeded")
+_TOO_LONG = "maximum context length"  # servers that send no code
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class AlpacaJudge:
         Raises:
             ValueError: an unknown annotator, a missing key, a local judge that cannot be had.
         """
+        for setting, low in (("concurrency", 1), ("max_retries", 0), ("timeout", 0.001)):
+            if (value := getattr(self, setting)) < low:
+                raise ValueError(f"AlpacaEval's judge: {setting}={value} must be at least {low}")
+        if self._url and not re.match(r"https?://[^/]", self._url):
+            raise ValueError(
+                f"AlpacaEval's judge: base_url={self._url} is no address; it is like "
+                "http://localhost:8000/v1"
+            )
         configs = self._configs()
         if self.local is not None:
             for config in configs.values():
@@ -89,8 +102,7 @@ class AlpacaJudge:
             LocalChat(**self.local).check()
             return
         asks_openai = any(c["fn_completions"] == "openai_completions" for c in configs.values())
-        elsewhere = self.base_url or os.environ.get("OPENAI_BASE_URL")
-        if asks_openai and not elsewhere and not os.environ.get(self.api_key_env):
+        if asks_openai and not self._url and not os.environ.get(self.api_key_env):
             raise ValueError(
                 f"AlpacaEval's judge {self.annotator} needs a key in the environment variable "
                 f"{self.api_key_env}; set it, point the judge to your own endpoint (base_url=...) "
@@ -116,7 +128,7 @@ class AlpacaJudge:
         if not examples:
             return []
         rows = [
-            {"instruction": e.prompt.user, "output_1": str(e.target), "output_2": _sendable(text)}
+            {"instruction": e.prompt.user, "output_1": str(e.target), "output_2": encodable(text)}
             for e, text in zip(examples, texts, strict=True)
         ]
         annotator = self._annotator()
@@ -135,6 +147,11 @@ class AlpacaJudge:
         return verdicts
 
     # -- the package's side --------------------
+
+    @property
+    def _url(self) -> str | None:
+        """The endpoint, wherever it was named; None is OpenAI's own."""
+        return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         from alpaca_eval import constants, utils
@@ -176,7 +193,7 @@ class AlpacaJudge:
         def complete(prompts: Sequence[str], **settings: Any) -> dict[str, list[Any]]:
             if self.model is not None:
                 settings = settings | {"model_name": self.model}
-            identity = {"decoder": name, "settings": settings, "base_url": self.base_url}
+            identity = {"decoder": name, "settings": settings, "base_url": self._url}
             biased = "tokens_to_favor" in settings or "tokens_to_avoid" in settings
             if self.local is not None:
                 chat = LocalChat(**self.local)
@@ -261,26 +278,35 @@ class AlpacaJudge:
 
 
 def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """One answer of the endpoint, in the form that alpaca-eval's parsers read."""
-    if prompt.startswith("<|im_start|>"):
-        from alpaca_eval.utils import prompt_to_chatml
+    """One answer of the endpoint, in the form that alpaca-eval's parsers read.
 
-        reply: Any = client.chat.completions.create(messages=prompt_to_chatml(prompt), **request)
-        message = reply.choices[0].message
-        text = message.content
-        if message.tool_calls:
-            text = message.tool_calls[0].function.arguments
-        elif message.function_call:
-            text = message.function_call.arguments
-    else:
-        reply = client.completions.create(prompt=prompt, **request)
-        text = reply.choices[0].text
+    Raises:
+        openai.OpenAIError: the request failed.
+        JudgeError: what came back is no completion.
+    """
+    reply: Any = None
+    try:
+        if prompt.startswith("<|im_start|>"):
+            from alpaca_eval.utils import prompt_to_chatml
+
+            reply = client.chat.completions.create(messages=prompt_to_chatml(prompt), **request)
+            message = reply.choices[0].message
+            text = message.content
+            if message.tool_calls:
+                text = message.tool_calls[0].function.arguments
+            elif message.function_call:
+                text = message.function_call.arguments
+        else:
+            reply = client.completions.create(prompt=prompt, **request)
+            text = reply.choices[0].text
+    except openai.BadRequestError as error:
+        if not (error.code in _REFUSALS or _TOO_LONG in str(error)):
+            raise
+        log.warning("no verdict: the judge refuses a prompt (%s)", error)
+        return {"text": " ", "logprobs": None, "refusal": str(error)}
+    except (AttributeError, IndexError, TypeError) as error:  # a proxy's page, an error as a 200
+        raise JudgeError(f"what it sends is no completion: {str(reply)[:200]!r}") from error
     return reply.choices[0].model_dump() | {"text": text or " "}
-
-
-def _sendable(text: str) -> str:
-    """Half a character, which JSON cannot carry over HTTP, becomes a question mark."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _verdict(preference: Any) -> float | None:

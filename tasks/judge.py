@@ -10,12 +10,14 @@ end of the call. Judgements are kept on disk, see tasks/judgements.py.
 """
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from proxytune.provenance import weights_fingerprint
-from tasks.judgements import DEFAULT_CACHE, JudgeError, cached
+from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 
 _UNLIMITED = 10**9  # tokenizers without a limit report a larger length than this
 
@@ -53,10 +55,27 @@ class LocalJudge:
         """Makes sure, before hours of generation, that the judge can be had.
 
         Raises:
-            ValueError: its configuration is neither on this machine nor on the hub.
+            ValueError: its configuration is neither on this machine nor on the hub, or a setting
+                cannot be.
         """
+        self._config()
+
+    def _config(self) -> Any:
+        if self.batch_size < 1:
+            raise ValueError(f"the judge {self.id}: batch_size={self.batch_size} must be positive")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                f"the judge {self.id}: dtype={self.dtype} is none of "
+                "float32, bfloat16, float16, auto"
+            )
         try:
-            AutoConfig.from_pretrained(self.id, revision=self.revision)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            raise ValueError(
+                f"the judge {self.id}: device={self.device} cannot be used ({_first_line(error)})"
+            ) from error
+        try:
+            return AutoConfig.from_pretrained(self.id, revision=self.revision)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the judge {self.id} cannot be had ({_first_line(error)}): download it, set its "
@@ -77,16 +96,23 @@ class LocalJudge:
         """Yields (model, tokenizer, device); the memory is free again afterwards.
 
         Raises:
-            JudgeError: the model cannot be loaded, or fails while it judges.
+            JudgeError: the model cannot be loaded, has weights that its checkpoint lacks (which
+                are then random), or fails while it judges.
         """
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = None
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.id, revision=self.revision)
-            model = auto_class.from_pretrained(self.id, revision=self.revision, dtype=self.dtype)
+            model, loading = auto_class.from_pretrained(
+                self.id, revision=self.revision, dtype=self.dtype, output_loading_info=True
+            )
+            if loading["missing_keys"]:
+                missing = ", ".join(sorted(loading["missing_keys"])[:3])
+                kind = type(model).__name__
+                raise JudgeError(f"its checkpoint is no {kind}: it has no {missing}")
             model.to(device).eval()
             yield model, tokenizer, device
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise JudgeError(
                 f"the judge {self.id} failed ({_first_line(error)}); what it judged so far is "
                 "kept, and the same command with stage=score goes on from there"
@@ -127,12 +153,21 @@ class SequenceClassifier(LocalJudge):
         """
         return cached(self.cache, self.identity() | {"label": self.label}, texts, self._judge)
 
+    def check(self) -> None:
+        """Makes sure that the judge can be had and has the label.
+
+        Raises:
+            ValueError: it cannot, or it has not.
+        """
+        self._label_index(self._config())
+
     def _judge(self, texts: list[str]) -> Iterator[dict[str, float]]:
         with self._loaded(AutoModelForSequenceClassification) as (model, tokenizer, device):
             label = self._label_index(model.config)
             limit = _max_tokens(model, tokenizer)
             tokenizer.truncation_side = "right"
-            encoded = tokenizer(texts, truncation=limit is not None, max_length=limit)
+            readable = [encodable(text) for text in texts]
+            encoded = tokenizer(readable, truncation=limit is not None, max_length=limit)
             lengths = [len(ids) for ids in encoded["input_ids"]]
             for rows in self._batches(texts, lengths):
                 batch = tokenizer.pad(
@@ -141,11 +176,13 @@ class SequenceClassifier(LocalJudge):
                 ).to(device)
                 with torch.inference_mode():
                     probs = model(**batch).logits.float().softmax(-1)[:, label].tolist()
-                yield {texts[i]: prob for i, prob in zip(rows, probs, strict=True)}
+                yield {texts[i]: _number(prob) for i, prob in zip(rows, probs, strict=True)}
 
     def _label_index(self, config: Any) -> int:
         names = {name: index for index, name in config.id2label.items()}
         index = names.get(self.label) if isinstance(self.label, str) else self.label
+        if len(names) < 2:  # its softmax is 1 whatever it reads
+            raise ValueError(f"{self.id} has the one label {config.id2label}: it is no classifier")
         if index is None or not 0 <= index < len(names):
             raise ValueError(f"{self.id} has no label {self.label!r}; it has {config.id2label}")
         return index
@@ -175,11 +212,11 @@ class YesNoJudge(LocalJudge):
     def _judge(self, prompts: list[str]) -> Iterator[dict[str, float]]:
         with self._loaded(AutoModelForCausalLM) as (model, tokenizer, device):
             limit = _max_tokens(model, tokenizer)
-            rows = [self._encode(prompt, tokenizer, limit) for prompt in prompts]
+            rows = [self._encode(encodable(prompt), tokenizer, limit) for prompt in prompts]
             for batch in self._batches(prompts, [len(ids) for ids, _ in rows]):
                 log_probs = _continuation_log_probs(model, [rows[i] for i in batch], device)
                 probs = log_probs.exp().tolist()
-                yield {prompts[i]: prob for i, prob in zip(batch, probs, strict=True)}
+                yield {prompts[i]: _number(prob) for i, prob in zip(batch, probs, strict=True)}
 
     def _encode(self, prompt: str, tokenizer: Any, limit: int | None) -> tuple[list[int], int]:
         """(ids of prompt and answer, how many of them are the answer's)."""
@@ -224,6 +261,13 @@ def _max_tokens(model: Any, tokenizer: Any) -> int | None:
     # RoBERTa counts positions from behind its padding index
     offset = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
     return positions - offset if positions else None
+
+
+def _number(probability: float) -> float:
+    """Raises a JudgeError for not-a-number, which would compare as "no"."""
+    if math.isnan(probability):
+        raise JudgeError("its probabilities are not numbers; another dtype may help")
+    return probability
 
 
 def _first_line(error: BaseException) -> str:

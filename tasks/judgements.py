@@ -54,8 +54,16 @@ def cached(
                     _write(connection, name, block)
                     found |= block
     except sqlite3.Error as error:
-        raise JudgeError(f"the judgements in {path} cannot be read or written: {error}") from error
+        raise JudgeError(
+            f"the judgements in {path} cannot be read or written: {error}; move the "
+            "file away to judge anew, or name another (cache=...)"
+        ) from error
     return [found[prompt] for prompt in prompts]
+
+
+def encodable(text: str) -> str:
+    """Half a character, which neither a tokenizer nor HTTP takes, becomes a question mark."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _open(path: str | None) -> sqlite3.Connection:

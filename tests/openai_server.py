@@ -17,7 +17,8 @@ class FakeOpenAI:
     """What the server does and what it saw.
 
     Attributes:
-        answer: the request's body -> the first choice's message content, or a whole choice.
+        answer: the request's body -> the first choice's message content, or a whole choice,
+            or (status, a whole body).
         faults: given to the first requests, one each.
         broken_from: number of the request from which every one fails with 500.
         requests: the bodies of all requests.
@@ -59,6 +60,9 @@ def openai_server(
                 self.reply(fault[0], {"error": {"message": "injected", "type": "fault"}}, fault[1])
                 return
             choice = state.answer(body)
+            if isinstance(choice, tuple):  # (status, the whole body)
+                self.reply(*choice, {})
+                return
             if isinstance(choice, str):
                 choice = {"message": {"role": "assistant", "content": choice}}
             whole = {"index": 0, "finish_reason": "stop", "logprobs": None} | choice

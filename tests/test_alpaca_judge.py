@@ -174,6 +174,48 @@ def test_a_judge_without_verdicts_is_broken(tmp_path):
         make(server, tmp_path).annotate(examples(5), ["good"] * 5)
 
 
+@pytest.mark.parametrize("code", ["content_filter", "context_length_exceeded", None])
+def test_a_prompt_that_the_service_refuses_is_one_without_a_verdict(tmp_path, code):
+    """Asking again would not help, and it must not keep the others from their score."""
+    refused = {"error": {"message": "the maximum context length is 8192 tokens", "code": code}}
+
+    def sometimes(body: dict) -> Any:
+        return (400, refused) if "task 3?" in str(body) else prefers_good(body)
+
+    with openai_server(sometimes) as server:
+        judge = make(server, tmp_path)
+        for _ in range(2):
+            verdicts = judge.annotate(examples(25), ["good"] * 25)
+            assert verdicts == [1.0] * 3 + [None] + [1.0] * 21
+    assert len(server.requests) == 25
+
+
+@pytest.mark.parametrize("body", [[1], {"error": {"message": "busy"}}, {"choices": []}])
+def test_what_is_no_completion_stops_with_a_message(tmp_path, body):
+    answer = openai_server(lambda _: (200, body))
+    with answer as server, pytest.raises(JudgeError, match=r"failed after 0 of 2.*no completion"):
+        make(server, tmp_path).annotate(examples(2), ["good"] * 2)
+
+
+def test_another_endpoint_judges_anew_however_it_is_named(tmp_path, monkeypatch):
+    cache = str(tmp_path / "j.sqlite")
+    for _ in range(2):
+        with openai_server(prefers_good) as server:
+            monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+            AlpacaJudge(cache=cache).annotate(examples(2), ["good"] * 2)
+            AlpacaJudge(cache=cache).annotate(examples(2), ["good"] * 2)
+        assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"base_url": "localhost:8000/v1"}, "no address"), ({"concurrency": 0}, "concurrency=0")],
+)
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_generated(settings, said):
+    with pytest.raises(ValueError, match=said):
+        AlpacaJudge(**{"base_url": "http://127.0.0.1:1/v1"} | settings).check()
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", "\ud83d", "{output_2} {instruction}", '"""', "x" * 50_000]
 )
@@ -246,14 +288,14 @@ def test_a_local_model_judges_through_the_same_annotator(tmp_path, monkeypatch):
     real = AutoModelForCausalLM.from_pretrained
 
     def biased(*args, **kwargs):
-        model = real(*args, **kwargs)
+        model, loading = real(*args, **kwargs)
         head: Any = model.get_output_embeddings()
         head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
         with torch.no_grad():
             head.weight.mul_(0)
             head.bias[tokenizer.convert_tokens_to_ids("m")] = 50 + math.log(3)
             head.bias[tokenizer.convert_tokens_to_ids("M")] = 50
-        return model
+        return model, loading
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", biased)
     fresh = AlpacaJudge(annotator=judge.annotator, local=settings, cache=None)

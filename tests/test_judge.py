@@ -1,5 +1,6 @@
 """Local judges on small models that were really trained, by the code that runs the big ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,51 @@ def test_the_other_label_by_name_is_the_complement(classifier_folder):
 def test_a_label_that_the_model_lacks_is_refused(classifier_folder, label):
     with pytest.raises(ValueError, match="has no label"):
         SequenceClassifier(str(classifier_folder), cache=None, label=label)(["a"])
+
+
+def test_a_label_is_looked_for_before_anything_is_generated(classifier_folder):
+    SequenceClassifier(str(classifier_folder), label="toxic").check()
+    with pytest.raises(ValueError, match="has no label 'rude'"):
+        SequenceClassifier(str(classifier_folder), label="rude").check()
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"dtype": "float23"}, {"device": "gpu"}])
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_generated(
+    classifier_folder, setting
+):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}="):
+        SequenceClassifier(str(classifier_folder), **setting).check()
+
+
+def test_a_checkpoint_without_the_judges_head_does_not_judge(classifier_folder, yes_no_folder):
+    """transformers fills what is missing with random weights, and they have an opinion too."""
+    with pytest.raises(JudgeError, match=r"no LlamaForSequenceClassification: it has no score"):
+        SequenceClassifier(str(yes_no_folder), cache=None)(["a"])
+    with pytest.raises(JudgeError, match="it has no lm_head"):
+        YesNoJudge(str(classifier_folder), cache=None)(["a"])
+
+
+def test_a_model_of_one_output_is_no_classifier(tmp_path):
+    RobertaConfig(id2label={0: "x"}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one label"):
+        SequenceClassifier(str(tmp_path), label=0).check()
+
+
+def test_what_is_not_a_number_is_no_judgement(classifier_folder, tmp_path):
+    model = RobertaForSequenceClassification.from_pretrained(classifier_folder)
+    with torch.no_grad():
+        model.classifier.out_proj.bias.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(JudgeError, match="not numbers"):
+        SequenceClassifier(str(tmp_path), cache=None)(["a"])
+
+
+def test_odd_texts_are_judged(classifier_folder, yes_no_folder):
+    odd = ["", "\ud83d", "\x00", "x" * 50_000]
+    for judge in (SequenceClassifier(str(classifier_folder)), YesNoJudge(str(yes_no_folder))):
+        assert all(0 <= p <= 1 for p in replace(judge, cache=None)(odd))
 
 
 def test_batching_changes_no_judgement(classifier_folder):
@@ -202,5 +248,5 @@ def test_odd_prompts_are_kept(tmp_path):
 def test_a_file_that_is_no_database_is_named(tmp_path):
     path = tmp_path / "j.sqlite"
     path.write_text("this is no database, " * 100)
-    with pytest.raises(JudgeError, match=r"j\.sqlite cannot be read"):
+    with pytest.raises(JudgeError, match=r"j\.sqlite cannot be read.*cache="):
         cached(str(path), {}, ["p"], lambda _: iter([{"p": 1}]))

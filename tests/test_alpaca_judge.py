@@ -285,7 +285,7 @@ def test_a_local_model_judges_through_the_same_annotator(tmp_path, monkeypatch):
 
     # the same model with its bias set so that "m" and "M" always lead, "m" three to one
     tokenizer = judge_module.AutoTokenizer.from_pretrained(folder)
-    real = AutoModelForCausalLM.from_pretrained
+    real: Any = AutoModelForCausalLM.from_pretrained
 
     def biased(*args, **kwargs):
         model, loading = real(*args, **kwargs)

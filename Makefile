@@ -22,7 +22,7 @@ demo: install ## set up, then run the main job on the pocket models
 	$(BIN)/python run.py
 
 test: install ## set up, then pass the fast tests (offline)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

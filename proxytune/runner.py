@@ -3,7 +3,7 @@
 <output_dir>/run.json                        provenance
 <output_dir>/<task>/examples.jsonl           what was asked
 <output_dir>/<task>/<system>/cell.json       what this cell's completions depend on
-<output_dir>/<task>/<system>/completions.jsonl, scores.jsonl
+<output_dir>/<task>/<system>/completions.jsonl, scores.jsonl, judges.json (who judged)
 <output_dir>/metrics.jsonl, table.md, table.csv, report.html
 """
 
@@ -38,6 +38,8 @@ from proxytune.progress import GenerationProgress, generation_progress
 from proxytune.records import Completion, JsonlWriter, Metric, read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
+
+_JUDGES = "judges.json"  # beside a cell's scores: who made them
 
 
 def run_experiment(cfg: DictConfig) -> list[Metric]:
@@ -294,6 +296,8 @@ def _score(
     for cell in cells:
         found, scores = cell.score()
         write_jsonl(cell.folder / "scores.jsonl", scores)
+        if isinstance(cell, Cell) and (judges := cell.task.judged_by()):
+            provenance.write_json(cell.folder / _JUDGES, judges)
         metrics += found
         if isinstance(cell, Cell) and len(scores) < cell.total:
             lacking[cell.task_name].append(f"{cell.system} {len(scores)} of {cell.total}")
@@ -304,8 +308,28 @@ def _score(
     ours = {(cell.task_name, cell.system) for cell in cells}
     path = output / "metrics.jsonl"
     others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
-    write_jsonl(path, [*metrics, *others])
+    odd = _judged_otherwise(cells, {(m.task, m.system) for m in others}, output)
+    write_jsonl(path, [*metrics, *(m for m in others if (m.task, m.system) not in odd)])
     return metrics, {task: ", ".join(systems) for task, systems in lacking.items()}
+
+
+def _judged_otherwise(
+    cells: Sequence[Cell | HarnessCell], others: set[tuple[str, str]], output: Path
+) -> set[tuple[str, str]]:
+    """Which other systems of these tasks had another judge: no table may compare them."""
+    judges = {cell.task_name: cell.task.judged_by() for cell in cells if isinstance(cell, Cell)}
+    odd = set()
+    for task, system in sorted(others):
+        path = output / task / system / _JUDGES
+        known = json.loads(path.read_text()) if path.is_file() else None
+        if judges.get(task) and known != judges[task]:
+            odd.add((task, system))
+            log.warning(
+                "%s/%s was scored by another judge and is left out; score it again (stage=score)",
+                task,
+                system,
+            )
+    return odd
 
 
 def _show(

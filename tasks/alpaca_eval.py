@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
-from tasks.truthfulqa import check_judge
+from tasks.truthfulqa import check_judge, identity_of
 
 HUB = HubDataset("tatsu-lab/alpaca_eval", file="alpaca_eval.json")
 # The released runs end a completion where a model begins to comment on itself.
@@ -60,6 +60,10 @@ class AlpacaEval(Task):
                 "task.alpaca_eval.judge is empty: name one (conf/task/alpaca_eval.yaml shows how)"
             )
         check_judge(self.judge)
+
+    def judged_by(self) -> dict[str, Any]:
+        """The judge of pairs."""
+        return {"judge": identity_of(self.judge)}
 
     def examples(self) -> list[Example]:
         """The instructions in the dataset's order.

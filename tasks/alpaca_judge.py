@@ -231,6 +231,12 @@ class AlpacaJudge:
 
         return judge
 
+    def identity(self) -> dict[str, Any]:
+        """What a verdict depends on besides the answers."""
+        chat = None if self.local is None else LocalChat(**self.local).identity()
+        names = {"annotator": self.annotator, "model": self.model, "base_url": self._url}
+        return names | {"local": chat, "seed": self.seed}
+
     # -- our side --------------------
 
     def _ask_openai(

@@ -55,6 +55,10 @@ class Task(ABC):
                 says how to get it.
         """
 
+    def judged_by(self) -> dict[str, Any]:
+        """The judges that scores rest on besides the completions, as JSON; {} without any."""
+        return {}
+
     @abstractmethod
     def examples(self) -> list[Example]:
         """Loads the dataset and returns its examples in the dataset's order.

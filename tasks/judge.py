@@ -151,7 +151,11 @@ class SequenceClassifier(LocalJudge):
             ValueError: the model has no such label.
             JudgeError: the model failed; what was judged is kept.
         """
-        return cached(self.cache, self.identity() | {"label": self.label}, texts, self._judge)
+        return cached(self.cache, self.identity(), texts, self._judge)
+
+    def identity(self) -> dict[str, Any]:
+        """What a judgement depends on besides the text."""
+        return super().identity() | {"label": self.label}
 
     def check(self) -> None:
         """Makes sure that the judge can be had and has the label.
@@ -207,7 +211,11 @@ class YesNoJudge(LocalJudge):
         Raises:
             JudgeError: the model failed; what was judged is kept.
         """
-        return cached(self.cache, self.identity() | {"yes": self.yes}, prompts, self._judge)
+        return cached(self.cache, self.identity(), prompts, self._judge)
+
+    def identity(self) -> dict[str, Any]:
+        """What a judgement depends on besides the prompt."""
+        return super().identity() | {"yes": self.yes}
 
     def _judge(self, prompts: list[str]) -> Iterator[dict[str, float]]:
         with self._loaded(AutoModelForCausalLM) as (model, tokenizer, device):

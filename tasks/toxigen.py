@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import HubDataset, load_rows, read_text
-from tasks.truthfulqa import check_judge
+from tasks.truthfulqa import check_judge, identity_of
 
 # The order matters: one random stream runs through all groups.
 GROUPS = (
@@ -82,6 +82,10 @@ class ToxiGen(Task):
                 "paper's, tomh/toxigen_roberta)"
             )
         check_judge(self.classifier)
+
+    def judged_by(self) -> dict[str, Any]:
+        """The classifier."""
+        return {"classifier": identity_of(self.classifier)}
 
     def examples(self) -> list[Example]:
         """The prompts, group by group.

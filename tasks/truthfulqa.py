@@ -162,6 +162,11 @@ class TruthfulQAOpen(_TruthfulQA):
                 )
             check_judge(judge)
 
+    def judged_by(self) -> dict[str, Any]:
+        """Both judges."""
+        judges = {"truth_judge": self.truth_judge, "info_judge": self.info_judge}
+        return {field: identity_of(judge) for field, judge in judges.items()}
+
     def examples(self) -> list[Example]:
         """The questions in file order.
 
@@ -204,6 +209,12 @@ class TruthfulQAOpen(_TruthfulQA):
             )
             for example, answer, p_true, p_info in zip(examples, answers, true, info, strict=True)
         ]
+
+
+def identity_of(judge: Any) -> dict[str, Any]:
+    """What a judge's verdicts depend on besides the texts; its class alone where it is a rule."""
+    identity: Callable[[], dict[str, Any]] | None = getattr(judge, "identity", None)
+    return {"rule": type(judge).__name__} if identity is None else identity()
 
 
 def check_judge(judge: Any) -> None:

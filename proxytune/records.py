@@ -92,8 +92,8 @@ class Decoding:
             strings = getattr(self, name)
             if isinstance(strings, str) or not all(isinstance(each, str) for each in strings):
                 raise ValueError(f"{name} must be strings in a list, not {strings!r}")
-        if "" in self.stop:
-            raise ValueError("a stop string must not be empty")
+            if "" in strings:
+                raise ValueError(f"{name}: a string must not be empty")
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

@@ -23,7 +23,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("speculative", ["yes", 0, -1, 2.5, None]),
     ("record", [-1, "x", 2.5]),
     ("stop", ["", ["a", ""], 5, [5], b"x"]),
-    ("banned", [5, [5]]),
+    ("banned", [5, [5], "", ["a", ""]]),
 ]
 CASES = [(name, value) for name, values in WRONG for value in values]
 PROMPTS: list[Any] = [

@@ -126,7 +126,7 @@ def test_a_completion_ends_with_the_context():
         (["a"], {"top_k": -1}, "top_k"),
         (["a"], {"n": 0}, "n "),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens"),
-        (["a"], {"stop": [""]}, "stop string"),
+        (["a"], {"stop": [""]}, "stop: a string must not be empty"),
         (["a"], {"batch_size": 0}, "batch_size"),
         (["a"], {"speculative": -2}, "speculative"),
         (["a"], {"choices": ["two words"]}, "no single token"),

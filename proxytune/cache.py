@@ -92,12 +92,8 @@ class RowCache(Cache):
         """
         self.lengths.extend([0] * (max(rows) + 1 - len(self.lengths)))
         self.write = write = Write(rows, view, [self.lengths[row] for row in rows], width)
-        self._grow(len(self.lengths), write.kv_length)
+        self.reserve(len(self.lengths), write.kv_length)
         return write
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Makes room for at least so many rows of so many positions."""
-        self._grow(rows, length)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Counts the written tokens: row i of the last `prepare` grows by counts[i]."""
@@ -115,7 +111,7 @@ class RowCache(Cache):
         count = len(self.lengths)
         starts, rows = self.lengths if width else (), range(count, count + len(prompts))
         self.write = pack = make_pack(tuple(starts), width, tuple(rows), tuple(prompts))
-        self._grow(count + len(prompts), pack.length)
+        self.reserve(count + len(prompts), pack.length)
         return pack
 
     def unpack(self) -> None:
@@ -128,7 +124,7 @@ class RowCache(Cache):
         """Rearranges: new row i is the old row rows[i]. A row may be left out or repeated."""
         moves = [(new, old) for new, old in enumerate(rows) if new != old]
         lengths = [self.lengths[row] for row in rows]
-        self._grow(len(rows), max(lengths, default=0))
+        self.reserve(len(rows), max(lengths, default=0))
         tensors = [*self._keys.values(), *self._values.values()]
         if {new for new, _ in moves}.isdisjoint(old for _, old in moves):
             for new, old in moves:  # a row that fills a hole
@@ -149,7 +145,7 @@ class RowCache(Cache):
         self._keys.clear()
         self._values.clear()
 
-    def _grow(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, length: int) -> None:
         """Enlarges every layer, one at a time, to at least `slots` rows of `length` positions."""
         if slots <= self.slots and length <= self.capacity:
             return

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
+from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows
-from tasks.truthfulqa import check_judge, identity_of
 
 HUB = HubDataset("tatsu-lab/alpaca_eval", file="alpaca_eval.json")
 # The released runs end a completion where a model begins to comment on itself.

@@ -66,6 +66,19 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
+def identity_of(judge: Any) -> dict[str, Any]:
+    """What a judge's verdicts depend on besides the texts; its class alone where it is a rule."""
+    identity: Callable[[], dict[str, Any]] | None = getattr(judge, "identity", None)
+    return {"rule": type(judge).__name__} if identity is None else identity()
+
+
+def check_judge(judge: Any) -> None:
+    """Lets a judge refuse (no key, no such model) before anything is generated."""
+    check: Callable[[], None] | None = getattr(judge, "check", None)
+    if check is not None:
+        check()
+
+
 def _open(path: str | None) -> sqlite3.Connection:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
+from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows, read_text
-from tasks.truthfulqa import check_judge, identity_of
 
 # The order matters: one random stream runs through all groups.
 GROUPS = (

@@ -20,12 +20,13 @@ prompts are reproduced from the CSV, and from the hub only as far as it keeps th
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
+from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, Row, load_rows
 
 HUB = HubDataset("truthfulqa/truthful_qa", "generation", "validation")
@@ -209,19 +210,6 @@ class TruthfulQAOpen(_TruthfulQA):
             )
             for example, answer, p_true, p_info in zip(examples, answers, true, info, strict=True)
         ]
-
-
-def identity_of(judge: Any) -> dict[str, Any]:
-    """What a judge's verdicts depend on besides the texts; its class alone where it is a rule."""
-    identity: Callable[[], dict[str, Any]] | None = getattr(judge, "identity", None)
-    return {"rule": type(judge).__name__} if identity is None else identity()
-
-
-def check_judge(judge: Any) -> None:
-    """Lets a judge refuse (no key, no such model) before anything is generated."""
-    check: Callable[[], None] | None = getattr(judge, "check", None)
-    if check is not None:
-        check()
 
 
 def question_row(row: Row) -> Row:

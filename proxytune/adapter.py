@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from proxytune.member import CachedModel
+from proxytune.cached import CachedModel
+from proxytune.system import Member, Pair, Pass
 
 PLAIN = "__base__"  # what PEFT calls the model without its adapter
 
@@ -39,8 +40,39 @@ class AdapterModel(CachedModel):
         return self._adapted(**inputs).logits
 
 
-class AdapterMember:
-    """One half of an `AdapterModel`, as a `member.Member`.
+class AdapterPair(Pair):
+    """Expert and antiexpert in one `AdapterModel`: their rows move together, once.
+
+    Args:
+        model: shared by both.
+    """
+
+    one_pass = True
+
+    def __init__(self, model: AdapterModel) -> None:
+        self.model = model
+        self.halves = (AdapterHalf(model, 0), AdapterHalf(model, 1))
+        super().__init__(*self.halves)
+
+    def extend_both(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block [rows, width] to both halves, in one pass over twice the rows."""
+        return self.model.extend(tokens.repeat_interleave(2, dim=0))
+
+    def keep(self, rows: list[int]) -> None:
+        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
+        self.model.keep([2 * row + half for row in rows for half in (0, 1)])
+        for half in self.halves:
+            half.count = len(rows)
+
+    def clear(self) -> None:
+        """Drops every row and the memory that they took."""
+        self.model.clear()
+        for half in self.halves:
+            half.count = 0
+
+
+class AdapterHalf(Member):
+    """One half of an `AdapterPair`, for what only one of them reads.
 
     Args:
         model: shared with the other half.
@@ -50,56 +82,49 @@ class AdapterMember:
     def __init__(self, model: AdapterModel, offset: int) -> None:
         self.model = model
         self.offset = offset
+        self.count = 0  # rows
         self.vocab_size = model.vocab_size
         self.device = model.device
         self.max_positions = model.max_positions
-        self._rows = 0
 
     @property
     def lengths(self) -> list[int]:
         """Tokens per row."""
-        return self.model.lengths[self.offset : 2 * self._rows : 2]
+        return self.model.lengths[self._rows]
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
-        rows = [2 * (self._rows + i) + self.offset for i in range(len(prompts))]
-        logits = self.model.prefill(prompts, rows)
-        self._rows += len(prompts)
-        return logits
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[int]] | None = None,
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        rows = [2 * (self.count + i) + self.offset for i in range(len(prompts))]
+        logits = self.model.fill(prompts, rows)
+        self.count += len(prompts)
+        return Pass(logits)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).squeeze(1)
-
-    def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab]."""
-        return self.model.extend(tokens, slice(self.offset, 2 * self._rows, 2))
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
+        return Pass(self.model.extend_rows(tokens, self._rows))
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
         every = [0] * len(self.model.lengths)
-        every[self.offset : 2 * self._rows : 2] = counts
+        every[self._rows] = counts
         self.model.rollback(every)
 
     def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        self._rows = len(rows)
-        if self.offset:  # the cache is rearranged once, for both halves
-            self.model.keep([2 * row + half for row in rows for half in (0, 1)])
+        """Not of one half alone: `AdapterPair.keep` moves the rows of both."""
+        raise NotImplementedError("the rows of both halves move together: AdapterPair.keep")
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
-        self._rows = 0
-        self.model.clear()
+        """Not of one half alone: `AdapterPair.clear` drops the rows of both."""
+        raise NotImplementedError("the rows of both halves leave together: AdapterPair.clear")
 
     def bytes_per_token(self) -> int:
         """Cache memory per token of a row."""
         return self.model.bytes_per_token()
 
-    def extend_both(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Extends both halves by a block [rows, width] in one pass of twice the rows.
-
-        Returns:
-            [2 * rows, width, vocab]: expert and antiexpert in turn.
-        """
-        return self.model.extend(tokens.repeat_interleave(2, dim=0))
+    @property
+    def _rows(self) -> slice:
+        return slice(self.offset, 2 * self.count, 2)

@@ -19,7 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from proxytune.records import Completion, Metric, read_jsonl
+from proxytune.files import read_jsonl
+from proxytune.records import Completion, Metric
+from proxytune.text import TokenTexts
 
 Trace = list[dict[str, Any]]
 
@@ -278,34 +280,7 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
 # -- token texts --------------------
 
 
-class Pieces:
-    """Token id -> the text that it adds behind other text, from a Hugging Face tokenizer.
-
-    A tokenizer may drop the space before a text's first token; decoding each behind an anchor
-    keeps it. A token that is part of a character only shows as U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._anchor = tokenizer.encode("a", add_special_tokens=False)
-        self._start = self._decode(self._anchor)
-        self._known: dict[int, str] = {}
-
-    def __call__(self, token: int) -> str:
-        """The token's text."""
-        if token not in self._known:
-            text = self._decode([*self._anchor, token])
-            tail = text[len(self._start) :] if text.startswith(self._start) else text
-            self._known[token] = tail
-        return self._known[token]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-
-def load_pieces(folder: Path) -> Pieces | None:
+def load_pieces(folder: Path) -> Callable[[int], str] | None:
     """The token texts of a results folder's models; None where the tokenizer cannot be had."""
     from transformers import AutoTokenizer
 
@@ -315,7 +290,8 @@ def load_pieces(folder: Path) -> Pieces | None:
         if not member.get("id") or member.get("api"):
             continue
         try:
-            return Pieces(AutoTokenizer.from_pretrained(member["id"], revision=member["revision"]))
+            tokenizer = AutoTokenizer.from_pretrained(member["id"], revision=member["revision"])
+            return TokenTexts(tokenizer).text
         except (OSError, ValueError, KeyError):
             continue  # not downloaded here: another member has the same vocabulary
     return None

@@ -6,27 +6,17 @@ Example:
         print(generation.text)
 """
 
-from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from proxytune.adapter import AdapterMember, AdapterModel
+from proxytune.build import build
 from proxytune.generator import Generation, Generator, make_decoding
-from proxytune.member import can_cache, make_member
-from proxytune.model import (
-    LoadedModel,
-    ModelSpec,
-    check_triple,
-    common_vocabulary,
-    load_member,
-    load_tokenizer,
-)
-from proxytune.proxy import ProxyTunedModel
+from proxytune.loader import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.records import finite
-from proxytune.speculative import DraftedModel
+from proxytune.spec import LoadedModel, ModelSpec
 
 __all__ = ["Generation", "Generator", "load", "make_decoding"]
 
@@ -86,24 +76,14 @@ def load(
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     if specs:
         check_triple(specs)
+        check_endpoints(specs)
     members: dict[str, LoadedModel] = {}
     # The small ones first: what is wrong with them shows before the big one is read.
     for role in ("antiexpert", "expert", "draft", "base"):
         if role in sources:
             members[role] = _loaded(sources[role], members.get("antiexpert"), tokenizer)
     members = {role: members[role] for role in sources}
-    vocab_size = common_vocabulary(
-        {role: member.tokenizer for role, member in members.items()},
-        {role: member.output_size for role, member in members.items() if member.output_size},
-    )
-    wrapped = _wrap_all(members, vocab_size, cuda_graphs)
-    if expert is not None:
-        system: Any = ProxyTunedModel(**wrapped, alpha=alpha)
-    elif draft is not None:
-        system = DraftedModel(wrapped["base"], wrapped["draft"])
-    else:
-        system = wrapped["base"]
-    return Generator(members, system, wrapped)
+    return Generator(members, build(members, alpha, cuda_graphs))
 
 
 def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> LoadedModel:
@@ -117,31 +97,3 @@ def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> Lo
     if tokenizer is None and name:
         tokenizer = load_tokenizer(ModelSpec(name))
     return LoadedModel(source.eval(), tokenizer)
-
-
-def _wrap_all(
-    members: Mapping[str, LoadedModel], vocab_size: int, cuda_graphs: bool
-) -> dict[str, Any]:
-    """The members as the decode loop drives them; an adapter and its model share one."""
-    expert, antiexpert = members.get("expert"), members.get("antiexpert")
-    wrapped: dict[str, Any] = {}
-    if expert is not None and antiexpert is not None and antiexpert.model is not None:
-        (adapted,) = getattr(antiexpert.model, "adapted_by", None) or [None]
-        if adapted is not None and expert.model is adapted and can_cache(adapted, vocab_size):
-            both = AdapterModel(adapted, vocab_size)
-            wrapped = {"expert": AdapterMember(both, 0), "antiexpert": AdapterMember(both, 1)}
-    for role, each in members.items():
-        if role not in wrapped:
-            wrapped[role] = _wrap(each, vocab_size, cuda_graphs)
-    return {role: wrapped[role] for role in members}
-
-
-def _wrap(member: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Any:
-    if member.member is not None:
-        return member.member
-    if member.model is None:
-        raise ValueError(f"{member.spec.id if member.spec else 'a model'} has no weights here")
-    (adapted,) = getattr(member.model, "adapted_by", None) or [None]
-    if adapted is not None and adapted is not member.model:
-        return AdapterModel(adapted, vocab_size, paired=False)
-    return make_member(member.model, vocab_size, cuda_graphs)

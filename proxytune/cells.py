@@ -16,32 +16,21 @@ from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config import to_dict
+from proxytune.files import read_jsonl, write_json, write_jsonl
 from proxytune.records import (
     Completion,
     Decoding,
     Example,
     Metric,
     Score,
-    read_jsonl,
-    write_jsonl,
 )
+from proxytune.roles import MEMBERS, ORDER
 
 log = logging.getLogger(__name__)
 
 DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
 
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
-
-# Which model plays which role of the engine: a single model is a base without helpers.
-MEMBERS = {
-    "base": {"base": "base"},
-    "expert": {"base": "expert"},
-    "antiexpert": {"base": "antiexpert"},
-    "tuned": {"base": "tuned"},
-    "proxy": {"base": "base", "expert": "expert", "antiexpert": "antiexpert"},
-}
-# One after the other so that neighbours share their models and the peak is the triple.
-ORDER = ("expert", "antiexpert", "base", "proxy", "tuned")
 
 
 @dataclasses.dataclass
@@ -232,7 +221,7 @@ def claim(cell: Cell | HarnessCell, stage: str) -> None:
     if stage == "score":
         raise ValueError(f"{cell.folder} holds no completions to score; run with stage=all first")
     cell.folder.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(path, cell.identity)
+    write_json(path, cell.identity)
 
 
 def _comparable(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.cells import MEMBERS
-from proxytune.config import ROLES, SYSTEMS, to_dict
+from proxytune.roles import MEMBERS, SYSTEMS
 
 log = logging.getLogger(__name__)
 
 STAGES = ("all", "generate", "score")
 
 
-def check_before_models(cfg: DictConfig) -> dict[str, Any]:
-    """Refuses what can be known to fail without loading a model; returns the tasks by name.
+def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Refuses what can be known to fail without loading a model.
+
+    Returns:
+        The tasks by name, and role -> `ModelSpec`; a base whose URL is "local" is served by now.
 
     Raises:
         ValueError: a bad setting, an unknown task key, a judge without its key, a model that is
@@ -32,9 +35,7 @@ def check_before_models(cfg: DictConfig) -> dict[str, Any]:
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
             task.check()
-    if cfg.stage != "score":
-        _check_models(cfg)
-    return tasks
+    return tasks, check_models(_specs_in_use(cfg)) if cfg.stage != "score" else {}
 
 
 def _check_config(cfg: DictConfig) -> None:
@@ -115,32 +116,32 @@ def check_machine(cfg: DictConfig) -> None:
         )
 
 
-def _check_models(cfg: DictConfig) -> None:
-    from proxytune.model import check_triple
+def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuses models that cannot be combined or asked; serves a base whose URL is "local".
 
-    specs = model_specs(cfg)
+    Args:
+        specs: role -> `ModelSpec`.
+
+    Returns:
+        The same, with the URLs of the local servers.
+
+    Raises:
+        ValueError: see `check_triple` and `check_endpoints`.
+    """
+    from proxytune.loader import check_endpoints, check_triple
+
+    check_triple(specs)
+    if all(spec.api is None for spec in specs.values()):
+        return dict(specs)
+    from proxytune.server.local import with_local_bases
+
+    ready = with_local_bases(specs)  # loads a base: after every refusal that costs nothing
+    check_endpoints(ready)
+    return ready
+
+
+def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:
+    from proxytune.specs import model_specs
+
     used = {role for system in cfg.systems for role in MEMBERS[system].values()}
-    check_triple({role: spec for role, spec in specs.items() if role in used})
-
-
-def model_specs(cfg: DictConfig) -> dict[str, Any]:
-    """Role -> `ModelSpec` of the configured triple, with the machine's devices filled in."""
-    from proxytune.model import ModelSpec
-    from proxytune.prompting import PromptFormat
-
-    specs = {}
-    for role in ROLES:
-        member = cfg.triple[role]
-        if member is None or OmegaConf.is_missing(member, "id"):
-            continue
-        settings = to_dict(member)
-        device = settings["device"] or cfg.machine.devices.get(role) or cfg.machine.device
-        # "auto" for one role spreads it over all GPUs; for the machine it means the first device
-        spread = device == "auto" and role in cfg.machine.devices
-        settings["device"] = device if spread or device != "auto" else None
-        settings["quantization"] = settings["quantization"] or None
-        settings["format"] = PromptFormat(**settings["format"])
-        if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:
-            settings["api"]["cache"] = str(Path(cfg.output_dir, "api.sqlite"))
-        specs[role] = ModelSpec(**settings)
-    return specs
+    return {role: spec for role, spec in model_specs(cfg).items() if role in used}

@@ -23,7 +23,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from proxytune import config
-from proxytune.config import ROOT, register
+from proxytune.config import register
+from proxytune.files import ROOT
 from proxytune.interrupts import Interrupted, hush, interruptible
 
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

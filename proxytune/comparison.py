@@ -164,3 +164,58 @@ def _set_gap(row: dict[str, Any], gap: stats.GapClosed | None) -> None:
     row["gap_closed_low"] = row["gap_closed_high"] = math.nan
     if gap is not None and gap.low is not None and gap.high is not None:
         row["gap_closed_low"], row["gap_closed_high"] = 100 * gap.low, 100 * gap.high
+
+
+def caveat(table: pd.DataFrame) -> str:
+    """What a reader must know before comparing: a smoke or unfinished run; "" for a full one."""
+    return "; ".join(part for part in (_smoke(table), _lacking(table)) if part)
+
+
+def _lacking(table: pd.DataFrame) -> str:
+    rows = [row for row in headlines(table) if unfinished_text(row) and row["task"] != AVERAGE]
+    tasks = "; ".join(f"{row['task']}: {unfinished_text(row)}" for row in rows)
+    return f"unfinished, not comparable ({tasks})" if tasks else ""
+
+
+def unfinished_text(row: Mapping[str, Any]) -> str:
+    """Which systems of a row's task lack completions; "" for none."""
+    text = row.get("unfinished")
+    return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
+
+
+def _smoke(table: pd.DataFrame) -> str:
+    rows = records(table)
+    smoke = {str(r["task"]): int(r["limit"]) for r in rows if is_number(r.get("limit"))}
+    if not smoke:
+        return ""
+    text = f"limit={next(iter(smoke.values()))}: smoke run, not comparable"
+    if len(smoke) == len({r["task"] for r in rows}):
+        return text
+    return f"{text} ({', '.join(name for name in smoke if name != AVERAGE)})"
+
+
+def systems_of(table: pd.DataFrame) -> list[str]:
+    """The systems that a table compares, in the order of its columns."""
+    return [s for s in SYSTEMS if s in table]
+
+
+def headlines(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of each task's first metric, and the average."""
+    return [row for row in records(table) if row["headline"]]
+
+
+def has_gap(table: pd.DataFrame) -> bool:
+    """Whether any row tells how much of the gap was closed."""
+    return "gap_closed" in table and any(map(is_number, table["gap_closed"].tolist()))
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows for people: a metric's parts ("toxicity/women") stay in the CSV."""
+    kept: Any = table[~table["metric"].str.contains("/")]
+    return kept
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as plain dictionaries; a missing cell is not-a-number."""
+    rows: Any = table.to_dict("records")
+    return rows

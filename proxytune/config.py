@@ -4,15 +4,14 @@
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-ROOT = Path(__file__).resolve().parent.parent
-SYSTEMS = ("base", "expert", "antiexpert", "proxy", "tuned")
-ROLES = ("base", "expert", "antiexpert", "tuned")
+from proxytune.api_base.settings import ApiSettings
+from proxytune.files import ROOT
+from proxytune.server.settings import ServerSettings
 
 
 @dataclass
@@ -31,48 +30,8 @@ class FormatConfig:
 
 
 @dataclass
-class ApiConfig:
-    """An OpenAI-compatible endpoint that serves a base; docs/black_box.md.
-
-    Attributes:
-        base_url: "https://host/v1"; "local" serves the base's own folder from this process.
-        model: the name by which the server knows the model.
-        api_key_env: the environment variable that holds the key; null sends none.
-        top_logprobs: tokens listed at each position; -1 is the whole vocabulary, "auto" the most
-            that the server grants, up to 100.
-        endpoint: "auto", "completions" or "chat".
-        blocks: score several tokens with one request where the server rates prompts.
-        foreign_tokenizer: the server's tokenizer is another one than the triple's: prompts go as
-            text, listed words come back as the token that writes them; for single-token answers.
-        max_concurrency: requests at once.
-        timeout_s: of one request.
-        retry_for_s: how long a request that fails is tried again.
-        prompt_price, completion_price: money per 1,000 tokens.
-        max_requests, max_tokens, max_cost: the budget of a results folder, over all its runs.
-        cache: the file of answers; null is api.sqlite in the results folder.
-    """
-
-    base_url: str = MISSING
-    model: str = MISSING
-    api_key_env: str | None = None
-    top_logprobs: Any = "auto"
-    endpoint: str = "auto"
-    blocks: bool = True
-    foreign_tokenizer: bool = False
-    max_concurrency: int = 8
-    timeout_s: float = 120
-    retry_for_s: float = 600
-    prompt_price: float = 0
-    completion_price: float = 0
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    cache: str | None = None
-
-
-@dataclass
 class ModelConfig:
-    """One member of a triple; see `proxytune.model.ModelSpec`.
+    """One member of a triple; see `proxytune.spec.ModelSpec`.
 
     Attributes:
         id: a hub id or a local folder. No model is ever assumed.
@@ -99,7 +58,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     format: FormatConfig = field(default_factory=FormatConfig)
-    api: ApiConfig | None = None
+    api: ApiSettings | None = None
 
 
 @dataclass
@@ -215,49 +174,6 @@ class RunConfig:
     report: bool = True
     paper: PaperConfig | None = None
     needs: NeedsConfig = field(default_factory=NeedsConfig)
-
-
-@dataclass
-class ServerSettings:
-    """What a server lets its clients do.
-
-    Attributes:
-        api_key: must come with every request as a bearer token; null lets everybody in.
-        max_logprobs: log-probabilities per token that a client may ask for; -1 is the vocabulary.
-        prompt_logprobs: whether prompts are rated (prompt_logprobs, echo with logprobs).
-        chat_only: leaves /v1/completions out.
-        max_request_bytes: of a request's body.
-        max_tokens: of one completion; null is the models' context.
-        max_completions: prompts times n of one request.
-        max_waiting: completions that may wait for a row; then clients get 429.
-        timeout: seconds that one request may take.
-    """
-
-    api_key: str | None = None
-    max_logprobs: int = 20
-    prompt_logprobs: bool = True
-    chat_only: bool = False
-    max_request_bytes: int = 4 * 2**20
-    max_tokens: int | None = None
-    max_completions: int = 512
-    max_waiting: int = 512
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.api_key == "":
-            raise ValueError("api_key is empty; give a secret, or null to let everybody in")
-        if self.max_logprobs < -1:
-            raise ValueError(f"max_logprobs={self.max_logprobs}; -1 is the whole vocabulary")
-        for name in (
-            "max_request_bytes",
-            "max_tokens",
-            "max_completions",
-            "max_waiting",
-            "timeout",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0")
 
 
 @dataclass

@@ -1,22 +1,20 @@
 """The decode loop: which rows run, what each writes, and when it ends.
 
-One loop serves every system: it drives a `Member` (a single model or a triple) and cannot tell
-which. Rows leave the moment they end and waiting prompts take their place; the samples of one
-prompt share its prefill.
+One loop serves every system and cannot tell which it drives. Rows leave the moment they end and
+waiting prompts take their place; the samples of one prompt share its prefill.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from proxytune.memory import out_of_memory
-from proxytune.rows import Finished, Request, Row, Shared, certain_choices, choose, places
+from proxytune.rows import Finished, Request, Row, Shared, choose, choose_from, places
 from proxytune.speculative import Pace
-from proxytune.truncation import Truncation
+from proxytune.system import DraftingSystem, Pass, System
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +23,12 @@ class DecodeLoop:
     """Continues many prompts with one system.
 
     Args:
-        system: a `Member`; one that also has `draft` and `verify` can decode speculatively.
+        system: what is driven; a `DraftingSystem` can decode speculatively.
         max_rows: how many rows may run at once, given the longest of them in tokens.
         pace: decides the width of speculative blocks; None for lockstep.
     """
 
-    def __init__(self, system: Any, max_rows: Callable[[int], int], pace: Pace | None) -> None:
+    def __init__(self, system: System, max_rows: Callable[[int], int], pace: Pace | None) -> None:
         self.system = system
         self.pace = pace
         self.rows: list[Row] = []
@@ -95,8 +93,9 @@ class DecodeLoop:
                 filled at once, with them they may wait for company (one prefill for several).
         """
         try:
-            advanced = self._admit(more)
-            if self.rows and not advanced:
+            joining = self._next_rows(more)
+            stepped = self._admit(joining) if joining else False
+            if self.rows and not stepped:
                 self._advance()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -105,7 +104,7 @@ class DecodeLoop:
         done, self._done = self._done, []
         return done
 
-    # -- joining and leaving --------------------
+    # -- who joins --------------------
 
     def _limit(self) -> int:
         rooms = [row.request.room for row in (*self.rows, *self._joining)]
@@ -113,52 +112,89 @@ class DecodeLoop:
         limit = max(1, self._max_rows(max(rooms, default=1)))
         return min(limit, self._cap or limit)
 
-    def _admit(self, more: bool) -> bool:
-        """Prefills waiting prompts into free rows and chooses their first tokens.
-
-        Returns:
-            Whether the running rows have taken a step in the same pass.
-        """
+    def _next_rows(self, more: bool) -> list[Row]:
+        """The rows to read next: as many as are free, leaving room for their further samples."""
         limit = self._limit()
         free = limit - len(self.rows)
-        queue = len(self._joining) + len(self._waiting)
-        if free <= 0 or not queue or (self.rows and more and free < limit // 8):
-            return False
-        reserved = 0  # rows for further samples of the prompts that join: copies, not prefilled
+        queued = len(self._joining) + len(self._waiting)
+        if free <= 0 or not queued or (self.rows and more and free < limit // 8):
+            return []
+        reserved = 0  # for further samples of the prompts that join: copies, not prefilled
         while self._waiting and len(self._joining) + reserved < free:
             shared = Shared(self._waiting.popleft())
             self._joining.append(Row(shared))
             reserved += min(shared.left, free - len(self._joining) - reserved)
-        new = list(self._joining)[:free]
-        self._tried = len(self.rows) + len(new)
-        alphas = [row.request.alpha for row in new]
-        own = {} if all(alpha is None for alpha in alphas) else {"alphas": alphas}
-        ahead = {"ahead": count} if (count := self._ahead(new)) else {}
+        return list(self._joining)[:free]
+
+    def _shrink(self, error: BaseException) -> None:
+        """Memory has run out: all rows leave, and half as many at a time come back.
+
+        They come back with what they have written as part of their prompt; their texts do not
+        change.
+        """
+        if self._tried <= 1:
+            raise error
+        self._cap = self._tried // 2
+        log.warning("out of memory at %d rows: going on with %d", self._tried, self._cap)
+        for row in reversed(self.rows):
+            self._joining.appendleft(row)
+        self.rows = []
+        self.system.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # -- joining and leaving --------------------
+
+    def _admit(self, new: list[Row]) -> bool:
+        """Reads new rows and chooses their first tokens.
+
+        Returns:
+            Whether the running rows have taken a step in the same pass.
+        """
+        running = list(self.rows)
+        joined = bool(running) and self._can_join(new)
+        self._tried = len(running) + len(new)
         prompts = [row.prompt() for row in new]
-        running = list(self.rows) if self._joins(new) else []
-        if running:
+        alphas = [row.request.alpha for row in new]
+        if joined:
             tokens = torch.tensor([row.tokens[-1] for row in running])
-            logits = self.system.join(tokens, prompts, **own)
-            stepped, logits = logits.tensor_split([len(running)])
-            chosen = choose(stepped, running, [0] * len(running)).tolist()
+            seen = self.system.join(tokens, prompts, alphas)
             for row in running:
                 row.fed += 1
-            self._push(running, chosen, stepped, {})
-            distributions = {"system": logits}
+            self._write(running, seen[: len(running)])
+            seen = seen[len(running) :]
         else:
-            logits = self.system.prefill(prompts, **own, **ahead)
-            distributions = self._distributions(logits)
-        truncation: Truncation | None = getattr(self.system, "truncation", None)
-        sources, copies = [], []
+            seen = self.system.prefill(prompts, alphas, self._ahead(new))
+        copies = self._seat(new, seen)
+        self._write(new, seen)
+        self._write_first(copies)
+        self._retire()
+        return joined
+
+    def _can_join(self, new: Sequence[Row]) -> bool:
+        """Whether the running rows can take a step in the pass that reads new prompts."""
+        lockstep = self.pace is None or self._width == 1
+        return lockstep and self.system.joins and not _traced((*self.rows, *new))
+
+    def _ahead(self, rows: Sequence[Row]) -> int:
+        """Tokens that the small model should guess after the rows' prompts."""
+        if self.pace is None or _traced(rows):
+            return 0
+        left = max(row.request.max_new_tokens - len(row.tokens) for row in rows) - 1
+        return min(self.pace.ahead(len(self.rows) + len(rows)), left)
+
+    def _seat(self, new: list[Row], seen: Pass) -> list[Row]:
+        """Adds rows that have just been read, and copies for further samples of their prompts."""
+        free = self._limit() - len(self.rows)
+        copies: list[Row] = []
+        sources: list[int] = []
         for index, row in enumerate(new):
             self._joining.popleft()
             row.fed = len(row.tokens)
-            if row.shared.left and not row.tokens:
-                row.shared.first_logits = {
-                    r: each[index].clone() for r, each in distributions.items()
-                }
-                row.shared.first_truncation = truncation and truncation.rows(index)
-            while row.shared.left and not row.tokens and len(new) + len(copies) < free:
+            if row.tokens or not row.shared.left:
+                continue
+            row.shared.first = seen.copy_of(index, with_members=row.trace is not None)
+            while row.shared.left and len(new) + len(copies) < free:
                 sources.append(len(self.rows) + index)
                 copies.append(Row(row.shared))
         present = len(self.rows) + len(new)
@@ -166,43 +202,7 @@ class DecodeLoop:
         self._tried = len(self.rows)
         if copies:
             self.system.keep([*range(present), *sources])
-        chosen = choose(logits, new, [0] * len(new))
-        if truncation is not None:
-            certain = certain_choices(chosen, logits, truncation.ceiling, new, [0] * len(new))
-            for row, sure, unseen in zip(new, certain, truncation.unseen.tolist(), strict=True):
-                row.note(truncation, sure, unseen)
-        self._push(new, chosen.tolist(), logits, distributions)
-        self._begin(copies)
-        self._retire()
-        return bool(running)
-
-    def _joins(self, new: Sequence[Row]) -> bool:
-        """Whether the running rows can take a step in the pass that reads new prompts."""
-        lockstep = self.pace is None or self._width == 1
-        recording = any(row.trace is not None for row in (*self.rows, *new))
-        return lockstep and not recording and getattr(self.system, "joins", False)
-
-    def _begin(self, rows: list[Row]) -> None:
-        """Chooses the first token of rows whose prompt has been read for an earlier sample."""
-        if not rows:
-            return
-        firsts = [row.shared.first_logits for row in rows]
-        stacked = {role: torch.stack([f[role] for f in firsts if f]) for role in firsts[0] or {}}
-        chosen = choose(stacked["system"], rows, [0] * len(rows))
-        for index, row in enumerate(rows):
-            if known := row.shared.first_truncation:
-                one = slice(index, index + 1)
-                logits, ceiling = stacked["system"][one], known.ceiling.unsqueeze(0)
-                (certain,) = certain_choices(chosen[one], logits, ceiling, [row], [0])
-                row.note(known, certain, float(known.unseen))
-        self._push(rows, chosen.tolist(), stacked["system"], stacked)
-
-    def _ahead(self, rows: Sequence[Row]) -> int:
-        """Tokens that a guess behind the rows' prompts should have."""
-        if self.pace is None or any(row.trace is not None for row in rows):
-            return 0
-        left = max(row.request.max_new_tokens - len(row.tokens) for row in rows) - 1
-        return min(self.pace.ahead(len(self.rows) + len(rows)), left)
+        return copies
 
     def _retire(self) -> None:
         """Hands out the rows that have ended; further samples of their prompts take their place."""
@@ -227,109 +227,68 @@ class DecodeLoop:
                 self.system.rollback(counts)
             if len(keep) < len(counts):
                 self.system.keep(keep)
-            self._begin(fresh)
+            self._write_first(fresh)
 
-    def _shrink(self, error: BaseException) -> None:
-        """Memory has run out: all rows leave, and half as many at a time come back.
-
-        They come back with what they have written as part of their prompt; their texts do not
-        change.
-        """
-        if self._tried <= 1:
-            raise error
-        self._cap = self._tried // 2
-        log.warning("out of memory at %d rows: going on with %d", self._tried, self._cap)
-        for row in reversed(self.rows):
-            self._joining.appendleft(row)
-        self.rows = []
-        self.system.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    # -- one block of tokens --------------------
+    # -- writing --------------------
 
     def _advance(self) -> None:
         """Adds one block of tokens to every row: a single token, or what a draft got right."""
         rows = self.rows
         self._tried = len(rows)
         start = time.perf_counter()
+        width = self._width = self._next_width()
         tokens = torch.tensor([row.tokens[-1] for row in rows])
-        recording = any(row.trace is not None for row in rows)
-        width = 1 if self.pace is None or recording else self.pace.width(len(rows))
-        width = min(width, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
-        self._width = width
-        if width == 1:
-            logits = self.system.step(tokens)
-            picked = choose(logits, rows, [0] * len(rows))
-            drafted = [[]] * len(rows)
-        else:
-
-            def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-                return choose(logits, rows, [offset] * len(rows))
-
-            block = self.system.draft(tokens, width, pick)
-            logits = self.system.verify(block)
-            picked = choose(logits.flatten(0, 1), *places(rows, width))
-            drafted = block[:, 1:].tolist()
-        chosen = picked.view(len(rows), width).tolist()
-        truncation: Truncation | None = getattr(self.system, "truncation", None)
-        certain, unseen = [], []
-        if truncation is not None:
-            certain = certain_choices(
-                picked,
-                logits.reshape(len(picked), -1),
-                truncation.ceiling.reshape(len(picked), -1),
-                *places(rows, width),
-            )
-            unseen = truncation.unseen.flatten().tolist()
-        accepted = [_matching(*pair) for pair in zip(chosen, drafted, strict=True)]
+        guesses, seen = self._draft(tokens, width) if width > 1 else ([], self.system.step(tokens))
+        chosen = choose_from(seen.flat(), *places(rows, width))
+        firsts = range(0, width * len(rows), width)
+        right = [0] * len(rows)
+        if width > 1:
+            right = [
+                _matching(chosen.tokens[first : first + width], guess)
+                for first, guess in zip(firsts, guesses, strict=True)
+            ]
         if self.pace is not None:
-            seconds = time.perf_counter() - start
-            self.pace.observe(len(rows), width, seconds, accepted)
-        counts = []
-        distributions = self._distributions(logits) if recording else {}
-        for index, row in enumerate(rows):
-            new = chosen[index][: accepted[index] + 1]
-            row.fed += len(new)
-            counts.append(width - len(new))
-            for offset, token in enumerate(new):
-                if truncation is not None:
-                    place = index * width + offset
-                    row.note(truncation, certain[place], unseen[place])
-                behind = (
-                    logits[index : index + 1] if width == 1 else logits[index, offset : offset + 1]
-                )
-                self._push(
-                    [row],
-                    [token],
-                    behind,
-                    {r: d[index : index + 1] for r, d in distributions.items()},
-                )
-                if row.reason is not None:
-                    break
-        if any(counts):
-            self.system.rollback(counts)
+            self.pace.observe(len(rows), width, time.perf_counter() - start, right)
+        for row, first, count in zip(rows, firsts, right, strict=True):
+            row.fed += count + 1
+            chosen.give(row, first, count + 1)
+        if width > 1 and min(right) < width - 1:
+            self.system.rollback([width - 1 - count for count in right])
         self._retire()
 
-    def _push(
-        self,
-        rows: list[Row],
-        tokens: list[int],
-        logits: torch.Tensor,
-        distributions: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Gives each row its token, chosen from `logits` [rows, vocab]."""
-        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if row.trace is not None:
-                each_role = {role: each[index] for role, each in distributions.items()}
-                row.trace.append(_trace(each_role, token, row.request.record))
-            text = row.push(token)
-            if row.request.on_token is not None:
-                row.request.on_token(row.sample, token, text, logits[index])
+    def _next_width(self) -> int:
+        """Tokens per row in the next block."""
+        if self.pace is None or _traced(self.rows):
+            return 1
+        left = max(row.request.max_new_tokens - len(row.tokens) for row in self.rows)
+        return min(self.pace.width(len(self.rows)), left)
 
-    def _distributions(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The system's logits and those of its members, by role."""
-        return {"system": logits, **getattr(self.system, "last_logits", {})}
+    def _draft(self, tokens: torch.Tensor, width: int) -> tuple[list[list[int]], Pass]:
+        """What the small model guesses after `tokens`, and the system's word on it."""
+        assert isinstance(self.system, DraftingSystem)
+        rows = self.rows
+
+        def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
+            return choose(logits, rows, [offset] * len(rows))
+
+        block = self.system.draft(tokens, width, pick)
+        return block[:, 1:].tolist(), self.system.verify(block)
+
+    def _write(self, rows: Sequence[Row], seen: Pass) -> None:
+        """Chooses each row's next token, from `seen` [rows, vocab]."""
+        chosen = choose_from(seen, rows, [0] * len(rows))
+        for place, row in enumerate(rows):
+            chosen.give(row, place)
+
+    def _write_first(self, rows: Sequence[Row]) -> None:
+        """The first token of rows whose prompt has been read for an earlier sample."""
+        firsts = [row.shared.first for row in rows if row.shared.first is not None]
+        if firsts:
+            self._write(rows, Pass.stack(firsts))
+
+
+def _traced(rows: Iterable[Row]) -> bool:
+    return any(row.trace is not None for row in rows)
 
 
 def _matching(chosen: Sequence[int], drafted: Sequence[int]) -> int:
@@ -338,21 +297,3 @@ def _matching(chosen: Sequence[int], drafted: Sequence[int]) -> int:
         if mine != guess:
             return count
     return len(drafted)
-
-
-def _trace(logits: Mapping[str, torch.Tensor], token: int, top: int) -> dict[str, Any]:
-    """One generated token for `Finished.trace`.
-
-    {"id": token, "p": {role: probability of the token}, "top": {role: [[id, probability], ...]}},
-    probabilities before temperature and filters; the role "system" is what decodes (the triple).
-    """
-    probs = {role: each.float().softmax(-1) for role, each in logits.items()}
-    tops = {role: each.topk(min(top, each.shape[-1])) for role, each in probs.items()}
-    return {
-        "id": token,
-        "p": {role: round(float(each[token]), 6) for role, each in probs.items()},
-        "top": {
-            role: [[i, round(p, 6)] for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
-            for role, best in tops.items()
-        },
-    }

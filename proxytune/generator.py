@@ -1,8 +1,6 @@
 """What `load` returns: a generator of completions, logits and log-likelihoods."""
 
 import hashlib
-import operator
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +10,18 @@ from typing import Any, Literal
 import torch
 
 from proxytune import score
+from proxytune.build import build
 from proxytune.decode import DecodeLoop
 from proxytune.memory import row_budget
-from proxytune.model import LoadedModel
+from proxytune.prompting import PromptLike, token_ids
 from proxytune.records import Decoding, FinishReason, whole_number
-from proxytune.rows import Finished, Request
+from proxytune.rows import Finished, Request, longest
 from proxytune.sampling import Sampler, token_texts, tokens_of
+from proxytune.spec import LoadedModel
 from proxytune.speculative import Pace
+from proxytune.system import DraftingSystem, System
 
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]] | Mapping[str, Sequence[int]]
+Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
 
 _LISTS = ("stop", "banned", "banned_first", "choices")
@@ -61,27 +62,28 @@ class Generator:
         roles: ("base",) or ("base", "expert", "antiexpert"); the keys of per-role prompts.
         vocab_size: token ids that all members share.
         tokenizer: the base's; None for models that came without one.
-        system: the `member.Member` that the decode loop drives.
+        system: what the decode loop drives.
     """
 
-    def __init__(
-        self, members: Mapping[str, LoadedModel], system: Any, wrapped: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, members: Mapping[str, LoadedModel], system: System) -> None:
         self.members = dict(members)
         self.system = system
         self.roles = tuple(role for role in members if role != "draft")
-        self.vocab_size: int = system.vocab_size
+        self.vocab_size = system.vocab_size
         self.tokenizer = members["base"].tokenizer
-        self._wrapped = dict(wrapped)
-        self._paces: dict[Any, Pace] = {}
+        self._paces: dict[int | None, Pace] = {}
         self._texts: list[str] | None = None
-        limits = [getattr(member, "max_positions", None) for member in wrapped.values()]
-        self.max_positions: int | None = min((n for n in limits if n), default=None)
+        limits = [member.max_positions for member in system.members.values()]
+        self.max_positions = min((limit for limit in limits if limit), default=None)
         self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in members.values()))
+
+    def sibling(self) -> "Generator":
+        """The same models with rows of their own: both may run at the same time."""
+        return Generator(self.members, build(self.members, self.system.alpha))
 
     def generate(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: Prompts,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -156,7 +158,7 @@ class Generator:
 
     def stream(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Mapping[str, Sequence[int]],
         *,
         seed: int = 0,
         speculative: Speculative = "auto",
@@ -199,7 +201,7 @@ class Generator:
 
     def requests(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: Prompts,
         decoding: Decoding,
         *,
         seed: int = 0,
@@ -235,7 +237,7 @@ class Generator:
             requests.append(
                 Request(
                     index=index,
-                    prompt=self._prompt(ids),
+                    prompt=ids,
                     context=ids["base"],
                     key=key,
                     seed=seed,
@@ -258,7 +260,7 @@ class Generator:
         """
         if batch_size != "auto":
             batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
-        rows = row_budget(self._wrapped.values(), batch_size)
+        rows = row_budget(self.system.members.values(), batch_size)
         return DecodeLoop(self.system, rows, self._pace(speculative))
 
     def logits(self, token_ids: Sequence[int] | Mapping[str, Sequence[int]]) -> torch.Tensor:
@@ -270,11 +272,11 @@ class Generator:
         self._refuse_partial()
         ids = self.encode(token_ids)
         self._room(0, ids)
-        return score.sequence_logits(self.system, self._prompt(ids))
+        return score.sequence_logits(self.system, ids)
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[PromptLike, Sequence[int]]],
+        pairs: Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]],
         *,
         batch_size: int | Literal["auto"] = "auto",
     ) -> list[tuple[float, bool]]:
@@ -292,28 +294,26 @@ class Generator:
         contexts = [self.encode(context) for context, _ in pairs]
         for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
             self._room(index, ids, len(continuation) - 1)
-        prompts = [self._prompt(ids) for ids in contexts]
         continuations = [list(continuation) for _, continuation in pairs]
-        rows = row_budget(self._wrapped.values(), batch_size)
-        return score.loglikelihoods(self.system, prompts, continuations, rows)
+        rows = row_budget(self.system.members.values(), batch_size)
+        return score.loglikelihoods(self.system, contexts, continuations, rows)
 
-    def encode(self, prompt: PromptLike) -> dict[str, list[int]]:
+    def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """A prompt as each member reads it: role -> token ids.
 
         Raises:
             ValueError: an empty prompt, unknown token ids, or roles that do not fit.
         """
         if isinstance(prompt, Mapping):
-            ids = {role: _token_ids(prompt[role]) for role in self.roles if role in prompt}
-            if len(ids) < len(self.roles):
+            if not prompt.keys() >= set(self.roles):
                 raise ValueError(f"the prompt has roles {sorted(prompt)}, not {self.roles}")
-        elif isinstance(prompt, str):
-            ids = {role: each.tokenize(prompt) for role, each in self.members.items()}
-        elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-            messages: Any = _messages(prompt)
-            ids = {role: each.tokenize_chat(messages) for role, each in self.members.items()}
+            given = {role: prompt[role] for role in self.roles}
         else:
-            ids = {role: _token_ids(prompt) for role in self.members}
+            given = dict.fromkeys(self.members, prompt)
+        ids = {
+            role: token_ids(each, self.members[role].format, self.members[role].tokenizer)
+            for role, each in given.items()
+        }
         if "draft" in self.members:
             ids.setdefault("draft", ids["base"])
         for role, tokens in ids.items():
@@ -330,24 +330,20 @@ class Generator:
         return ids
 
     def _refuse_partial(self) -> None:
-        if not getattr(self._wrapped["base"], "complete", True):
+        if not self.system.members["base"].complete:
             raise ValueError(
                 "log-likelihoods need the log-probability of every token, and the API of the base "
                 "shows the likeliest only; use a server that shows all (triple.base.api."
                 "top_logprobs=-1) or a task that generates"
             )
 
-    def _prompt(self, ids: dict[str, list[int]]) -> Any:
-        """Role -> ids as the system's prefill wants it."""
-        return ids if len(self.members) > 1 else ids["base"]
-
     def _room(self, index: int, ids: Mapping[str, Sequence[int]], need: int = 1) -> int:
-        """Tokens that still fit behind a prompt."""
-        longest = max(len(tokens) for tokens in ids.values())
-        room = (self.max_positions or longest + 2**31) - longest
+        """Tokens that still fit after a prompt."""
+        length = longest(ids)
+        room = (self.max_positions or length + 2**31) - length
         if room < need:
             raise ValueError(
-                f"prompt {index} is {longest} tokens long, with {need} to come; the models read at "
+                f"prompt {index} is {length} tokens long, with {need} to come; the models read at "
                 f"most {self.max_positions}"
             )
         return room
@@ -364,36 +360,17 @@ class Generator:
         return Sampler(decoding, sorted(banned), sorted(first), sorted(choices))
 
     def _pace(self, speculative: Speculative) -> Pace | None:
-        if speculative is False or not hasattr(self.system, "draft"):
+        if speculative is False or not isinstance(self.system, DraftingSystem):
             return None
         adapts = speculative is True or speculative == "auto"  # 1 == True, but drafts one token
         name = "speculative, where it is neither 'auto' nor a truth value,"
         fixed = None if adapts else whole_number(name, speculative, 1)
-        base = self._wrapped["base"]
-        if hasattr(base, "pace"):  # behind a network, where requests count and not the clock
-            make = base.pace(fixed)
-            return None if make is None else self._paces.setdefault(fixed, make)
-        return self._paces.setdefault(fixed, Pace(fixed))
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    try:
-        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        if any(isinstance(token, bool) for token in tokens):  # True == 1, but is no token
-            raise TypeError("truth values")
-        return [operator.index(token) for token in tokens]
-    except TypeError as error:
-        raise ValueError(
-            "a prompt is a string, token ids, chat messages, or role -> token ids; not "
-            f"{reprlib.repr(prompt)}"
-        ) from error
-
-
-def _messages(prompt: Sequence[Any]) -> Sequence[Any]:
-    for message in prompt:
-        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
-            raise ValueError(f"a chat message has a role and a content, not {message!r}")
-    return prompt
+        if fixed not in self._paces:  # what an earlier call has measured holds for the next one
+            pace = self.system.members["base"].pace(fixed)
+            if pace is None:
+                return None
+            self._paces[fixed] = pace
+        return self._paces[fixed]
 
 
 def make_decoding(**settings: Any) -> Decoding:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.cache import RowCache, Write
+from proxytune.facts import tolerance
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +186,3 @@ def _round(rows: int) -> int:
 
 def _difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
     return float((got - want).abs().max()), float(want.abs().max())
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far logits of one pass, computed in two ways, may lie apart, by the largest of them."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

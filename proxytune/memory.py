@@ -1,11 +1,13 @@
 """How many rows may decode at once, from the memory that is free."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import psutil
 import torch
+
+from proxytune.system import Member
 
 GPU_ROWS = 256
 CPU_ROWS = 32  # beyond it a CPU gains nothing: its matrix products are no longer bound by memory
@@ -15,13 +17,12 @@ LOGITS_COPIES = 6  # float32 rows of the vocabulary that choosing a token may ta
 
 
 def row_budget(
-    members: Iterable[Any], batch_size: int | Literal["auto"] = "auto"
+    members: Iterable[Member], batch_size: int | Literal["auto"] = "auto"
 ) -> Callable[[int], int]:
     """How many rows of a given length fit: `budget(tokens) -> rows`, at least 1.
 
     Args:
-        members: models with `device`, `vocab_size` and `bytes_per_token()`; one behind an API
-            needs no memory, and may say how many rows suit it (`max_rows`).
+        members: of the system.
         batch_size: an upper limit from the user; with it, memory is not looked at.
     """
     if batch_size != "auto":
@@ -31,11 +32,10 @@ def row_budget(
     per_row: Counter[torch.device] = Counter()
     limits = []
     for member in members:
-        if hasattr(member, "max_rows"):
+        per_token[member.device] += member.bytes_per_token()
+        per_row[member.device] += LOGITS_COPIES * 4 * member.vocab_size
+        if member.max_rows is not None:
             limits.append(member.max_rows)
-        if hasattr(member, "bytes_per_token"):
-            per_token[member.device] += member.bytes_per_token()
-            per_row[member.device] += LOGITS_COPIES * 4 * member.vocab_size
     free = {device: _free_bytes(device) for device in per_token}
     most = GPU_ROWS if any(device.type == "cuda" for device in free) else CPU_ROWS
     most = min([most, *limits])
@@ -61,8 +61,3 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def longest(prompt: Any) -> int:
-    """Tokens of a prompt (ids, or role -> ids), in the member that reads most."""
-    return max(map(len, prompt.values())) if isinstance(prompt, Mapping) else len(prompt)

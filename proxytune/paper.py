@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 FOLDER = ROOT / "results" / "paper"
 

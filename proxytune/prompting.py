@@ -4,16 +4,21 @@ A member reads the raw prompt, or the same parts through a chat template: that i
 member (`PromptFormat`), never something read from its name.
 """
 
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from proxytune.records import Prompt
 
 TEMPLATES = Path(__file__).parent / "templates"
 Message = Mapping[str, str]
+PromptLike = str | Sequence[int] | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,57 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
 def encode(rendered: Rendered, tokenizer: Any) -> list[int]:
     """The token ids of a rendered prompt."""
     return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+
+
+def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> list[int]:
+    """A prompt as one member reads it.
+
+    Args:
+        prompt: a text, token ids, or chat messages.
+        fmt: of the member; a text goes as it stands.
+        tokenizer: of the member; None will do for token ids.
+
+    Raises:
+        ValueError: it is none of these, or there is no tokenizer for it.
+    """
+    messages = as_messages(prompt)
+    if messages is None and not isinstance(prompt, str):
+        return _as_ids(prompt)
+    if tokenizer is None:
+        raise ValueError(
+            "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
+        )
+    if messages is not None:
+        return encode(render_messages(messages, fmt, tokenizer), tokenizer)
+    return tokenizer(prompt)["input_ids"]  # with the tokenizer's own special tokens (a BOS)
+
+
+def as_messages(prompt: Any) -> Sequence[Message] | None:
+    """The prompt, if it is a conversation; else None.
+
+    Raises:
+        ValueError: a turn lacks its role or its content.
+    """
+    conversation = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
+    if not conversation:
+        return None
+    for message in prompt:
+        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"a chat message has a role and a content, not {message!r}")
+    return prompt
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    try:
+        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if any(isinstance(token, bool) for token in tokens):  # True == 1, but is no token
+            raise TypeError("truth values")
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ValueError(
+            "a prompt is a string, token ids, chat messages, or role -> token ids; not "
+            f"{reprlib.repr(prompt)}"
+        ) from error
 
 
 @cache

@@ -18,9 +18,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from proxytune.prompting import read_template
-from proxytune.records import Example, replace_file
+from proxytune.records import Example
 
 _PACKAGES = [
     "proxytune",
@@ -198,9 +198,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             found.append(f"{name}: {a} -> {b}")
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a crash leaves the old file or the new one, never half of one."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    replace_file(path, text.encode())

@@ -1,14 +1,15 @@
-"""A member of a triple that decodes without a cache, and what every member asks of its model."""
+"""A member that decodes without a cache."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from proxytune.graphs import tolerance
+from proxytune.facts import input_device, max_positions, tolerance
+from proxytune.system import Member, Pass
 
 
-class RecomputedModel:
+class RecomputedModel(Member):
     """A causal LM without a usable cache: every call reads all rows again from their start.
 
     Exact for any architecture, and slow: the cost of a token grows with the length of its row.
@@ -17,8 +18,6 @@ class RecomputedModel:
         model: any causal LM.
         vocab_size: the logits are cut to this many entries.
     """
-
-    joins = False
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.model = model
@@ -32,23 +31,23 @@ class RecomputedModel:
         """Tokens per row."""
         return [len(row) for row in self._rows]
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[int]] | None = None,
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
         rows = [list(prompt) for prompt in prompts]
         logits = self._last(rows, 1)
         self._rows += rows
-        return logits[:, 0]
+        return Pass(logits[:, 0])
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).squeeze(1)
-
-    def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab]."""
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
         rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
         logits = self._last(rows, tokens.shape[1])
         self._rows = rows
-        return logits
+        return Pass(logits)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
@@ -79,10 +78,6 @@ class RecomputedModel:
                 "it is no causal language model (is_decoder=True in its config.json?)"
             )
 
-    def bytes_per_token(self) -> int:
-        """Nothing is cached."""
-        return 0
-
     def _last(self, rows: list[list[int]], count: int) -> torch.Tensor:
         """The logits of each row's last `count` positions, [rows, count, vocab]."""
         width = max(len(row) for row in rows)
@@ -98,23 +93,3 @@ class RecomputedModel:
         wanted = (ends - count + torch.arange(count)).to(logits.device)
         batch = torch.arange(len(rows), device=logits.device).unsqueeze(1)
         return logits[batch, wanted, : self.vocab_size]
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest row that a model reads; None for no limit that it names.
-
-    Where the rotary embedding of all rows changes once one row passes a length (dynamic NTK,
-    longrope), that length is the limit: beyond it a row would depend on its neighbours.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        first = rope.get("original_max_position_embeddings")
-        return first or getattr(config, "original_max_position_embeddings", None) or limit
-    return limit
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids."""
-    return next(model.get_input_embeddings().parameters()).device

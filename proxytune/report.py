@@ -19,7 +19,10 @@ from typing import Any
 import pandas as pd
 
 from proxytune import analysis, tables
-from proxytune.records import Completion, Score, read_jsonl, replace_file
+from proxytune.comparison import caveat, headlines
+from proxytune.files import read_jsonl, replace_file
+from proxytune.folder import read_csv
+from proxytune.records import Completion, Score
 
 ASSETS = Path(__file__).resolve().parent / "report_assets"
 MEMBERS = ("base", "expert", "antiexpert")
@@ -46,7 +49,7 @@ def write_report(folder: Path) -> Path:
     """
     if not (folder / "table.csv").is_file():
         raise ValueError(f"{folder} has no table.csv; score the run first (stage=score)")
-    table = tables.read_csv(folder / "table.csv")
+    table = read_csv(folder / "table.csv")
     run = json.loads((folder / "run.json").read_text())
     pieces = _Vocabulary(_lazy_pieces(folder))
     payload = _Payload(folder, table, pieces)
@@ -55,7 +58,7 @@ def write_report(folder: Path) -> Path:
         "subtitle": html.escape(_subtitle(run)),
         "css": _asset("report.css"),
         "js": _asset("report.js"),
-        "caveat": f'<p class="caveat">{tables.caveat(table)}</p>' if tables.caveat(table) else "",
+        "caveat": f'<p class="caveat">{caveat(table)}</p>' if caveat(table) else "",
         "table": tables.to_html(table),
         "aid": html.escape(tables.reading_aid(table)),
         "unparsed": f'<p class="soft">{html.escape(tables.unparsed_text(table))}</p>',
@@ -108,7 +111,7 @@ class _Payload:
         self.blocks: list[str] = []
         self.moves: dict[str, list[analysis.Moves]] = {}
         self.tasks = []
-        for row in tables.headlines(table):
+        for row in headlines(table):
             if (folder / str(row["task"]) / "examples.jsonl").is_file():
                 self.tasks.append(self._task(folder / str(row["task"]), row))
 
@@ -219,7 +222,7 @@ def _script(name: str, packed: str) -> str:
 
 def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
     """Token texts, from a tokenizer that is loaded when the first trace asks for one."""
-    loaded: list[analysis.Pieces | None] = []
+    loaded: list[Callable[[int], str] | None] = []
 
     def piece(token: int) -> str:
         if not loaded:
@@ -257,7 +260,7 @@ def _differences(table: pd.DataFrame) -> str:
 
 
 def _gaps(table: pd.DataFrame) -> str:
-    rows = [r for r in tables.headlines(table) if _known(r.get("gap_closed"))]
+    rows = [r for r in headlines(table) if _known(r.get("gap_closed"))]
     if not rows:
         return ""
     return (

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from proxytune.memory import longest
 from proxytune.records import Decoding, FinishReason
 from proxytune.sampling import NOTHING, Sampler, sample_stream
+from proxytune.system import Pass, Prompt
 from proxytune.text import GrowingText
-from proxytune.truncation import Truncation, TruncationRecord
+from proxytune.truncation import TruncationRecord
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Request:
 
     Attributes:
         index: the caller's number for it.
-        prompt: as the system's `prefill` takes it: token ids, or role -> token ids.
-        context: the token ids behind which the text is decoded (the base's prompt).
+        prompt: role -> token ids.
+        context: the token ids after which the text is decoded (the base's prompt).
         key: names the prompt in the random streams of its samples.
         seed: of the random streams.
         decoding: settings.
@@ -36,7 +36,7 @@ class Request:
     """
 
     index: int
-    prompt: Any
+    prompt: Prompt
     context: Sequence[int]
     key: str
     seed: int
@@ -70,13 +70,12 @@ class Finished:
 
 
 class Shared:
-    """What the samples of one prompt share: who has started, and the first token's logits."""
+    """What the samples of one prompt share: who has started, and what the pass over it said."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.started = 0
-        self.first_logits: dict[str, torch.Tensor] | None = None
-        self.first_truncation: Truncation | None = None
+        self.first: Pass | None = None  # after the prompt
 
     @property
     def left(self) -> int:
@@ -101,12 +100,9 @@ class Row:
         self.truncation: TruncationRecord | None = None
         self.reason: FinishReason | None = None
 
-    def prompt(self) -> Any:
-        """The prompt and what has been generated behind it, as `prefill` takes it."""
-        prompt = self.request.prompt
-        if isinstance(prompt, Mapping):
-            return {role: [*ids, *self.tokens] for role, ids in prompt.items()}
-        return [*prompt, *self.tokens]
+    def prompt(self) -> Prompt:
+        """The prompt and what has been generated after it."""
+        return {role: [*ids, *self.tokens] for role, ids in self.request.prompt.items()}
 
     def push(self, token: int) -> str:
         """Takes the next token; sets `reason` when it was the last. Returns the certain text."""
@@ -127,11 +123,27 @@ class Row:
             self.reason = "stop"
         return text
 
-    def note(self, truncation: Truncation, certain: bool, unseen: float) -> None:
-        """Writes down how sure the choice of the next token is."""
-        if self.truncation is None:
-            self.truncation = TruncationRecord(truncation.mode, truncation.k)
-        self.truncation.add(certain, unseen)
+    def take(self, token: int, seen: Pass, place: int, certain: bool, unseen: float) -> None:
+        """Takes the token that was chosen from one place of a (flat) pass.
+
+        Args:
+            token: the choice.
+            seen: what it was chosen from, for the trace and for who watches.
+            place: where in `seen`.
+            certain: whether the whole answer of an API could not have led to another choice.
+            unseen: the probability that the API did not list.
+        """
+        if self.trace is not None:
+            each_role = {"system": seen.logits[place]}
+            each_role |= {role: each[place] for role, each in seen.members.items()}
+            self.trace.append(trace_of(each_role, token, self.request.record))
+        if seen.truncation is not None:
+            if self.truncation is None:
+                self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
+            self.truncation.add(certain, unseen)
+        text = self.push(token)
+        if self.request.on_token is not None:
+            self.request.on_token(self.sample, token, text, seen.logits[place])
 
     def finished(self) -> Finished:
         """The record of the ended sample."""
@@ -148,8 +160,41 @@ class Row:
         )
 
 
+@dataclass(slots=True)
+class Chosen:
+    """The tokens chosen at the places of a flat pass, and how sure each choice is."""
+
+    seen: Pass
+    tokens: list[int]
+    certain: list[bool]
+    unseen: list[float]
+
+    def give(self, row: Row, first: int, count: int = 1) -> None:
+        """Hands a row its tokens, those of `count` places from `first` on, until it ends."""
+        for place in range(first, first + count):
+            row.take(
+                self.tokens[place],
+                self.seen,
+                place,
+                self.certain[place] if self.certain else True,
+                self.unseen[place] if self.unseen else 0.0,
+            )
+            if row.reason is not None:
+                return
+
+
+def choose_from(seen: Pass, rows: Sequence[Row], offsets: Sequence[int]) -> Chosen:
+    """Chooses at every place of a flat pass; see `choose`."""
+    picked = choose(seen.logits, rows, offsets)
+    certain, unseen = [], []
+    if seen.truncation is not None:
+        certain = certain_choices(picked, seen.logits, seen.truncation.ceiling, rows, offsets)
+        unseen = seen.truncation.unseen.tolist()
+    return Chosen(seen, picked.tolist(), certain, unseen)
+
+
 def choose(logits: torch.Tensor, rows: Sequence[Row], offsets: Sequence[int]) -> torch.Tensor:
-    """Each row's next token, `offsets` positions behind what it has; [rows]."""
+    """Each row's next token, `offsets` positions after what it has; [rows]."""
     groups = by_sampler(rows, offsets)
     if len(groups) == 1:
         ((sampler, _, streams, positions),) = groups
@@ -201,3 +246,26 @@ def by_sampler(
 def places(rows: Sequence[Row], width: int) -> tuple[list[Row], list[int]]:
     """The rows and offsets of the flattened places of a block [rows, width]."""
     return [row for row in rows for _ in range(width)], list(range(width)) * len(rows)
+
+
+def longest(prompt: Prompt) -> int:
+    """Tokens of a prompt, in the member that reads most."""
+    return max(map(len, prompt.values()))
+
+
+def trace_of(logits: Mapping[str, torch.Tensor], token: int, top: int) -> dict[str, Any]:
+    """One generated token for `Finished.trace`.
+
+    {"id": token, "p": {role: probability of the token}, "top": {role: [[id, probability], ...]}},
+    probabilities before temperature and filters; the role "system" is what decodes (the triple).
+    """
+    probs = {role: each.float().softmax(-1) for role, each in logits.items()}
+    tops = {role: each.topk(min(top, each.shape[-1])) for role, each in probs.items()}
+    return {
+        "id": token,
+        "p": {role: round(float(each[token]), 6) for role, each in probs.items()},
+        "top": {
+            role: [[i, round(p, 6)] for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
+            for role, best in tops.items()
+        },
+    }

@@ -7,7 +7,6 @@
 <output_dir>/metrics.jsonl, table.md, table.csv, report.html
 """
 
-import dataclasses
 import json
 import logging
 import time
@@ -24,7 +23,6 @@ from omegaconf import DictConfig
 from proxytune import paper, provenance
 from proxytune.cells import (
     DECODING_OVERRIDES,
-    MEMBERS,
     Cell,
     HarnessCell,
     claim,
@@ -32,10 +30,12 @@ from proxytune.cells import (
     models_of,
     sole_writer,
 )
-from proxytune.checks import check_before_models, check_machine, check_writable, model_specs
+from proxytune.checks import check_before_models, check_machine, check_writable
 from proxytune.config import to_dict
-from proxytune.progress import GenerationProgress, generation_progress
-from proxytune.records import Completion, JsonlWriter, Metric, read_jsonl, write_jsonl
+from proxytune.files import read_jsonl, write_json, write_jsonl
+from proxytune.folder import build_table
+from proxytune.generate import generate
+from proxytune.records import Metric
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +50,18 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
         OSError: the results folder cannot be written; everything finished is kept.
     """
     started = time.time()
-    tasks = check_before_models(cfg)
+    tasks, specs = check_before_models(cfg)
     output = Path(cfg.output_dir)  # contains the experiment's name, which is checked by now
     check_writable(output)
     if cfg.stage != "score":
         check_machine(cfg)
     with sole_writer(output) if cfg.stage != "score" else nullcontext():
-        return _run(cfg, tasks, output, started)
+        return _run(cfg, tasks, specs, output, started)
 
 
-def _run(cfg: DictConfig, tasks: dict[str, Any], output: Path, started: float) -> list[Metric]:
+def _run(
+    cfg: DictConfig, tasks: dict[str, Any], specs: dict[str, Any], output: Path, started: float
+) -> list[Metric]:
     cells = make_cells(cfg, tasks, output)
     for cell in cells:
         claim(cell, cfg.stage)
@@ -70,14 +72,14 @@ def _run(cfg: DictConfig, tasks: dict[str, Any], output: Path, started: float) -
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
-            session["generation"] = _generate(cfg, cells)
+            session["generation"] = generate(cfg, specs, cells)
             tracker.log_throughput(session["generation"])
         metrics = []
         if cfg.stage != "generate":
             metrics, unfinished = _score(cells, output)
             _show(cfg, cells, metrics, unfinished, tracker)
         session["finished"], session["seconds"] = _now(), round(time.time() - started, 1)
-        provenance.write_json(output / "run.json", run_json)
+        write_json(output / "run.json", run_json)
         if cfg.report and cfg.stage != "generate":
             from proxytune.report import write_report
 
@@ -114,170 +116,8 @@ def _begin_run_json(
         "seed": cfg.decoding.seed,
     }
     run_json["sessions"].append(session)
-    provenance.write_json(path, run_json)
+    write_json(path, run_json)
     return run_json
-
-
-# -- generation --------------------
-
-
-def _generate(cfg: DictConfig, cells: Sequence[Cell | HarnessCell]) -> dict[str, Any]:
-    """Generates what is missing; returns system/task -> tokens and seconds of this session."""
-    throughput: dict[str, Any] = {}
-    by_system: dict[str, list[Cell | HarnessCell]] = defaultdict(list)
-    for cell in cells:
-        by_system[cell.system].append(cell)
-    pool = _Pool(cfg)
-    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as progress:
-        for position, (system, group) in enumerate(by_system.items()):
-            todo = []
-            for cell in group:
-                missing = len(cell.missing())
-                progress.done(cell.system, cell.task_name, cell.total - missing)
-                todo += [cell] if missing else []
-            if not todo:
-                continue
-            later = list(by_system)[position + 1 :]
-            generator = pool.open(system, keep_for=later)
-            for cell in todo:
-                if isinstance(cell, HarnessCell):
-                    _run_harness(cfg, cell, generator, progress)
-                else:
-                    key = f"{cell.system}/{cell.task_name}"
-                    throughput[key] = _generate_cell(cfg, cell, generator, pool, progress)
-    pool.close()
-    return throughput
-
-
-def _generate_cell(
-    cfg: DictConfig,
-    cell: Cell,
-    generator: Any,
-    pool: "_Pool",
-    progress: GenerationProgress,
-) -> dict[str, float]:
-    from proxytune.prompting import encode, render
-
-    stored, missing = cell.completions(), cell.missing()
-    prompts, hashes = [], []
-    for example in missing:
-        rendered = {
-            role: render(example.prompt, pool.specs[name].format, pool.tokenizer(name))
-            for role, name in MEMBERS[cell.system].items()
-        }
-        prompts.append(
-            {r: encode(p, pool.tokenizer(MEMBERS[cell.system][r])) for r, p in rendered.items()}
-        )
-        hashes.append({r: provenance.sha256_text(p.text) for r, p in rendered.items()})
-    base: Any = generator.members["base"].member
-    if hasattr(base, "estimate"):
-        lengths = [len(prompt["base"]) for prompt in prompts]
-        lockstep = cfg.decoding.speculative is False or cfg.decoding.trace
-        drafted = cell.system == "proxy" and not lockstep
-        estimate = base.estimate(lengths, cell.decoding, drafted)
-        log.info("%s, %s: %s", cell.task_name, cell.system, estimate)
-    tokens = 0
-    unfinished = [cell.decoding.n] * len(missing)
-    start = time.perf_counter()
-    with JsonlWriter(cell.completions_path) as writer:
-
-        def store(generation: Any) -> None:
-            nonlocal tokens
-            example = missing[generation.prompt_index]
-            tokens += len(generation.token_ids)
-            unfinished[generation.prompt_index] -= 1
-            if generation.sample not in stored.get(example.id, ()):
-                writer.write(
-                    Completion(
-                        example_id=example.id,
-                        sample=generation.sample,
-                        text=generation.text,
-                        raw_text=generation.raw_text,
-                        token_ids=list(generation.token_ids),
-                        finish_reason=generation.finish_reason,
-                        prompt_sha256=hashes[generation.prompt_index],
-                        extra=generation.extra,
-                    )
-                )
-            progress.tokens(cell.system, cell.task_name, len(generation.token_ids))
-            if unfinished[generation.prompt_index] == 0:
-                progress.advance(cell.system, cell.task_name)
-
-        generator.generate(
-            prompts,
-            **dataclasses.asdict(cell.decoding),
-            seed=cfg.decoding.seed,
-            sample_keys=[e.id for e in missing],
-            speculative=cfg.decoding.speculative,
-            batch_size=cfg.decoding.batch_size,
-            record=cfg.decoding.trace and cell.system == "proxy",
-            on_finish=store,
-        )
-    if hasattr(base, "spending"):
-        log.info("%s, %s: %s", cell.task_name, cell.system, base.spending())
-    return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
-
-
-def _run_harness(
-    cfg: DictConfig, cell: HarnessCell, generator: Any, progress: GenerationProgress
-) -> None:
-    cell.task.run(
-        generator,
-        cell.folder,
-        cell.system,
-        limit=cfg.limit,
-        seed=cfg.decoding.seed,
-        batch_size=cfg.decoding.batch_size,
-    )
-    progress.tokens(cell.system, cell.task_name, 0)
-    progress.advance(cell.system, cell.task_name)
-
-
-class _Pool:
-    """Loads each model once, keeps it while a later system needs it, and frees it then."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        self.specs = model_specs(cfg)
-        self._models: dict[str, Any] = {}
-
-    def open(self, system: str, keep_for: Sequence[str]) -> Any:
-        """A generator of this system; models that only earlier systems used are freed."""
-        from proxytune.api import load
-        from proxytune.model import load_member, shares_weights
-
-        names = set(MEMBERS[system].values())
-        wanted = names | {name for later in keep_for for name in MEMBERS[later].values()}
-        for name in [n for n in self._models if n not in wanted]:
-            self._free(name)
-        if system == "proxy" and shares_weights(self.specs["expert"], self.specs["antiexpert"]):
-            # one copy of the weights carries both, so an earlier system's copies must go
-            for name in {"expert", "antiexpert"} & self._models.keys():
-                self._free(name)
-        for name in ("antiexpert", "expert", "base", "tuned"):
-            if name in names and name not in self._models:
-                share = self._models.get("antiexpert") if system == "proxy" else None
-                self._models[name] = load_member(self.specs[name], share=share)
-        members = {role: self._models[name] for role, name in MEMBERS[system].items()}
-        graphs = self.cfg.machine.cuda_graphs
-        return load(**members, alpha=self.cfg.alpha, cuda_graphs=graphs)
-
-    def tokenizer(self, name: str) -> Any:
-        """The tokenizer of a loaded member."""
-        return self._models[name].tokenizer
-
-    def _free(self, name: str) -> None:
-        del self._models[name]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def close(self) -> None:
-        """Frees every model, so that judges find the memory empty."""
-        for name in list(self._models):
-            self._free(name)
-
-
-# -- scoring --------------------
 
 
 def _score(
@@ -297,7 +137,7 @@ def _score(
         found, scores = cell.score()
         write_jsonl(cell.folder / "scores.jsonl", scores)
         if isinstance(cell, Cell) and (judges := cell.task.judged_by()):
-            provenance.write_json(cell.folder / _JUDGES, judges)
+            write_json(cell.folder / _JUDGES, judges)
         metrics += found
         if isinstance(cell, Cell) and len(scores) < cell.total:
             lacking[cell.task_name].append(f"{cell.system} {len(scores)} of {cell.total}")
@@ -347,7 +187,7 @@ def _show(
 
     infos = {cell.task_name: cell.infos for cell in cells}
     output = Path(cfg.output_dir)
-    table = tables.build(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished)
+    table = build_table(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished)
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)

@@ -1,9 +1,11 @@
-"""Generated tokens as text, one at a time, and the stop strings in it."""
+"""Generated tokens as text: a growing completion with its stop strings, and single tokens."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-_CONTEXT = 8  # tokens of the prompt that are decoded along, so that the first space survives
+# Decode these prompt tokens too; otherwise tokenizers drop the first generated token's space.
+_CONTEXT = 8
 _PENDING = 12  # tokens after which an incomplete character is shown as it is
 
 
@@ -81,3 +83,64 @@ class GrowingText:
         return self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+class TokenTexts:
+    """What each token of a vocabulary writes.
+
+    A tokenizer may drop the space before a text's first token, so each token is decoded after
+    another one. A token that is only a part of a character shows as U+FFFD.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._special = set(tokenizer.all_special_ids)
+        self._byte_level = is_byte_level(tokenizer)
+        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        self._before = self._decode(self._anchor)
+
+    def text(self, token: int) -> str:
+        """The text that a token adds to what stands before it; special tokens by their name."""
+        if token not in self._texts:
+            self._texts[token] = self._decode([*self._anchor, token])[len(self._before) :]
+        return self._texts[token]
+
+    def shown(self, token: int) -> str:
+        """As `text`, but nothing for a special token: what it adds to a completion."""
+        return "" if token in self._special else self.text(token)
+
+    def bytes(self, token: int) -> list[int]:
+        """The bytes of a token, also of one that holds only a part of a character."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if token not in self._special and isinstance(name, str):
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+            if byte:
+                return [int(byte[1], 16)]
+            if self._byte_level and name and set(name) <= BYTE_OF.keys():
+                return [BYTE_OF[char] for char in name]
+        return list(self.text(token).encode())
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether a tokenizer's pieces are written in the 256 visible characters of byte-level BPE."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    return core is not None and "ByteLevel" in str(core.decoder)
+
+
+def _byte_characters() -> dict[str, int]:
+    """Byte-level BPE's characters (GPT-2): visible bytes are themselves, the others from U+0100."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+BYTE_OF = _byte_characters()

@@ -5,6 +5,7 @@ so whether it could have been chosen is known, too: a choice is *certain* where 
 same whatever the unlisted logits are below their bounds; every other choice is flagged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is known of a system's last logits beyond the logits themselves.
+    """What is known of logits beyond the logits themselves.
 
     Attributes:
         mode: how the base was asked, for the record.
@@ -27,9 +28,20 @@ class Truncation:
     ceiling: torch.Tensor
     unseen: torch.Tensor
 
-    def rows(self, index: Any) -> "Truncation":
-        """The same of some rows."""
-        return Truncation(self.mode, self.k, self.ceiling[index], self.unseen[index])
+    def __getitem__(self, rows: slice | int) -> "Truncation":
+        """The same for some rows."""
+        return Truncation(self.mode, self.k, self.ceiling[rows], self.unseen[rows])
+
+    def flat(self) -> "Truncation":
+        """The same for the flattened places of a block."""
+        return Truncation(self.mode, self.k, self.ceiling.flatten(0, 1), self.unseen.flatten(0, 1))
+
+    @staticmethod
+    def stack(rows: "Sequence[Truncation]") -> "Truncation":
+        """Single rows as one."""
+        ceiling = torch.stack([row.ceiling for row in rows])
+        unseen = torch.stack([row.unseen for row in rows])
+        return Truncation(rows[0].mode, rows[0].k, ceiling, unseen)
 
 
 @dataclass

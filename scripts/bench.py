@@ -24,6 +24,7 @@ from bench_cases import CASES, SIZES
 
 from proxytune import provenance
 from proxytune.cli import guarded
+from proxytune.files import write_json
 
 RATIOS = (
     "lockstep_over_sum",
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _show(key, value)
         report |= results
         if options.json:  # after each, so that an interrupted run keeps what it has
-            provenance.write_json(options.json, report)
+            write_json(options.json, report)
             options.json.with_suffix(".md").write_text(markdown(report))
 
 

@@ -23,10 +23,12 @@ from omegaconf import OmegaConf
 
 import proxytune
 from proxytune import provenance
-from proxytune.checks import model_specs
 from proxytune.cli import guarded
-from proxytune.config import ROOT, register
+from proxytune.config import register
+from proxytune.files import ROOT
 from proxytune.prompting import encode, render
+from proxytune.server.local import with_local_bases
+from proxytune.specs import model_specs
 
 TASKS = "[pocket_gsm8k,pocket_triviaqa,pocket_truthfulqa_open,pocket_humaneval]"
 
@@ -67,7 +69,7 @@ def measure(prompts: int) -> list[dict[str, Any]]:
         choice = ["experiment=pocket", "triple=pocket_api", f"task={TASKS}", "output_dir=unused"]
         cfg = compose("config", choice)
     OmegaConf.resolve(cfg)
-    specs = model_specs(cfg)
+    specs = with_local_bases(model_specs(cfg))
     rows = []
     for name, node in cfg.task.items():
         task: Any = instantiate(node, _convert_="all")
@@ -77,7 +79,8 @@ def measure(prompts: int) -> list[dict[str, Any]]:
         texts = []
         for way, blocks in (("single", False), ("blocks", True)):
             # answers are kept in memory, for each way anew
-            api = dict(specs["base"].api) | {"blocks": blocks, "cache": None}
+            assert specs["base"].api is not None
+            api = replace(specs["base"].api, blocks=blocks, cache=None)
             base = replace(specs["base"], api=api)
             generator = proxytune.load(base, specs["expert"], specs["antiexpert"])
             encoded = [

@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import proxytune
-from proxytune.config import ROOT, register
+from proxytune.config import register
+from proxytune.files import ROOT
 from proxytune.prompting import PromptFormat, encode, render
 
 PROMPTS = 24  # per task

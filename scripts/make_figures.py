@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from make_tables import RESULTS, traced
 
-from proxytune import analysis, figures, paper, tables
+from proxytune import analysis, figures, paper, paper_tables
 from proxytune.cli import guarded
+from proxytune.comparison import records
+from proxytune.files import ROOT
+from proxytune.folder import read_csv
 
 FIGURES = ("2", "3", "gaps")
 _POSITIONS = 128
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", action="append", choices=FIGURES, help="default: all")
     parser.add_argument("--pocket", action="store_true", help="of the pocket family")
     parser.add_argument("--task", help="of figure 2; default: the open TruthfulQA task")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="default: results/")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="default: results/")
     options = parser.parse_args(arguments)
     for name in options.figure or FIGURES:
         if name == "2":
@@ -78,7 +80,7 @@ def figure3(results: Path, *, pocket: bool) -> list[Path]:
     """The share of tokens changed by position, one line per task with its overall share."""
     stem = _stem(results, "fig3", pocket)
     found = []
-    for run, task, texts in traced(results / "runs", pocket=pocket):
+    for run, task, texts in paper_tables.traced(results / "runs", pocket=pocket):
         by_position = analysis.changed_by_position(texts, _POSITIONS)
         overall = analysis.changed_share(texts)
         print(f"{run.name}, {task}: {100 * overall:.1f} % of the tokens changed")
@@ -97,10 +99,10 @@ def gaps(results: Path, *, pocket: bool) -> list[Path]:
     """The gaps closed of every committed comparison of several tasks."""
     drawn = []
     for path in sorted((results / "metrics").glob("*.csv")):
-        table: Any = tables.read_csv(path)
+        table: Any = read_csv(path)
         if pocket != (table["paper_size"].iloc[0] == paper.POCKET_SIZE):
             continue
-        bars = sum(bool(row["headline"]) for row in tables.records(table))
+        bars = sum(bool(row["headline"]) for row in records(table))
         if bars > 1 and "gap_closed" in table and table["gap_closed"].notna().any():
             stem = results / "figures" / f"gaps_{path.stem}"
             drawn += figures.save(figures.gap_bars(table, path.stem), stem)

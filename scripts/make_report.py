@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxytune.cli import guarded
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from proxytune.report import write_report
 
 

@@ -11,23 +11,16 @@ scripts/rescore.py scored them (`--json FILE`), in the place of our numbers.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
-from proxytune import analysis, paper, paper_tables, tables
+from proxytune import paper_tables
 from proxytune.cli import guarded
-from proxytune.config import ROOT
-
-RESULTS = ROOT / "results"
-NUMBERS = ("2", "3", "4", "5", "6", "7", "12", "14", "15")
-# below this many tokens, types that come 100 times hardly exist
-_FEW_TOKENS = 50_000
+from proxytune.files import ROOT
+from proxytune.paper_tables import NUMBERS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="append", choices=NUMBERS, help="default: every table")
     parser.add_argument("--pocket", action="store_true", help="of the pocket family")
     parser.add_argument("--rescored", type=Path, help="JSON of scripts/rescore.py, for ours")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="default: results/")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="default: results/")
     options = parser.parse_args(arguments)
     results: Path = options.results
     if options.rescored:
@@ -45,16 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paper_tables.collect(results / "runs", results / "metrics")
         ours = paper_tables.read_ours(results / "metrics")
     for number in options.table or NUMBERS:
-        if number == "12":
-            name = f"{'pocket_' if options.pocket else ''}table12.json"
-            made = table12(results / "bench" / name)
-        elif number == "14":
-            made = table14(results / "experts", pocket=options.pocket)
-        elif number == "6":
-            made = table6(results / "runs", pocket=options.pocket)
-        else:
-            table = paper_tables.build(number, ours, pocket=options.pocket)
-            made = (table, paper_tables.to_markdown(table)) if len(table) else None
+        made = paper_tables.make(number, results, ours, pocket=options.pocket)
         if made is None:
             print(f"table {number}: nothing has been measured for it yet")
             continue
@@ -65,142 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made[0].to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
         Console().print(Markdown(made[1]))
         print(f"{path}\n")
-
-
-def table6(runs: Path, *, pocket: bool) -> tuple[pd.DataFrame, str] | None:
-    """The tokens that proxy-tuning promotes most on open questions, and the test on equations."""
-    rows: list[dict[str, Any]] = []
-    parts = ["# Table 6", "Tokens that proxy-tuning promotes most; mean of p_proxy − p_base."]
-    for run, task, texts in traced(runs, pocket=pocket):
-        key = paper.key_of(task, "info_true") or paper.key_of(task, "acc")
-        pieces = analysis.load_pieces(run)
-        if pieces is None:
-            print(f"{run}: its tokenizer is not here, so its tokens have no names")
-            continue
-        if key == "truthfulqa_info_true":
-            least = 100 if sum(len(text.ids) for text in texts) >= _FEW_TOKENS else 10
-            found = analysis.most_promoted(texts, pieces, min_count=least)
-            rows += [{"run": run.name, "task": task} | asdict(p) for p in found]
-            body = [[p.token, f"{p.mean_delta:+.3f}", str(p.count), f"`{p.ngram}`"] for p in found]
-            head = ["token", "mean rise", "count", "commonest 4-gram"]
-            parts += [f"## {run.name}, {task}: types chosen at least {least} times"]
-            parts += [tables.markdown_table(head, body, 1)]
-        if key == "gsm_acc":
-            test = analysis.compare_sides(texts, pieces)
-            parts += [
-                f"## {run.name}, {task}: equations (section 6.1)",
-                f"Left-hand sides {test.left_mean:.3f} ({test.left_tokens:,} tokens), right-hand "
-                f"sides {test.right_mean:.3f} ({test.right_tokens:,} tokens), Welch's t = "
-                f"{test.t:.2f}, p = {test.p_value:.2g}. The paper, at 13B: 0.131 (14,104), 0.056 "
-                "(16,452), p < 1e-4.",
-            ]
-    return (pd.DataFrame(rows), "\n\n".join(parts) + "\n") if len(parts) > 2 else None
-
-
-def traced(runs: Path, *, pocket: bool) -> Iterator[tuple[Path, str, list[analysis.Moves]]]:
-    """The traced proxy completions of the runs that belong to the paper's Table 2."""
-    for path in sorted(runs.glob("*/run.json")):
-        config = json.loads(path.read_text())["config"]
-        place = config.get("paper") or {}
-        if place.get("table") != "2" or pocket != (place["size"] == paper.POCKET_SIZE):
-            continue
-        for task in config["task"]:
-            texts = analysis.read_moves(path.parent / task / "proxy")
-            if texts:
-                yield path.parent, task, texts
-
-
-def table12(path: Path) -> tuple[pd.DataFrame, str] | None:
-    """Seconds per generation, and the ratio of proxy to tuned beside the paper's."""
-    if not path.is_file():
-        return None
-    bench = json.loads(path.read_text())
-    numbers = paper.numbers()
-    theirs = {
-        (r["size"], r["system"], r["metric"]): r["value"]
-        for r in tables.records(numbers)
-        if r["table"] == "12"
-    }
-    rows = []
-    for name, seconds in bench["table12_seconds"].items():
-        lengths = name.replace(" ", "").strip("()")
-        row = {"prompt,output": lengths, "tuned_s": seconds["tuned"], "proxy_s": seconds["proxy"]}
-        row["ratio"] = bench["table12_proxy_over_tuned"][name]
-        for size in ("13B", "70B"):
-            metric = f"s_per_generation({lengths})"
-            if (size, "tuned", metric) in theirs:
-                ratio = theirs[size, "proxy", metric] / theirs[size, "tuned", metric]
-                row[f"paper_{size}"] = ratio
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    hardware = bench["hardware"]
-    where = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
-    head = ["prompt, output tokens", "tuned, s", "proxy, s", "proxy / tuned", "paper 13B", "70B"]
-    body = [
-        [str(r["prompt,output"]), f"{r['tuned_s']:.3f}", f"{r['proxy_s']:.3f}"]
-        + [f"{r[c]:.2f}×" if c in r else "–" for c in ("ratio", "paper_13B", "paper_70B")]
-        for r in tables.records(table)
-    ]
-    text = (
-        f"# Table 12\n\nSeconds per generation at batch 1 ({bench['size']} random models, {where}; "
-        f"the paper: A100s).\n\n{tables.markdown_table(head, body, 1)}\n"
-    )
-    return table, text
-
-
-def table14(experts: Path, *, pocket: bool) -> tuple[pd.DataFrame, str] | None:
-    """Training time of the finished trainings below a folder, beside the paper's."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(experts.glob("*/train.json")):
-        record = json.loads(path.read_text())
-        config, hardware = record["config"], record["environment"]["hardware"]
-        of_pocket = Path(ROOT, config["model"]).is_relative_to(ROOT / "pocket")
-        if record.get("status") != "finished" or pocket != of_pocket:
-            continue
-        kind = hardware["gpus"][0] if hardware["gpus"] else f"{hardware['processor']} core"
-        rows.append(
-            {
-                "model": config["model"],
-                "tuning": config["method"],
-                "data": config["data"],
-                "examples": record["data"]["examples"],
-                "steps": record["steps"],
-                "tokens": record["tokens"],
-                "seconds": record["seconds"],
-                "devices": f"{record['devices']} x {kind}",
-                "paper_hours": paper.training_hours(
-                    config["model"], config["method"], config["data"]
-                ),
-            }
-        )
-    if not rows:
-        return None
-    body = [[shown(row) for shown in _SHOWN_14.values()] for row in rows]
-    text = (
-        "# Table 14\n\nTraining time on the clock, loading and saving left out; the paper's on its "
-        f"own machines.\n\n{tables.markdown_table(list(_SHOWN_14), body, 3)}\n"
-    )
-    return pd.DataFrame(rows), text
-
-
-def _duration(seconds: float) -> str:
-    if not seconds:
-        return "–"
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 600 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-_SHOWN_14: dict[str, Callable[[dict[str, Any]], str]] = {
-    "model": lambda row: row["model"],
-    "tuning": lambda row: row["tuning"],
-    "data": lambda row: row["data"],
-    "examples": lambda row: f"{row['examples']:,}",
-    "steps": lambda row: f"{row['steps']:,}",
-    "tokens": lambda row: f"{row['tokens']:,}",
-    "time": lambda row: _duration(row["seconds"]),
-    "on": lambda row: row["devices"],
-    "the paper": lambda row: _duration(3600 * (row["paper_hours"] or 0)),
-}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proxytune.cli import guarded
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 if TYPE_CHECKING:
     from reproduce_checks import Step

@@ -17,11 +17,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from proxytune import config, train
-from proxytune.cells import MEMBERS
+from proxytune import config, train, train_config
 from proxytune.checks import check_before_models
 from proxytune.cli import explain
-from proxytune.config import ROOT
+from proxytune.files import ROOT
+from proxytune.roles import MEMBERS
 
 RUN = "run.py"
 TRAIN = "scripts/train_expert.py"
@@ -85,7 +85,7 @@ class Checker:
 
     def _train(self, step: Step, overrides: list[str], found: "_Found") -> Step:
         cfg = OmegaConf.to_object(_compose("train", overrides))
-        assert isinstance(cfg, train.TrainConfig)
+        assert isinstance(cfg, train_config.TrainConfig)
         output = Path(ROOT, cfg.output_dir)
         self.made.add(output)
         record = output / train.RECORD
@@ -208,7 +208,7 @@ def training_cards() -> int:
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     config.register()
-    train.register()
+    train_config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(name, list(overrides))
 

@@ -31,7 +31,8 @@ import pandas as pd
 from rescore_release import Comparison, Run, check_only, mean, score_release
 
 from proxytune.cli import guarded
-from proxytune.records import Completion, Example, Metric, Prompt, read_jsonl
+from proxytune.files import read_jsonl
+from proxytune.records import Completion, Example, Metric, Prompt
 from tasks.loading import Row, read_rows, read_text
 
 log = logging.getLogger("rescore")

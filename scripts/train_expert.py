@@ -16,8 +16,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.cli import guarded
-from proxytune.config import ROOT
-from proxytune.train import TrainConfig, register, train
+from proxytune.files import ROOT
+from proxytune.train import train
+from proxytune.train_config import TrainConfig, register
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 DEFAULT_CACHE = str(ROOT / "results" / "judgements.sqlite")
 _LOCK_SECONDS = 60  # two runs may write to one file

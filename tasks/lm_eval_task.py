@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from proxytune import stats
-from proxytune.provenance import write_json
-from proxytune.records import Completion, Example, Metric, Prompt, Score, write_jsonl
+from proxytune.files import write_json, write_jsonl
+from proxytune.records import Completion, Example, Metric, Prompt, Score
 from tasks.base import MetricInfo
 
 _RESULT = "result.json"

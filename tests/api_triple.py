@@ -7,8 +7,8 @@ from typing import Any
 
 from proxytune import api
 from proxytune.api_base import member
-from proxytune.model import ModelSpec
 from proxytune.server import ServerSettings, create_app
+from proxytune.spec import ModelSpec
 from tests.serving import running
 from tests.tiny import save_tiny
 

@@ -4,8 +4,10 @@ import json
 import random
 from dataclasses import dataclass
 
-from proxytune import stats, tables
-from proxytune.records import Completion, Example, Prompt, Score, write_jsonl
+from proxytune import stats
+from proxytune.files import write_jsonl
+from proxytune.folder import build_table
+from proxytune.records import Completion, Example, Prompt, Score
 
 WORDS = ["Here", "is", "the", "answer", ":", "3", "+", "4", "=", "7", "apples", ".", "There", "are"]
 RIGHT = {"base": 0.2, "expert": 0.5, "proxy": 0.6, "tuned": 0.7}
@@ -77,7 +79,7 @@ def make(folder, examples=30, tokens=12, limit=None, tasks=2):
             write_jsonl(folder / task / system / "completions.jsonl", completions)
             write_jsonl(folder / task / system / "scores.jsonl", scores)
             metrics += stats.metrics(task, system, scores)
-    tables.build(folder, metrics, infos, ("2", "13B"), limit)
+    build_table(folder, metrics, infos, ("2", "13B"), limit)
     member = {"id": str(folder / "tokenizer"), "revision": None, "dtype": "float32"}
     run = {
         "name": "llama13b_chat",

@@ -3,7 +3,9 @@ import json
 import pytest
 
 from proxytune import analysis
-from proxytune.records import Completion, Metric, write_jsonl
+from proxytune.files import write_jsonl
+from proxytune.records import Completion, Metric
+from proxytune.text import TokenTexts
 
 
 def text(*steps):
@@ -162,7 +164,7 @@ def test_pieces_keep_the_space_in_front(tmp_path):
 
     report_folder.tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    piece = analysis.Pieces(tokenizer)
+    piece = TokenTexts(tokenizer).text
     ids = tokenizer.encode("Here is the answer", add_special_tokens=False)
     assert [piece(i) for i in ids] == [" Here", " is", " the", " answer"]
 

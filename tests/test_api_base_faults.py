@@ -9,9 +9,11 @@ import pytest
 import requests
 
 from proxytune import api
-from proxytune.api_base import Unanswered, client
-from proxytune.model import ModelSpec, check_triple
+from proxytune.api_base import client
+from proxytune.loader import check_triple
 from proxytune.server import ServerSettings, create_app
+from proxytune.spec import ModelSpec
+from proxytune.system import Unanswered
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import Faulty, faulty
 from tests.serving import running

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

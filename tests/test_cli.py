@@ -14,7 +14,7 @@ import pytest
 
 from proxytune import cli, runner
 from proxytune.cells import sole_writer
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]
 

@@ -7,10 +7,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from proxytune.checks import model_specs
 from proxytune.cli import explain
-from proxytune.config import ROOT, to_dict
 from proxytune.config import register as register_schema
+from proxytune.config import to_dict
+from proxytune.files import ROOT
+from proxytune.specs import model_specs
 
 EXPERIMENTS = sorted(
     p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml") if p.stem != "none"

@@ -14,6 +14,7 @@ from proxytune.generator import make_decoding
 from proxytune.memory import row_budget
 from proxytune.rows import Request
 from proxytune.sampling import Sampler
+from proxytune.system import Pass
 from proxytune.text import GrowingText
 
 TOKENIZER = tiny_tokenizer()
@@ -38,10 +39,10 @@ class Watched:
         if self.most_rows is not None and rows > self.most_rows:
             raise torch.OutOfMemoryError("injected: out of memory")
 
-    def prefill(self, prompts):
+    def prefill(self, prompts, alphas=None, ahead=0):
         self._check(len(self.member.lengths) + len(prompts))
-        self.prefilled += [len(prompt) for prompt in prompts]
-        return self.member.prefill(prompts)
+        self.prefilled += [len(prompt["base"]) for prompt in prompts]
+        return self.member.prefill(prompts, alphas, ahead)
 
     def step(self, tokens):
         self._check(len(tokens))
@@ -49,12 +50,12 @@ class Watched:
         self.row_steps += len(tokens)
         return self.member.step(tokens)
 
-    def join(self, tokens, prompts):
+    def join(self, tokens, prompts, alphas=None):
         self._check(len(tokens) + len(prompts))
-        self.prefilled += [len(prompt) for prompt in prompts]
+        self.prefilled += [len(prompt["base"]) for prompt in prompts]
         self.steps += 1
         self.row_steps += len(tokens)
-        return self.member.join(tokens, prompts)
+        return self.member.join(tokens, prompts, alphas)
 
 
 def watched(model=MODEL, **more):
@@ -181,7 +182,7 @@ def test_requests_are_taken_as_they_are_needed():
         ahead = max(ahead, taken - done)
     assert taken == 100
     assert ahead <= 4 + 4 + 4
-    assert system.member.cache.slots == 0  # given back at the end
+    assert system.member.member.cache.slots == 0  # given back at the end
 
 
 def test_eos_ids_are_those_of_every_source():
@@ -266,7 +267,7 @@ def test_growing_text_costs_the_same_per_token():
 
 def test_row_budget_goes_by_memory_and_length():
     generator, _ = watched()
-    members = list(generator._wrapped.values())
+    members = list(generator.system.members.values())
     assert row_budget(members, 7)(10**9) == 7
     auto = row_budget(members)
     assert auto(10**15) == 1
@@ -283,15 +284,17 @@ class Cheap:
         self.steps = 0
         self.most_tokens = 0
 
-    def prefill(self, prompts):
-        self.lengths += [len(prompt) for prompt in prompts]
-        return torch.eye(8)[[prompt[-1] for prompt in prompts]].roll(1, -1)
+    joins = False
+
+    def prefill(self, prompts, alphas=None, ahead=0):
+        self.lengths += [len(prompt["base"]) for prompt in prompts]
+        return Pass(torch.eye(8)[[prompt["base"][-1] for prompt in prompts]].roll(1, -1))
 
     def step(self, tokens):
         self.steps += 1
         self.lengths = [length + 1 for length in self.lengths]
         self.most_tokens = max(self.most_tokens, sum(self.lengths))
-        return torch.eye(8)[tokens % 8].roll(1, -1)
+        return Pass(torch.eye(8)[tokens % 8].roll(1, -1))
 
     def keep(self, rows):
         self.lengths = [self.lengths[row] for row in rows]
@@ -306,7 +309,9 @@ def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_t
 
     def requests(count):
         for i in range(count):
-            yield Request(i, [i % 8], [i % 8], str(i), 0, decoding, sampler, frozenset(), 2 + i % 3)
+            yield Request(
+                i, {"base": [i % 8]}, [i % 8], str(i), 0, decoding, sampler, frozenset(), 2 + i % 3
+            )
 
     def measure(count):
         system = Cheap()

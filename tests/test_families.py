@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import proxytune
-from proxytune.member import CachedModel
+from proxytune.cached import CachedModel
 from proxytune.recomputed import RecomputedModel
 
 VOCAB = 120

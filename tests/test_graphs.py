@@ -72,8 +72,8 @@ def test_a_cache_that_moves_is_recorded_anew():
     model, record = tiny_model("llama", 0), Tracer()
     want = proxytune.load(model).generate([[5, 6]], max_new_tokens=150)[0].token_ids
     generator = proxytune.load(model)
-    generator.system.joins = False
-    generator.system.record(record)
+    generator.system.member.joins = False
+    generator.system.member.record(record)
     assert generator.generate([[5, 6]], max_new_tokens=150)[0].token_ids == want
     assert record.recordings > 1
 
@@ -103,23 +103,23 @@ def test_memory_that_runs_out_while_recording_is_not_a_reason_to_stop_recording(
         return record(run)
 
     generator = proxytune.load(model)
-    generator.system.joins = False
-    generator.system.record(sometimes)
+    generator.system.member.joins = False
+    generator.system.member.record(sometimes)
     want = texts(proxytune.load(model))
     assert texts(generator) == want
-    assert not failures and record.replays and generator.system.recorded.usable
+    assert not failures and record.replays and generator.system.member.recorded.usable
 
 
 def test_only_so_many_recordings_are_kept():
     model = tiny_model("llama", 0)
     generator = proxytune.load(model)
-    generator.system.joins = False
-    generator.system.record(Tracer())
+    generator.system.member.joins = False
+    generator.system.member.record(Tracer())
     for width in range(1, graphs.KEPT + 4):
-        generator.system.prefill([[3, 4]])
+        generator.system.member.prefill([[3, 4]])
         with torch.inference_mode():
-            generator.system.extend(torch.full((len(generator.system.lengths), width), 7))
-    assert len(generator.system.recorded._steps) <= graphs.KEPT
+            generator.system.member.extend(torch.full((len(generator.system.lengths), width), 7))
+    assert len(generator.system.member.recorded._steps) <= graphs.KEPT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 from proxytune import api
 from proxytune.harness import evaluation
 from proxytune.harness.model import ProxyTuneLM
-from proxytune.model import ModelSpec
 from proxytune.prompting import PromptFormat
+from proxytune.spec import ModelSpec
 from tasks.lm_eval_task import LmEvalTask
 from tests.tiny import save_tiny, tiny_tokenizer
 

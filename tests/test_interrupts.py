@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 
 SLEEPER = """
 import time

@@ -11,9 +11,13 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 import proxytune
 from proxytune import model
-from proxytune.member import CachedModel, make_member
-from proxytune.model import ModelSpec, check_triple, common_vocabulary, load_member, shares_weights
+from proxytune.build import shares_weights
+from proxytune.cached import CachedModel
+from proxytune.choose import make_member
+from proxytune.loader import check_triple, load_member
 from proxytune.recomputed import RecomputedModel
+from proxytune.spec import ModelSpec
+from proxytune.vocabulary import common_vocabulary
 
 
 @pytest.fixture(scope="module")

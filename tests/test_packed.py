@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from proxytune.member import CachedModel, make_member
+from proxytune.cached import CachedModel
+from proxytune.choose import make_member
 from proxytune.narrow import NarrowProducts, narrow_products
 from proxytune.packed import CALL, _neighbours
 
@@ -17,18 +18,18 @@ prompts = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_s
 @torch.inference_mode()
 def run(member, first, second, block, counts):
     """A batch that another one joins, a block, a rollback and a step."""
-    logits = [member.prefill(first)]
+    passes = [member.prefill(first)]
     tokens = torch.arange(len(first))
     if member.joins:
-        logits.append(member.join(tokens, second))
+        passes.append(member.join(tokens, second))
     else:
-        logits.append(torch.cat([member.step(tokens), member.prefill(second)]))
+        passes += [member.step(tokens), member.prefill(second)]
     rows = len(first) + len(second)
-    logits.append(member.extend(block[:rows]).flatten(0, 1))
+    passes.append(member.extend(block[:rows]).flat())
     member.rollback(counts[:rows])
     member.keep([rows - 1, *range(rows - 1)])
-    logits.append(member.step(torch.arange(rows)))
-    return torch.cat(logits), member.lengths
+    passes.append(member.step(torch.arange(rows)))
+    return torch.cat([each.logits for each in passes]), member.lengths
 
 
 @settings(max_examples=15, deadline=None)

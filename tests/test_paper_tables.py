@@ -5,7 +5,8 @@ import pytest
 import report_folder
 
 from proxytune import paper, paper_tables, stats, tables
-from proxytune.config import ROOT
+from proxytune.files import ROOT
+from proxytune.folder import read_csv, to_csv
 from proxytune.records import Score
 
 
@@ -134,16 +135,16 @@ def test_smoke_runs_and_variants_are_not_collected(tmp_path):
 
 def test_of_a_folder_with_a_smoke_run_the_whole_tasks_are_collected(tmp_path):
     folder = report_folder.make(tmp_path / "llama13b_chat", examples=5)
-    table = tables.read_csv(folder / "table.csv")
+    table = read_csv(folder / "table.csv")
     table.loc[table["task"] != "gsm8k", "limit"] = 3
-    tables.to_csv(table, folder / "table.csv")
+    to_csv(table, folder / "table.csv")
     (written,) = paper_tables.collect(tmp_path, tmp_path / "metrics")
-    assert set(tables.read_csv(written)["task"]) == {"gsm8k"}
+    assert set(read_csv(written)["task"]) == {"gsm8k"}
 
 
 def test_a_pocket_run_fills_the_papers_rows_without_the_papers_numbers(tmp_path):
     report_folder.make(tmp_path / "run", examples=5)
-    table = tables.read_csv(tmp_path / "run" / "table.csv")
+    table = read_csv(tmp_path / "run" / "table.csv")
     table["task"] = table["task"].map(lambda task: f"pocket_{task}")
     table["paper_size"] = "pocket"
     ours = paper_tables.from_comparison(table)
@@ -155,7 +156,7 @@ def test_a_pocket_run_fills_the_papers_rows_without_the_papers_numbers(tmp_path)
 
 def test_lora_stands_beside_the_systems_of_table_5(tmp_path):
     folder = report_folder.make(tmp_path / "llama13b_gsm", examples=10, tasks=1)
-    table = tables.read_csv(folder / "table.csv")
+    table = read_csv(folder / "table.csv")
     five = paper_tables.from_comparison(table.assign(paper_table="5"))
     lora = paper_tables.from_comparison(
         table.assign(paper_table="15", tuned=90.0)[

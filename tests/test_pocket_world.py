@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from proxytune.prompting import PromptFormat, render
 from scripts.pocket import files, text, world
 from scripts.pocket.tokenizer import make_tokenizer, vocabulary

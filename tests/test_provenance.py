@@ -3,7 +3,7 @@
 from typing import Any
 
 from proxytune import provenance
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from proxytune.prompting import read_template
 from proxytune.records import Example, Prompt
 

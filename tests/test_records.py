@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune.records import Completion, Decoding, JsonlWriter, Score, read_jsonl, write_jsonl
+from proxytune.files import JsonlWriter, read_jsonl, write_jsonl
+from proxytune.records import Completion, Decoding, Score
 
 
 def completion(text: str = "a", sample: int = 0) -> Completion:

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from proxytune.config import ROOT
-from proxytune.records import Metric, write_jsonl
+from proxytune import paper_tables
+from proxytune.files import ROOT, write_jsonl
+from proxytune.records import Metric
 
 TARGETS = yaml.safe_load((ROOT / "conf" / "paper.yaml").read_text())
 
@@ -56,10 +57,10 @@ def ran(scripts, monkeypatch, tmp_path):
 def test_every_step_is_a_command_that_composes(scripts, name, pocket):
     from hydra import compose, initialize_config_dir
 
-    from proxytune import config, train
+    from proxytune import config, train_config
 
     config.register()
-    train.register()
+    train_config.register()
     steps = scripts.reproduce.steps_of(TARGETS[name], pocket=pocket)
     for step in steps:
         script, *overrides = shlex.split(step.command)
@@ -231,7 +232,6 @@ def test_make_knows_every_target_and_says_each_in_a_line():
 
 
 def test_table_14_puts_training_times_beside_the_papers(scripts, tmp_path):
-    make_tables = importlib.import_module("make_tables")
     record = {
         "status": "finished",
         "config": {"model": "meta-llama/Llama-2-7b-hf", "method": "full", "data": "gsm8k"},
@@ -244,14 +244,14 @@ def test_table_14_puts_training_times_beside_the_papers(scripts, tmp_path):
     }
     pocket = record | {"config": record["config"] | {"model": "pocket/models/base"}}
     for name, each in (("a", record), ("b", pocket), ("c", record | {"status": "training"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.json").write_text(json.dumps(each))
-    table, text = make_tables.table14(tmp_path, pocket=False)
+        (tmp_path / "experts" / name).mkdir(parents=True)
+        (tmp_path / "experts" / name / "train.json").write_text(json.dumps(each))
+    table, text = paper_tables.table14(tmp_path, pocket=False)
     assert table["paper_hours"].tolist() == [2.58]
     assert "| 2 h 00 min | 4 x A100 | 2 h 35 min |" in text
-    table, text = make_tables.table14(tmp_path, pocket=True)
+    table, text = paper_tables.table14(tmp_path, pocket=True)
     assert table["model"].tolist() == ["pocket/models/base"] and "| – |" in text
-    assert make_tables.table14(tmp_path / "empty", pocket=False) is None
+    assert paper_tables.table14(tmp_path / "empty", pocket=False) is None
 
 
 def test_figure_2_draws_one_experiment_and_its_largest_runs(scripts, tmp_path):

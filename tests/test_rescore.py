@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.records import Completion, Example, Metric, Prompt, write_jsonl
+from proxytune.files import write_jsonl
+from proxytune.records import Completion, Example, Metric, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

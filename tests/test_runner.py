@@ -6,7 +6,8 @@ from typing import Any
 
 from proxytune import runner
 from proxytune.cells import Cell
-from proxytune.records import Decoding, Metric, Score, read_jsonl
+from proxytune.files import read_jsonl
+from proxytune.records import Decoding, Metric, Score
 
 
 class ScoredCell(Cell):

@@ -20,7 +20,7 @@ import requests
 from lm_eval.tasks import TaskManager
 
 from proxytune import api
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from proxytune.harness.model import ProxyTuneLM
 from proxytune.server import create_app
 from tests.serving import running

@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from proxytune import api
+from proxytune.score import prompt_logprobs
 from proxytune.server import ServerSettings, create_app
-from proxytune.server.logprobs import prompt_logprobs
 from tests.serving import running
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.server.answers import ShownText
-from proxytune.server.tokens import TokenTexts
+from proxytune.text import TokenTexts
 from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 

@@ -6,7 +6,10 @@ import pytest
 from rich.console import Console
 
 from proxytune import paper, stats, tables
-from proxytune.records import Metric, Score, write_jsonl
+from proxytune.comparison import caveat
+from proxytune.files import write_jsonl
+from proxytune.folder import build_table, read_csv, to_csv
+from proxytune.records import Metric, Score
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def test_without_scores_there_are_points_but_no_intervals_of_gaps(metrics):
 
 
 def test_csv_gives_the_same_table_back(table, tmp_path):
-    tables.to_csv(table, tmp_path / "table.csv")
-    again = tables.read_csv(tmp_path / "table.csv")
+    to_csv(table, tmp_path / "table.csv")
+    again = read_csv(tmp_path / "table.csv")
     assert tables.to_markdown(again) == tables.to_markdown(table)
     assert again["headline"].dtype == bool
 
@@ -138,12 +141,12 @@ def test_parts_of_a_metric_stay_in_the_csv(metrics):
 def test_a_smoke_run_says_so(tmp_path, metrics, scores):
     for (task, system), found in scores.items():
         write_jsonl(tmp_path / task / system / "scores.jsonl", found)
-    table = tables.build(tmp_path, metrics, INFOS, limit=20)
+    table = build_table(tmp_path, metrics, INFOS, limit=20)
     said = "limit=20: smoke run, not comparable"
     assert said in tables.to_markdown(table) and said in rendered(table)
     assert said in (tmp_path / "table.md").read_text()
-    assert tables.caveat(tables.read_csv(tmp_path / "table.csv")) == said
-    full = tables.build(tmp_path, metrics, INFOS)
+    assert caveat(read_csv(tmp_path / "table.csv")) == said
+    full = build_table(tmp_path, metrics, INFOS)
     assert "smoke" not in tables.to_markdown(full)
     assert row(full, "gsm8k", "acc").gap_closed_low > 0  # the scores were read back
 
@@ -195,24 +198,24 @@ def test_a_run_of_one_task_leaves_the_folders_other_tasks_in_the_table(tmp_path,
     for (task, system), cell in scores.items():
         write_jsonl(tmp_path / task / system / "scores.jsonl", cell)
     write_jsonl(tmp_path / "metrics.jsonl", metrics)
-    whole = tables.build(tmp_path, metrics, INFOS, ("2", "13B"))
+    whole = build_table(tmp_path, metrics, INFOS, ("2", "13B"))
     page = (tmp_path / "table.md").read_text()
     some = [m for m in metrics if m.task == "gsm8k"]
-    again = tables.build(tmp_path, some, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
+    again = build_table(tmp_path, some, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
     pd.testing.assert_frame_equal(again, whole)
     assert (tmp_path / "table.md").read_text() == page
     # one system alone: the others stay beside it
     proxy = [m for m in some if m.system == "proxy"]
-    again = tables.build(tmp_path, proxy, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
+    again = build_table(tmp_path, proxy, {"gsm8k": INFOS["gsm8k"]}, ("2", "13B"))
     pd.testing.assert_frame_equal(again, whole)
 
 
 def test_a_smoke_run_of_one_task_marks_that_task_alone(tmp_path, metrics, scores):
     write_jsonl(tmp_path / "metrics.jsonl", metrics)
-    tables.build(tmp_path, metrics, INFOS)
+    build_table(tmp_path, metrics, INFOS)
     few = [replace(m, n_examples=3) for m in metrics if m.task == "gsm8k" and m.system == "proxy"]
-    table = tables.build(tmp_path, few, {"gsm8k": INFOS["gsm8k"]}, limit=3)
-    assert tables.caveat(table) == "limit=3: smoke run, not comparable (gsm8k)"
+    table = build_table(tmp_path, few, {"gsm8k": INFOS["gsm8k"]}, limit=3)
+    assert caveat(table) == "limit=3: smoke run, not comparable (gsm8k)"
     row = table[table["task"] == "gsm8k"].iloc[0]
     assert row["base"] != row["base"]  # measured on other examples, so not beside it
 
@@ -221,13 +224,13 @@ def test_an_unfinished_task_says_so_until_it_is_finished(tmp_path, metrics, scor
     for (task, system), found in scores.items():
         write_jsonl(tmp_path / task / system / "scores.jsonl", found)
     write_jsonl(tmp_path / "metrics.jsonl", metrics)
-    table = tables.build(tmp_path, metrics, INFOS, unfinished={"gsm8k": "proxy 40 of 150"})
+    table = build_table(tmp_path, metrics, INFOS, unfinished={"gsm8k": "proxy 40 of 150"})
     said = "unfinished, not comparable (gsm8k: proxy 40 of 150)"
-    assert tables.caveat(table) == said
-    assert tables.caveat(tables.read_csv(tmp_path / "table.csv")) == said
+    assert caveat(table) == said
+    assert caveat(read_csv(tmp_path / "table.csv")) == said
     other = [m for m in metrics if m.task == "toxigen"]
-    assert tables.caveat(tables.build(tmp_path, other, {"toxigen": INFOS["toxigen"]})) == said
-    assert tables.caveat(tables.build(tmp_path, metrics, INFOS)) == ""
+    assert caveat(build_table(tmp_path, other, {"toxigen": INFOS["toxigen"]})) == said
+    assert caveat(build_table(tmp_path, metrics, INFOS)) == ""
 
 
 def test_systems_without_a_common_example_stand_without_differences(metrics, scores):
@@ -247,6 +250,6 @@ def test_an_average_takes_two_gaps_and_stands_beside_the_papers_of_the_same_task
 
 
 def test_a_metric_called_true_is_read_back_as_text(tmp_path):
-    table = tables.build(tmp_path, [Metric("t", "base", "true", 0.5, 5, 5)], {"t": {}})
-    assert tables.read_csv(tmp_path / "table.csv")["metric"].tolist() == ["true"]
-    assert tables.to_markdown(tables.read_csv(tmp_path / "table.csv")) == tables.to_markdown(table)
+    table = build_table(tmp_path, [Metric("t", "base", "true", 0.5, 5, 5)], {"t": {}})
+    assert read_csv(tmp_path / "table.csv")["metric"].tolist() == ["true"]
+    assert tables.to_markdown(read_csv(tmp_path / "table.csv")) == tables.to_markdown(table)

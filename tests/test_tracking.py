@@ -5,7 +5,8 @@ import time
 import pandas as pd
 import pytest
 
-from proxytune.records import Completion, Example, Metric, Prompt, Score, write_jsonl
+from proxytune.files import write_jsonl
+from proxytune.records import Completion, Example, Metric, Prompt, Score
 from proxytune.tracking import Tracker, WandbTracker, make_tracker, sample_completions
 
 METRICS = [

@@ -24,8 +24,9 @@ from transformers import (
 
 from proxytune import ModelSpec, load
 from proxytune import train as train_module
-from proxytune.config import ROOT
-from proxytune.train import LoraSettings, TrainConfig, register, train
+from proxytune.files import ROOT
+from proxytune.train import train
+from proxytune.train_config import LoraSettings, TrainConfig, register
 from proxytune.train_data import IGNORE, collate, read_rows, tokenize, turns
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -12,8 +12,9 @@ from typing import Any
 
 import openai
 
+from proxytune.api_base.settings import ApiSettings
 from proxytune.api_base.store import Store
-from proxytune.config import ApiConfig
+from proxytune.system import Unanswered, UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +27,6 @@ _BUDGET = (
     ("tokens", "max_tokens", "{:,.0f} tokens"),
     ("cost", "max_cost", "{:.2f} of money"),
 )
-
-
-class UpstreamError(Exception):
-    """The server that was asked is of no more use; the message says why, and the way out."""
-
-
-class Unanswered(UpstreamError, OSError):
-    """The server did not answer for as long as we were told to wait."""
 
 
 class Refused(UpstreamError, ValueError):
@@ -75,7 +68,7 @@ class Client:
         store: keeps what was spent.
     """
 
-    def __init__(self, settings: ApiConfig, store: Store) -> None:
+    def __init__(self, settings: ApiSettings, store: Store) -> None:
         self.settings = settings
         self.store = store
         self.spent = Spent(**(store.fact("spent") or {}))
@@ -262,7 +255,7 @@ class Client:
         return f"{self.settings.base_url} does not accept the key ({_reason(error)}): {way_out}"
 
 
-def _key(settings: ApiConfig) -> str:
+def _key(settings: ApiSettings) -> str:
     if settings.api_key_env is None:
         return "none"  # the client insists on one; servers without keys ignore it
     key = os.environ.get(settings.api_key_env)

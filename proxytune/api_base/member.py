@@ -2,9 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from proxytune.api_base.answer import Answer
 from proxytune.api_base.client import Client
 from proxytune.api_base.names import TokenNames
 from proxytune.api_base.probe import Protocol, find_offer
+from proxytune.api_base.settings import LOCAL, ApiSettings
 from proxytune.api_base.store import Store
-from proxytune.config import ApiConfig
 from proxytune.records import Decoding
 from proxytune.speculative import Pace
+from proxytune.system import Member, Pass
 from proxytune.truncation import Truncation
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class RequestPace(Pace):
         return self.width(rows)
 
 
-class ApiMember:
-    """An endpoint as a `member.Member`: its log-probabilities are the logits.
+class ApiMember(Member):
+    """An endpoint as a member: its log-probabilities are the logits.
 
     A row is nothing but its tokens: forgetting some is free, and every position that was once
     answered is answered from the store. Logits are on the CPU, in float32, minus infinity for
@@ -75,23 +75,17 @@ class ApiMember:
         self.store = store
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
+        self.complete = self.offer.k == -1  # the server shows the whole vocabulary
         self.max_positions = protocol.client.max_positions
         # two waves of requests per block; the logits of more rows would only fill memory
         self.max_rows = 2 * protocol.client.settings.max_concurrency
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
-        self._last: list[list[Answer]] = []
-        self._single = True  # the last logits have no width
 
     @property
     def lengths(self) -> list[int]:
         """Tokens per row."""
         return [len(row) for row in self._rows]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the server shows the whole vocabulary."""
-        return self.offer.k == -1
 
     @property
     def blocks(self) -> bool:
@@ -102,42 +96,27 @@ class ApiMember:
         self,
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab].
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab].
 
-        Args:
-            prompts: token ids.
-            guesses: how each may go on; the same request answers for these places, too.
+        The request for a prompt asks for the places of its guess, too.
         """
         rows = [list(map(int, prompt)) for prompt in prompts]
         if guesses is not None and self.blocks:
             longer = [[*row, *more] for row, more in zip(rows, guesses, strict=True)]
             self._answer(longer, [len(row) - 1 for row in rows])
-        self._last = self._answer(rows, [len(row) - 1 for row in rows])
-        self._single = True
+        answers = self._answer(rows, [len(row) - 1 for row in rows])
         self._rows += rows
         self._prompts += [len(row) for row in rows]
-        return self._stacked([answers[0].logits(self.vocab_size) for answers in self._last])
+        return self._pass(answers).flat()
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        logits = self.extend(tokens.unsqueeze(1)).squeeze(1)
-        self._single = True
-        return logits
-
-    def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab]."""
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
         self._refuse_second_token()
         rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
-        self._last = self._answer(rows, self.lengths)
-        self._single = False
+        answers = self._answer(rows, self.lengths)
         self._rows = rows
-        return self._stacked(
-            [
-                torch.stack([answer.logits(self.vocab_size) for answer in answers])
-                for answers in self._last
-            ]
-        )
+        return self._pass(answers)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
@@ -151,21 +130,7 @@ class ApiMember:
 
     def clear(self) -> None:
         """Drops every row."""
-        self._rows, self._prompts, self._last = [], [], []
-
-    @property
-    def truncation(self) -> Truncation:
-        """What is known of the last logits, beyond them."""
-        ceilings = [
-            torch.stack([answer.ceiling(self.vocab_size) for answer in answers])
-            for answers in self._last
-        ]
-        unseen = torch.tensor([[answer.unseen for answer in answers] for answers in self._last])
-        ceiling = self._stacked(ceilings)
-        if self._single:
-            ceiling, unseen = ceiling[:, 0], unseen[:, 0]
-        mode = f"{self.offer.endpoint}, {self.offer.blocks or 'token by token'}"
-        return Truncation(mode, self.offer.k, ceiling, unseen)
+        self._rows, self._prompts = [], []
 
     def pace(self, fixed: int | None) -> RequestPace | None:
         """Blocks where one request scores several tokens; else lockstep."""
@@ -266,8 +231,18 @@ class ApiMember:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.client.settings.max_concurrency, "api")
 
-    def _stacked(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+    def _pass(self, answers: Sequence[Sequence[Answer]]) -> Pass:
+        """The answers of every row as logits [rows, width, vocab], and what is known beyond."""
+        logits, ceiling = (
+            torch.stack([torch.stack([listed(each) for each in row]) for row in answers])
+            for listed in (
+                lambda answer: answer.logits(self.vocab_size),
+                lambda answer: answer.ceiling(self.vocab_size),
+            )
+        )
+        unseen = torch.tensor([[answer.unseen for answer in row] for row in answers])
+        mode = f"{self.offer.endpoint}, {self.offer.blocks or 'token by token'}"
+        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen))
 
     def _refuse_second_token(self) -> None:
         if any(len(row) >= prompt for row, prompt in zip(self._rows, self._prompts, strict=True)):
@@ -287,49 +262,27 @@ class ApiMember:
         )
 
 
-def settings_of(api: Mapping[str, Any]) -> ApiConfig:
-    """The checked settings of an endpoint.
-
-    Raises:
-        ValueError: an unknown key, or a value that cannot be.
-    """
-    unknown = api.keys() - {each.name for each in fields(ApiConfig)}
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r} in the settings of an API")
-    settings = ApiConfig(**api)
-    for key in ("base_url", "model"):
-        if not api.get(key) or api[key] == "???":
-            raise ValueError(f"the API of the base has no {key}; give triple.base.api.{key}=...")
-    top = settings.top_logprobs
-    if top != "auto" and (not isinstance(top, int) or top < -1 or top == 0):
-        raise ValueError(f"top_logprobs={top!r} is neither 'auto', -1 (all) nor at least 1")
-    if settings.endpoint not in ("auto", "completions", "chat"):
-        raise ValueError(f"endpoint={settings.endpoint!r} is none of auto, completions, chat")
-    if settings.max_concurrency < 1:
-        raise ValueError(f"max_concurrency={settings.max_concurrency} must be at least 1")
-    return settings
-
-
 def open_api(spec: Any, tokenizer: Any) -> ApiMember:
     """The endpoint of a `ModelSpec`; it is checked and probed once per process.
 
     Raises:
         ValueError: it is not there, does not know the key or the model, or shows too little.
     """
-    settings = settings_of(spec.api)
+    settings: ApiSettings = spec.api
+    if settings.base_url == LOCAL:
+        raise ValueError(
+            f"base_url={LOCAL!r} is for the commands; from Python, serve the base with "
+            "proxytune.server.local.serve_locally(folder, name) and give the URL that it returns"
+        )
     name = repr((spec.id, spec.revision, settings))
     if name not in _probed:
-        _probed[name] = _probe(spec, settings, tokenizer)
+        _probed[name] = _probe(settings, tokenizer)
     protocol, store = _probed[name]
     vocab_size = protocol.names.vocab_size
     return ApiMember(protocol, store, vocab_size, _eos_ids(spec, tokenizer))
 
 
-def _probe(spec: Any, settings: ApiConfig, tokenizer: Any) -> tuple[Protocol, Store]:
-    if settings.base_url == "local":
-        from proxytune.api_base.local import serve_locally
-
-        settings.base_url = serve_locally(spec.id, settings.model)
+def _probe(settings: ApiSettings, tokenizer: Any) -> tuple[Protocol, Store]:
     foreign = settings.foreign_tokenizer
     model = f"{settings.model} {settings.top_logprobs} {settings.endpoint} {foreign}"
     store = Store(Path(settings.cache) if settings.cache else None, model)

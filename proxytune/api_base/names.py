@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxytune.text import BYTE_OF, is_byte_level
+
 _TOKEN_ID = "token_id:"
 _BYTES = "bytes:"  # OpenAI's completions write a token that is no valid UTF-8 as bytes:\xe2\x80
 
@@ -33,7 +35,7 @@ class TokenNames:
     Args:
         tokenizer: of the triple.
         vocab_size: ids that all members share; others are unknown.
-        foreign: the server's tokenizer is another one: a word is the token that writes it behind
+        foreign: the server's tokenizer is another one: a word is the token that writes it after
             a space (" A" and "A" are both "▁A"), because a prompt ends without one.
     """
 
@@ -45,7 +47,7 @@ class TokenNames:
         special = set(tokenizer.added_tokens_decoder)
         texts = tokenizer.batch_decode([[i] for i in range(vocab_size)], skip_special_tokens=False)
         pieces = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
-        byte_level = _is_byte_level(tokenizer)
+        byte_level = is_byte_level(tokenizer)
         for token, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
             self._by_text[text].add(token)
             if piece is not None:
@@ -75,15 +77,9 @@ class TokenNames:
         return ()
 
 
-def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether pieces are written in the 256 visible characters of byte-level BPE."""
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    return core is not None and "ByteLevel" in str(core.decoder)
-
-
 def _bytes_of(piece: str, byte_level: bool) -> bytes:
     if byte_level:
-        return bytes(_BYTE_OF[char] for char in piece) if set(piece) <= _BYTE_OF.keys() else b""
+        return bytes(BYTE_OF[char] for char in piece) if set(piece) <= BYTE_OF.keys() else b""
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's byte tokens
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
@@ -92,13 +88,3 @@ def _bytes_of(piece: str, byte_level: bool) -> bytes:
 def _unescaped(text: str) -> bytes:
     r"""The bytes of "\xe2\x80", with plain ASCII characters between."""
     return re.sub(rb"\\x([0-9a-fA-F]{2})", lambda match: bytes([int(match[1], 16)]), text.encode())
-
-
-def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE's characters (GPT-2): visible bytes are themselves, the others from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_characters()

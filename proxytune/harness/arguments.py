@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.model import ModelSpec
 from proxytune.prompting import PromptFormat
+from proxytune.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -321,7 +321,7 @@ class ProxyTuneLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Which models these were, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
-        alpha = getattr(self.generator.system, "alpha", None)
+        alpha = self.generator.system.alpha if "expert" in members else None
         return {"proxytune_members": members, "proxytune_alpha": alpha}
 
 

@@ -10,7 +10,7 @@ command.py   the command: loads the triple, binds the port, runs uvicorn
 
 from typing import TYPE_CHECKING, Any
 
-from proxytune.config import ServerSettings
+from proxytune.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from proxytune.server.app import create_app

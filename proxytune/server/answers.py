@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxytune.rows import Finished
-from proxytune.server.logprobs import TokenLogprob
+from proxytune.score import TokenLogprob
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest
-from proxytune.server.tokens import TokenTexts
+from proxytune.text import TokenTexts
 
 # "nothing": a base behind an API listed no token that could have been chosen
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "nothing": "stop"}

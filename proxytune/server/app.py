@@ -14,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from proxytune.config import ServerSettings
 from proxytune.generator import Generator
 from proxytune.server import protocol
 from proxytune.server.answers import (
@@ -30,7 +29,8 @@ from proxytune.server.errors import ApiError, PlainJson, error_body, explain, ha
 from proxytune.server.gate import Gate, Metrics
 from proxytune.server.prepare import Prepared, prepare_chat, prepare_completion
 from proxytune.server.protocol import ChatRequest, CompletionRequest
-from proxytune.server.tokens import TokenTexts
+from proxytune.server.settings import ServerSettings
+from proxytune.text import TokenTexts
 
 PATHS = frozenset(["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"])
 _ERRORS: dict[int | str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from typing import Any
 import uvicorn
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.config import SYSTEMS, ServerSettings
+from proxytune.roles import SYSTEMS
+from proxytune.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     import torch
 
     from proxytune.api import load
-    from proxytune.cells import MEMBERS
-    from proxytune.checks import model_specs
+    from proxytune.checks import check_models
+    from proxytune.roles import MEMBERS
     from proxytune.server.app import create_app
+    from proxytune.specs import model_specs
 
     roles = MEMBERS[cfg.system]
     for member in roles.values():
@@ -70,8 +72,8 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
         torch.set_num_threads(cfg.machine.threads)
     # A prompt that is too long is the client's mistake, and the client hears of it.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    specs: dict[str, Any] = model_specs(cfg)
-    members = {role: specs[each] for role, each in roles.items()}
+    specs = model_specs(cfg)
+    members: dict[str, Any] = check_models({role: specs[each] for role, each in roles.items()})
     generator = load(**members, alpha=cfg.alpha, cuda_graphs=cfg.machine.cuda_graphs)
     return create_app(
         {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from proxytune.api import load
 from proxytune.generator import Generator, Speculative
-from proxytune.memory import longest, out_of_memory
-from proxytune.rows import Finished, Request
-from proxytune.server.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from proxytune.memory import out_of_memory
+from proxytune.rows import Finished, Request, longest
+from proxytune.score import TokenLogprob, prompt_logprobs, token_logprobs
+from proxytune.system import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Job:
 
     Attributes:
         requests: prompts to be continued; their `index` is their place here.
-        rate: prompts to be rated, as the system's prefill takes them.
+        rate: prompts to be rated, role -> token ids.
         top: tokens listed per generated token; None asks for no log-probabilities.
         rate_top: tokens listed per token of a rated prompt.
         alpha: of this job; None is the system's.
@@ -91,7 +91,7 @@ class Job:
     """
 
     requests: list[Request] = field(default_factory=list)
-    rate: list[Any] = field(default_factory=list)
+    rate: list[Prompt] = field(default_factory=list)
     top: int | None = None
     rate_top: int = 0
     alpha: float | None = None
@@ -129,11 +129,8 @@ class Engine:
         self.generator = generator
         self.max_waiting = max_waiting
         self._loop = generator.loop(batch_size, speculative)
-        self._rater: Any = None
-        if rate and can_rate(generator):
-            # The same weights with rows of their own: prompts are rated while completions run.
-            members: dict[str, Any] = dict(generator.members)
-            self._rater = load(**members, alpha=getattr(generator.system, "alpha", 1.0)).system
+        # The same weights with rows of their own: prompts are rated while completions run.
+        self._rater = generator.sibling().system if rate and can_rate(generator) else None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
         self._to_rate: deque[tuple[Job, int]] = deque()
@@ -283,6 +280,7 @@ class Engine:
             batch.append(self._to_rate.popleft())
         if not batch:
             return
+        assert self._rater is not None  # requests are refused where it is
         try:
             rated = prompt_logprobs(
                 self._rater,

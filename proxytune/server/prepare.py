@@ -8,15 +8,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from proxytune.config import ServerSettings
 from proxytune.generator import Generator
-from proxytune.memory import longest
 from proxytune.records import Decoding
+from proxytune.rows import longest
 from proxytune.sampling import Sampler
+from proxytune.score import same_tokens
 from proxytune.server.engine import Job, can_rate
 from proxytune.server.errors import ApiError
-from proxytune.server.logprobs import same_tokens
 from proxytune.server.protocol import ChatRequest, CompletionRequest
+from proxytune.server.settings import ServerSettings
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as at OpenAI
 GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone
@@ -226,8 +226,8 @@ def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, li
     return ids
 
 
-def _ratable(ids: dict[str, list[int]], generator: Generator) -> Any:
-    """A prompt as the system's prefill takes it, if its tokens can be rated."""
+def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[int]]:
+    """A prompt, if its tokens can be rated."""
     if not same_tokens(ids):
         raise ApiError("the members' tokenizers differ on this prompt", param="prompt")
     limit = generator.max_positions
@@ -237,7 +237,7 @@ def _ratable(ids: dict[str, list[int]], generator: Generator) -> Any:
             param="prompt",
             code="context_length_exceeded",
         )
-    return ids if len(generator.members) > 1 else ids["base"]
+    return ids
 
 
 def _echo(prompt: Prompt, ids: list[int], generator: Generator) -> str:

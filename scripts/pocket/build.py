@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from proxytune.config import ROOT
+from proxytune.files import ROOT
 from scripts.pocket import files
 from scripts.pocket.world import Split
 

@@ -1,69 +1,24 @@
-"""One causal language model that decodes a changing set of rows: the member of a triple.
+"""One causal language model with a key-value cache."""
 
-Every member, and every system made of members, has the same small interface (`Member`). The
-decode loop drives it and cannot tell what it drives.
-"""
-
-import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from proxytune.cache import RowCache, Write
-from proxytune.graphs import RecordedSteps, Run, may_record, tolerance
+from proxytune.facts import input_device, max_positions
+from proxytune.graphs import RecordedSteps, Run
 from proxytune.narrow import narrow_products
 from proxytune.packed import packed_attention
-from proxytune.recomputed import RecomputedModel, input_device, max_positions
-
-log = logging.getLogger(__name__)
+from proxytune.system import Member, Pass
 
 PREFILL_TOKENS = 8192  # tokens (padding included) of one prefill pass
 PREFILL_WASTE = 0.75  # prompts shorter than this share of a group's longest start a new group
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-class Member(Protocol):
-    """A model as the decode loop sees it: a batch of rows, each a growing list of tokens.
-
-    Rows are numbered 0 .. n - 1. Logits are the model's own, cut to `vocab_size`, in its dtype,
-    and may be views: whoever wants to change them makes a copy.
-    """
-
-    vocab_size: int
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens per row."""
-        ...
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab]."""
-        ...
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        ...
-
-    def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab]."""
-        ...
-
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Forgets the last counts[r] tokens of each row r."""
-        ...
-
-    def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        ...
-
-    def clear(self) -> None:
-        """Drops every row and the memory that they took."""
-        ...
-
-
-class CachedModel:
+class CachedModel(Member):
     """A Hugging Face causal LM with a `RowCache`.
 
     Args:
@@ -97,22 +52,23 @@ class CachedModel:
         return self.cache.lengths
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], rows: list[int] | None = None
-    ) -> torch.Tensor:
-        """Appends one row per prompt; returns the next token's logits [prompts, vocab].
+        self,
+        prompts: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[int]] | None = None,
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        if self.joins:
+            parts = _parts([len(prompt) for prompt in prompts])
+            return Pass(torch.cat([self._packed(None, prompts[part]) for part in parts]))
+        first = len(self.lengths)
+        return Pass(self.fill(prompts, list(range(first, first + len(prompts)))))
+
+    def fill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> torch.Tensor:
+        """Reads prompts into these rows of the cache; the next token's logits, [prompts, vocab].
 
         Prompts of similar length share a pass, padded on the right; very different ones do not
         pay for each other.
-
-        Args:
-            prompts: token ids, at least one each.
-            rows: the cache rows to fill; None for new rows behind the last.
         """
-        if self.joins and rows is None:
-            parts = _parts([len(prompt) for prompt in prompts])
-            return torch.cat([self._packed(None, prompts[part]) for part in parts])
-        first = len(self.lengths)
-        rows = rows or list(range(first, first + len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         logits: list[torch.Tensor | None] = [None] * len(prompts)
         for group in _groups(order, [len(prompt) for prompt in prompts]):
@@ -128,21 +84,16 @@ class CachedModel:
                 logits[index] = out[i, 0]
         return torch.stack([row for row in logits if row is not None])
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token per row ([rows]); returns the next token's logits [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).squeeze(1)
-
-    def extend(self, tokens: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Appends a block of tokens [rows, width]; returns the logits [rows, width, vocab].
-
-        Args:
-            tokens: token ids.
-            rows: the rows that are extended; all of them by default.
-        """
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
         if self.joins and min(self.lengths) < max(self.lengths):
-            return self._packed(tokens, []).unflatten(0, tuple(tokens.shape))
-        if self.recorded and self.recorded.usable and rows == slice(None):
-            return self.recorded.extend(tokens)
+            return Pass(self._packed(tokens, []).unflatten(0, tuple(tokens.shape)))
+        if self.recorded and self.recorded.usable:
+            return Pass(self.recorded.extend(tokens))
+        return Pass(self.extend_rows(tokens, slice(None)))
+
+    def extend_rows(self, tokens: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Appends a block [rows, width] to some rows; the logits, [rows, width, vocab]."""
         first, stop, step = rows.indices(len(self.lengths))
         width = tokens.shape[1]
         self.cache.prepare(list(range(first, stop, step)), slice(first, stop, step), width)
@@ -150,15 +101,11 @@ class CachedModel:
         self.cache.advance([width] * tokens.shape[0])
         return logits
 
-    def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """`step` for the present rows and `prefill` of new ones, in one pass.
-
-        Returns:
-            The next token's logits of the present rows, then of the new ones, [rows, vocab].
-        """
+    def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> Pass:
+        """`step` for the present rows and `prefill` of new ones, in one pass, [rows, vocab]."""
         if not self.joins or sum(map(len, prompts)) > PREFILL_TOKENS:
-            return torch.cat([self.step(tokens), self.prefill(prompts)])
-        return self._packed(tokens.unsqueeze(1), prompts)
+            return Pass(torch.cat([self.step(tokens).logits, self.prefill(prompts).logits]))
+        return Pass(self._packed(tokens.unsqueeze(1), prompts))
 
     def record(self, record: Callable[[Run], Run] | None = None) -> None:
         """From now on, records and replays the passes of `extend` (`graphs.RecordedSteps`)."""
@@ -262,85 +209,6 @@ class CachedModel:
             return allowed
         bias = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
         return bias.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
-
-
-def make_member(
-    model: PreTrainedModel, vocab_size: int, cuda_graphs: bool = False
-) -> CachedModel | RecomputedModel:
-    """Wraps a loaded model: with a cache where that is provably the same, else without.
-
-    A short check compares the cache with one plain pass over the same tokens. What a cache of
-    rows cannot carry (a recurrent state, ALiBi, chunked attention) shows as a difference or an
-    error there; the model is then recomputed from the start for every token, with a warning.
-
-    Raises:
-        ValueError: a model that looks ahead: its logits change with the tokens behind them.
-    """
-    reason = _why_not(CachedModel(model, vocab_size))
-    if reason is None:
-        joining = CachedModel(model, vocab_size, joins=_may_join(model))
-        member = joining if not _why_not(joining) else CachedModel(model, vocab_size)
-        if cuda_graphs and may_record(model):
-            member.record()
-        elif cuda_graphs:
-            log.warning("%s decodes without CUDA graphs: not on one GPU", type(model).__name__)
-        return member
-    plain = RecomputedModel(model, vocab_size)
-    plain.check_causal()
-    log.warning("%s decodes without a cache, exact but slow: %s", type(model).__name__, reason)
-    return plain
-
-
-def can_cache(model: PreTrainedModel, vocab_size: int) -> bool:
-    """Whether a model's logits are the same through a `RowCache`."""
-    return _why_not(CachedModel(model, vocab_size)) is None
-
-
-def _may_join(model: PreTrainedModel) -> bool:
-    """Whether packed passes make sense: on a CPU, for plain attention over the whole row."""
-    config = model.config.get_text_config()
-    plain = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
-    return plain and input_device(model).type == "cpu"
-
-
-@torch.inference_mode()
-def _why_not(cached: CachedModel) -> str | None:
-    """Why a `CachedModel` would not give its model's logits; None where it does."""
-    model, vocab_size = cached.model, cached.vocab_size
-    config = model.config.get_text_config()
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd:
-        return f"layers of type {', '.join(sorted(odd))}"
-    generator = torch.Generator().manual_seed(0)
-    short, long = (torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (9, 14))
-    try:
-        got = [cached.prefill([short[:4], long[:9]])]
-        got.append(cached.step(torch.tensor([short[4], long[9]])))
-        cached.extend(torch.tensor([[short[5], 0, 0], [long[10], long[11], 0]]))
-        cached.rollback([2, 1])
-        block = cached.extend(torch.tensor([short[6:8], long[12:14]]))
-        got += [block[:, 0], block[:, 1]]
-        joined = cached.join(torch.tensor([short[8], long[0]]), [long[:5], short[:1]])
-        cached.clear()
-    except (torch.OutOfMemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # whatever a foreign forward pass raises means: not this way
-        return f"its forward pass does not take the cache ({type(error).__name__}: {error})"
-    plain = RecomputedModel(model, vocab_size)
-    want = [plain.prefill([short[:4], long[:9]]), plain.step(torch.tensor([short[4], long[9]]))]
-    plain.keep([0, 1])
-    plain.clear()
-    plain.prefill([short[:6], long[:12]])
-    block = plain.extend(torch.tensor([short[6:8], long[12:14]]))
-    want += [block[:, 0], block[:, 1]]
-    got.append(joined)
-    tokens = torch.tensor([short[8], long[0]])
-    want.append(torch.cat([plain.step(tokens), plain.prefill([long[:5], short[:1]])]))
-    worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
-    scale = max(float(w.abs().max()) for w in want)
-    if worst <= tolerance(model.dtype) * scale:
-        return None
-    return f"its cached logits differ from the plain ones by {worst:.2g} of {scale:.2g}"
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:

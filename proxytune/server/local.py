@@ -4,10 +4,30 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import uvicorn
+
+from proxytune.api import load
+from proxytune.api_base.settings import LOCAL
+from proxytune.server.app import create_app
+from proxytune.server.settings import ServerSettings
+from proxytune.spec import ModelSpec
 
 _START_SECONDS = 60.0
 
 _urls: dict[tuple[str, str], str] = {}
+
+
+def with_local_bases(specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+    """The same models, with a server of this process wherever one says base_url: local."""
+    found = dict(specs)
+    for role, spec in specs.items():
+        if spec.api is not None and spec.api.base_url == LOCAL:
+            url = serve_locally(spec.id, spec.api.model)
+            found[role] = replace(spec, api=replace(spec.api, base_url=url))
+    return found
 
 
 def serve_locally(model_id: str, name: str) -> str:
@@ -25,12 +45,6 @@ def serve_locally(model_id: str, name: str) -> str:
     """
     if (model_id, name) in _urls:
         return _urls[model_id, name]
-    import uvicorn
-
-    from proxytune.api import load
-    from proxytune.config import ServerSettings
-    from proxytune.server import create_app
-
     app = create_app({name: load(model_id)}, ServerSettings(max_logprobs=-1))
     # uvicorn says hello for every start; the run has its own words for it
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -1,0 +1,72 @@
+"""How an endpoint is asked, and what that may cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+LOCAL = "local"
+MISSING = "???"  # as OmegaConf writes it: Hydra builds its schema from `ApiSettings`
+
+
+@dataclass(kw_only=True)
+class ApiSettings:
+    """An OpenAI-compatible endpoint that serves a base; docs/black_box.md.
+
+    Attributes:
+        base_url: "https://host/v1"; to the commands, "local" means the base's own folder, which
+            they then serve from their process.
+        model: the name by which the server knows the model.
+        api_key_env: the environment variable that holds the key; null sends none.
+        top_logprobs: tokens listed at each position; -1 is the whole vocabulary, "auto" the most
+            that the server grants, up to 100.
+        endpoint: "auto", "completions" or "chat".
+        blocks: score several tokens with one request where the server rates prompts.
+        foreign_tokenizer: the server's tokenizer is another one than the triple's: prompts go as
+            text, listed words come back as the token that writes them; for single-token answers.
+        max_concurrency: requests at once.
+        timeout_s: of one request.
+        retry_for_s: how long a request that fails is tried again.
+        prompt_price, completion_price: money per 1,000 tokens.
+        max_requests, max_tokens, max_cost: the budget of a results folder, over all its runs.
+        cache: the file of answers; null is api.sqlite in the results folder.
+    """
+
+    base_url: str = MISSING
+    model: str = MISSING
+    api_key_env: str | None = None
+    top_logprobs: Any = "auto"
+    endpoint: str = "auto"
+    blocks: bool = True
+    foreign_tokenizer: bool = False
+    max_concurrency: int = 8
+    timeout_s: float = 120
+    retry_for_s: float = 600
+    prompt_price: float = 0
+    completion_price: float = 0
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    cache: str | None = None
+
+
+def settings_of(api: Mapping[str, Any]) -> ApiSettings:
+    """The checked settings of an endpoint.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be.
+    """
+    unknown = api.keys() - {each.name for each in fields(ApiSettings)}
+    if unknown:
+        raise ValueError(f"unknown key {sorted(unknown)[0]!r} in the settings of an API")
+    settings = ApiSettings(**api)
+    for key in ("base_url", "model"):
+        if not api.get(key) or api[key] == MISSING:
+            raise ValueError(f"the API of the base has no {key}; give triple.base.api.{key}=...")
+    top = settings.top_logprobs
+    if top != "auto" and (not isinstance(top, int) or top < -1 or top == 0):
+        raise ValueError(f"top_logprobs={top!r} is neither 'auto', -1 (all) nor at least 1")
+    if settings.endpoint not in ("auto", "completions", "chat"):
+        raise ValueError(f"endpoint={settings.endpoint!r} is none of auto, completions, chat")
+    if settings.max_concurrency < 1:
+        raise ValueError(f"max_concurrency={settings.max_concurrency} must be at least 1")
+    return settings

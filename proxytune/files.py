@@ -1,0 +1,125 @@
+"""Files that survive a crash: JSON Lines that are appended to, and whole-file replacement."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout; of a wheel, where it is installed
+
+JsonlRecord = TypeVar("JsonlRecord")
+
+
+def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
+    """Yields the records of a JSON Lines file; a line cut short by a crash ends it.
+
+    Args:
+        path: the file; a missing one holds no records.
+        record: the dataclass of a line; fields that it does not know are an error.
+
+    Raises:
+        ValueError: a line before the last is not JSON, or does not fit the record.
+    """
+    if not path.exists():
+        return
+    known = {f.name for f in fields(record)}  # pyright: ignore[reportArgumentType]
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # the writer was killed inside this line
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+            if not isinstance(row, dict) or not row.keys() <= known:
+                raise ValueError(f"{path}:{number} is not a {record.__name__} record")
+            yield record(**row)
+
+
+class JsonlWriter:
+    """Appends records (dataclasses) to a JSON Lines file, each on disk before the next.
+
+    A half line left by a killed writer is cut off first, so that a file never holds a broken line
+    in its middle. Use it as a context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
+        end = self._file.seek(0, os.SEEK_END)
+        kept = _end_of_last_line(self._file, end)
+        if kept < end:
+            self._file.truncate(kept)
+
+    def write(self, record: Any) -> None:
+        """Appends one record; it survives a killed process, though not a power cut.
+
+        Raises:
+            OSError: the disk is full; the half line is removed first.
+        """
+        line = _dump(record)
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            # a raw file may write less than it is given when the disk is nearly full
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            self._file.truncate(start)
+            error.filename = str(self.path)
+            raise
+
+    def __enter__(self) -> "JsonlWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Replaces a JSON Lines file as a whole: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, b"".join(_dump(record) for record in records))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole: a crash leaves the old file or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, say); the old file stays, and no other.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a crash leaves the old file or the new one, never half of one."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    replace_file(path, text.encode())
+
+
+def _dump(record: Any) -> bytes:
+    text = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8", errors="surrogatepass")
+
+
+def _end_of_last_line(file: Any, end: int) -> int:
+    """The offset just after the last newline before `end`."""
+    block = 1 << 16
+    position = end
+    while position > 0:
+        start = max(0, position - block)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0

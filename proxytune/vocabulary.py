@@ -1,0 +1,57 @@
+"""Whether models share a vocabulary, token by token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    """The number of token ids that mean the same to every member.
+
+    Logits are often padded beyond the tokenizer, and a tuned model may have tokens of its own
+    behind the shared ones (CodeLlama's infilling tokens behind Llama-2's 32,000): both are cut.
+
+    Args:
+        tokenizers: role -> tokenizer; None for unknown.
+        sizes: role -> rows of the model's output; a role may be missing.
+
+    Raises:
+        ValueError: a token id below the common length means different things to two members, or
+            text that the base can write lies above it.
+    """
+    known = {role: tokenizer for role, tokenizer in tokenizers.items() if tokenizer is not None}
+    tables = {role: tokenizer.get_vocab() for role, tokenizer in known.items()}
+    lengths = {role: max(table.values()) + 1 for role, table in tables.items()}
+    common = min([*lengths.values(), *sizes.values()])
+    if not tables:
+        return common
+    first_role, *others = sorted(tables, key=lambda role: role != "base")
+    words = {role: _by_id(table, common) for role, table in tables.items()}
+    for role in others:
+        if words[role] == words[first_role]:
+            continue
+        pairs = enumerate(zip(words[first_role], words[role], strict=True))
+        token_id, (mine, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"the vocabularies differ: token {token_id} is {mine!r} to the {first_role} and "
+            f"{theirs!r} to the {role}; proxy-tuning needs models of one tokenizer"
+        )
+    added = {token.content for token in known[first_role].added_tokens_decoder.values()}
+    beyond = {i: w for w, i in tables[first_role].items() if i >= common and w not in added}
+    if beyond:
+        lost = min(beyond)
+        ends = {role: min(lengths[role], sizes.get(role, lengths[role])) for role in tables}
+        short = min(ends, key=lambda role: ends[role])
+        raise ValueError(
+            f"the vocabularies differ: the {first_role} has the token {beyond[lost]!r} "
+            f"(id {lost}), but the {short} ends at id {common - 1}; "
+            "proxy-tuning needs models of one tokenizer"
+        )
+    return common
+
+
+def _by_id(table: Mapping[str, int], length: int) -> list[str | None]:
+    words: list[str | None] = [None] * length
+    for word, token_id in table.items():
+        if token_id < length:
+            words[token_id] = word
+    return words

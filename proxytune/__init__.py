@@ -6,13 +6,13 @@ if TYPE_CHECKING:
     from proxytune.api import Generation as Generation
     from proxytune.api import Generator as Generator
     from proxytune.api import load as load
-    from proxytune.spec import ModelSpec as ModelSpec
+    from proxytune.loading.spec import ModelSpec as ModelSpec
 
 _HOMES = {
     "load": "proxytune.api",
     "Generation": "proxytune.api",
     "Generator": "proxytune.api",
-    "ModelSpec": "proxytune.spec",
+    "ModelSpec": "proxytune.loading.spec",
 }
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from proxytune.build import build
 from proxytune.generator import Generation, Generator, make_decoding
-from proxytune.loader import check_endpoints, check_triple, load_member, load_tokenizer
+from proxytune.loading.build import build
+from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
+from proxytune.loading.spec import LoadedModel, ModelSpec
 from proxytune.records import finite
-from proxytune.spec import LoadedModel, ModelSpec
 
 __all__ = ["Generation", "Generator", "load", "make_decoding"]
 
@@ -39,7 +39,7 @@ def load(
 
     Args:
         base: a path, a hub id, a `ModelSpec`, a loaded Hugging Face model, or what
-            `model.load_member` returned.
+            `loading.load.load_member` returned.
         expert: the small tuned model; with `antiexpert`, or not at all.
         antiexpert: the small untuned model.
         alpha: scale on (expert - antiexpert).
@@ -50,7 +50,7 @@ def load(
             the CPU.
         tokenizer: for models that were loaded by the caller.
         cuda_graphs: records the steps of each model that is on one GPU, and replays them
-            (`graphs.RecordedSteps`).
+            (`members.graphs.RecordedSteps`).
 
     Raises:
         ValueError: a model that cannot be found, or vocabularies that differ; before any weights

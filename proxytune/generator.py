@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune import score
-from proxytune.build import build
-from proxytune.decode import DecodeLoop
-from proxytune.memory import row_budget
-from proxytune.prompting import PromptLike, token_ids
+from proxytune.engine import score
+from proxytune.engine.loop import DecodeLoop
+from proxytune.engine.memory import row_budget
+from proxytune.engine.rows import Finished, Request, longest
+from proxytune.engine.sampling import Sampler, token_texts, tokens_of
+from proxytune.engine.speculation import Pace
+from proxytune.engine.system import DraftingSystem, System
+from proxytune.loading.build import build
+from proxytune.loading.prompting import PromptLike, token_ids
+from proxytune.loading.spec import LoadedModel
 from proxytune.records import Decoding, FinishReason, whole_number
-from proxytune.rows import Finished, Request, longest
-from proxytune.sampling import Sampler, token_texts, tokens_of
-from proxytune.spec import LoadedModel
-from proxytune.speculative import Pace
-from proxytune.system import DraftingSystem, System
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Speculative = Literal["auto"] | bool | int

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
 from proxytune.files import ROOT
-from proxytune.prompting import read_template
+from proxytune.loading.prompting import read_template
 from proxytune.records import Example
 
 _PACKAGES = [

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from proxytune.system import Alphas, DraftingSystem, Member, Pair, Pass, Pick, Prompt
+from proxytune.engine.system import Alphas, DraftingSystem, Member, Pair, Pass, Pick, Prompt
 
 
 def combine_logits(

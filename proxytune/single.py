@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from proxytune.system import Alphas, DraftingSystem, Member, Pass, Pick, Prompt, System
+from proxytune.engine.system import Alphas, DraftingSystem, Member, Pass, Pick, Prompt, System
 
 
 class Single(System):

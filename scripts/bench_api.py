@@ -24,11 +24,11 @@ from omegaconf import OmegaConf
 import proxytune
 from proxytune import provenance
 from proxytune.cli import guarded
-from proxytune.config import register
+from proxytune.config.schema import register
+from proxytune.config.specs import model_specs
 from proxytune.files import ROOT
-from proxytune.prompting import encode, render
+from proxytune.loading.prompting import encode, render
 from proxytune.server.local import with_local_bases
-from proxytune.specs import model_specs
 
 TASKS = "[pocket_gsm8k,pocket_triviaqa,pocket_truthfulqa_open,pocket_humaneval]"
 

@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import proxytune
-from proxytune.config import register
+from proxytune.config.schema import register
 from proxytune.files import ROOT
-from proxytune.prompting import PromptFormat, encode, render
+from proxytune.loading.prompting import PromptFormat, encode, render
 
 PROMPTS = 24  # per task
 

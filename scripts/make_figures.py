@@ -15,11 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from proxytune import analysis, figures, paper, paper_tables
 from proxytune.cli import guarded
-from proxytune.comparison import records
 from proxytune.files import ROOT
-from proxytune.folder import read_csv
+from proxytune.results import analysis, figures, paper, paper_tables
+from proxytune.results.comparison import records
+from proxytune.results.folder import read_csv
 
 FIGURES = ("2", "3", "gaps")
 _POSITIONS = 128

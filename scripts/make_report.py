@@ -10,7 +10,7 @@ from pathlib import Path
 
 from proxytune.cli import guarded
 from proxytune.files import ROOT
-from proxytune.report import write_report
+from proxytune.results.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

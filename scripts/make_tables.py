@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from proxytune import paper_tables
 from proxytune.cli import guarded
 from proxytune.files import ROOT
-from proxytune.paper_tables import NUMBERS
+from proxytune.results import paper_tables
+from proxytune.results.paper_tables import NUMBERS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,11 +17,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from proxytune import config, train, train_config
-from proxytune.checks import check_before_models
 from proxytune.cli import explain
+from proxytune.config import schema
+from proxytune.experiment.checks import check_before_models
 from proxytune.files import ROOT
 from proxytune.roles import MEMBERS
+from proxytune.training import config as train_config
+from proxytune.training import train
 
 RUN = "run.py"
 TRAIN = "scripts/train_expert.py"
@@ -207,7 +209,7 @@ def training_cards() -> int:
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    config.register()
+    schema.register()
     train_config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(name, list(overrides))

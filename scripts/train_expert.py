@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from proxytune.cli import guarded
 from proxytune.files import ROOT
-from proxytune.train import train
-from proxytune.train_config import TrainConfig, register
+from proxytune.training.config import TrainConfig, register
+from proxytune.training.train import train
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")

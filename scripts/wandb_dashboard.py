@@ -16,9 +16,9 @@ from typing import Any
 import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
-from proxytune import paper
 from proxytune.cli import guarded
-from proxytune.tracking import SYSTEMS, logged_in
+from proxytune.experiment.tracking import SYSTEMS, logged_in
+from proxytune.results import paper
 
 _WIDTH = 24  # columns of W&B's panel grid
 

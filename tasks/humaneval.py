@@ -148,7 +148,7 @@ def refuse_unless_allowed(task: str, allowed: bool) -> None:
     """
     if not allowed:
         raise ValueError(
-            f"{task} runs programs that a model wrote. They are shut in (tasks/sandbox.py), but on"
+            f"{task} runs programs that a model wrote. They are shut in (tasks/sandbox), but on"
             f" your machine: allow it with task.{task}.allow_code_execution=true"
         )
 

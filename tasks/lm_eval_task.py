@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from proxytune import stats
 from proxytune.files import write_json, write_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt, Score
+from proxytune.results import stats
 from tasks.base import MetricInfo
 
 _RESULT = "result.json"

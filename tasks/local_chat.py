@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from proxytune.prompting import PromptFormat, encode, render_messages
+from proxytune.loading.prompting import PromptFormat, encode, render_messages
 from tasks.judge import LocalJudge
 
 
@@ -16,8 +16,8 @@ class LocalChat(LocalJudge):
     """Answers an annotator's prompts greedily, in the form of OpenAI's chat completions.
 
     Attributes:
-        format: arguments of `proxytune.prompting.PromptFormat`; the tokenizer's own chat template
-            by default.
+        format: arguments of `PromptFormat` (proxytune/loading/prompting.py); the tokenizer's own
+            chat template by default.
     """
 
     format: dict[str, Any] = field(default_factory=lambda: {"kind": "chat"}, hash=False)

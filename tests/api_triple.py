@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from proxytune import api
-from proxytune.api_base import member
+from proxytune.loading.spec import ModelSpec
+from proxytune.members.api import member
 from proxytune.server import ServerSettings, create_app
-from proxytune.spec import ModelSpec
 from tests.serving import running
 from tests.tiny import save_tiny
 

@@ -4,10 +4,10 @@ import json
 import random
 from dataclasses import dataclass
 
-from proxytune import stats
 from proxytune.files import write_jsonl
-from proxytune.folder import build_table
 from proxytune.records import Completion, Example, Prompt, Score
+from proxytune.results import stats
+from proxytune.results.folder import build_table
 
 WORDS = ["Here", "is", "the", "answer", ":", "3", "+", "4", "=", "7", "apples", ".", "There", "are"]
 RIGHT = {"base": 0.2, "expert": 0.5, "proxy": 0.6, "tuned": 0.7}

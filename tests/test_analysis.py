@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from proxytune import analysis
+from proxytune.engine.text import TokenTexts
 from proxytune.files import write_jsonl
 from proxytune.records import Completion, Metric
-from proxytune.text import TokenTexts
+from proxytune.results import analysis
 
 
 def text(*steps):

@@ -8,8 +8,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
-from proxytune.prompting import PromptFormat
-from proxytune.spec import LoadedModel, ModelSpec
+from proxytune.loading.prompting import PromptFormat
+from proxytune.loading.spec import LoadedModel, ModelSpec
 
 TOKENIZER = tiny_tokenizer()
 MODELS = [tiny_model("llama", seed) for seed in (1, 2, 3)]

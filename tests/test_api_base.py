@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from proxytune import api
-from proxytune.cells import _system_identity
-from proxytune.config import register
+from proxytune.config.schema import register
+from proxytune.experiment.cells import _system_identity
 from proxytune.files import ROOT
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import faulty

@@ -9,12 +9,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from proxytune.api_base.answer import Answer, make_answer
-from proxytune.api_base.member import MAX_WIDTH, RequestPace
-from proxytune.api_base.names import Named, TokenNames
-from proxytune.api_base.store import Store
+from proxytune.engine.sampling import NOTHING, Sampler
+from proxytune.members.api.answer import Answer, make_answer
+from proxytune.members.api.member import MAX_WIDTH, RequestPace
+from proxytune.members.api.names import Named, TokenNames
+from proxytune.members.api.store import Store
 from proxytune.records import Decoding
-from proxytune.sampling import NOTHING, Sampler
 from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 TINY = TokenNames(tiny_tokenizer(), 300)
@@ -126,7 +126,7 @@ def test_answers_of_another_model_or_another_prefix_are_not_found(tmp_path):
 
 
 def test_memory_alone_keeps_the_latest_answers(monkeypatch):
-    monkeypatch.setattr("proxytune.api_base.store._KEPT_IN_MEMORY", 3)
+    monkeypatch.setattr("proxytune.members.api.store._KEPT_IN_MEMORY", 3)
     answer = make_answer(listed_from(torch.randn(300), 5, None), TINY, 5)
     store = Store(None, "m")
     for token in range(6):

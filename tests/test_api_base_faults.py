@@ -9,11 +9,11 @@ import pytest
 import requests
 
 from proxytune import api
-from proxytune.api_base import client
-from proxytune.loader import check_triple
+from proxytune.engine.system import Unanswered
+from proxytune.loading.load import check_triple
+from proxytune.loading.spec import ModelSpec
+from proxytune.members.api import client
 from proxytune.server import ServerSettings, create_app
-from proxytune.spec import ModelSpec
-from proxytune.system import Unanswered
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import Faulty, faulty
 from tests.serving import running

@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from proxytune import api
-from proxytune.config import register
+from proxytune.config.schema import register
+from proxytune.experiment.runner import run_experiment
 from proxytune.files import ROOT, read_jsonl
 from proxytune.records import Completion
-from proxytune.runner import run_experiment
 from tests.api_triple import over_http, save_triple
 from tests.openai_server import openai_server
 

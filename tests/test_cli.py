@@ -12,8 +12,9 @@ from pathlib import Path
 import hydra
 import pytest
 
-from proxytune import cli, runner
-from proxytune.cells import sole_writer
+from proxytune import cli
+from proxytune.experiment import runner
+from proxytune.experiment.cells import sole_writer
 from proxytune.files import ROOT
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]

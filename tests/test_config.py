@@ -8,10 +8,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from proxytune.cli import explain
-from proxytune.config import register as register_schema
-from proxytune.config import to_dict
+from proxytune.config.schema import register as register_schema
+from proxytune.config.schema import to_dict
+from proxytune.config.specs import model_specs
 from proxytune.files import ROOT
-from proxytune.specs import model_specs
 
 EXPERIMENTS = sorted(
     p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml") if p.stem != "none"

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
-from proxytune.decode import DecodeLoop
+from proxytune.engine.loop import DecodeLoop
+from proxytune.engine.memory import row_budget
+from proxytune.engine.rows import Request
+from proxytune.engine.sampling import Sampler
+from proxytune.engine.system import Pass
+from proxytune.engine.text import GrowingText
 from proxytune.generator import make_decoding
-from proxytune.memory import row_budget
-from proxytune.rows import Request
-from proxytune.sampling import Sampler
-from proxytune.system import Pass
-from proxytune.text import GrowingText
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model("llama", 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from proxytune.prompting import PromptFormat, render
+from proxytune.loading.prompting import PromptFormat, render
 from tasks.ds1000 import DS1000, LIBRARIES, paper_subset, program
 
 CONTEXT = '''

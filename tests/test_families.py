@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import proxytune
-from proxytune.cached import CachedModel
-from proxytune.recomputed import RecomputedModel
+from proxytune.members.cached import CachedModel
+from proxytune.members.recomputed import RecomputedModel
 
 VOCAB = 120
 SHAPE: dict[str, Any] = {

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from matplotlib import colors
 
-from proxytune import figures
+from proxytune.results import figures
 
 
 def sweep():

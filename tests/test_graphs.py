@@ -13,7 +13,7 @@ from tiny import ARCHS, tiny_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import proxytune
-from proxytune import graphs
+from proxytune.members import graphs
 
 NOT_ON_A_GPU = ("lift_fresh", "local_scalar_dense")  # a tensor from the host, a number to it
 PROMPTS = [list(range(3, 3 + length)) for length in (4, 9, 20, 5, 30)]

@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 from proxytune import api
 from proxytune.harness import evaluation
 from proxytune.harness.model import ProxyTuneLM
-from proxytune.prompting import PromptFormat
-from proxytune.spec import ModelSpec
+from proxytune.loading.prompting import PromptFormat
+from proxytune.loading.spec import ModelSpec
 from tasks.lm_eval_task import LmEvalTask
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -355,7 +355,7 @@ def test_an_unknown_task_is_refused_with_close_names(monkeypatch):
 def test_any_task_composes_without_a_file():
     from hydra import compose, initialize_config_dir
 
-    from proxytune.config import register, to_dict
+    from proxytune.config.schema import register, to_dict
 
     register()
 

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 import proxytune
 from proxytune import model
-from proxytune.build import shares_weights
-from proxytune.cached import CachedModel
-from proxytune.choose import make_member
-from proxytune.loader import check_triple, load_member
-from proxytune.recomputed import RecomputedModel
-from proxytune.spec import ModelSpec
-from proxytune.vocabulary import common_vocabulary
+from proxytune.loading.build import shares_weights
+from proxytune.loading.load import check_triple, load_member
+from proxytune.loading.spec import ModelSpec
+from proxytune.loading.vocabulary import common_vocabulary
+from proxytune.members.cached import CachedModel
+from proxytune.members.choose import make_member
+from proxytune.members.recomputed import RecomputedModel
 
 
 @pytest.fixture(scope="module")

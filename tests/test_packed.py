@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from proxytune.cached import CachedModel
-from proxytune.choose import make_member
-from proxytune.narrow import NarrowProducts, narrow_products
-from proxytune.packed import CALL, _neighbours
+from proxytune.members.cached import CachedModel
+from proxytune.members.choose import make_member
+from proxytune.members.narrow import NarrowProducts, narrow_products
+from proxytune.members.packed import CALL, _neighbours
 
 MODELS = {arch: tiny_model(arch, 1) for arch in ("llama", "qwen2", "qwen3", "gpt2")}
 prompts = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=4)
@@ -48,7 +48,7 @@ def test_packed_passes_give_the_logits_of_padded_ones(arch, first, second, width
     packed = make_member(MODELS[arch], 300)
     assert packed.joins
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proxytune.packed.CALL", CALL if together else -1)
+        patch.setattr("proxytune.members.packed.CALL", CALL if together else -1)
         got, lengths = run(packed, first, second, block, counts)
     want, same = run(CachedModel(MODELS[arch], 300), first, second, block, counts)
     assert lengths == same
@@ -67,7 +67,7 @@ def test_a_failed_pass_leaves_the_model_as_it_was(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr("proxytune.packed.Pack.attend", fail)
+    monkeypatch.setattr("proxytune.members.packed.Pack.attend", fail)
     with pytest.raises(torch.OutOfMemoryError):
         member.prefill([[1, 2, 3]])
     assert model.config._attn_implementation == "sdpa"

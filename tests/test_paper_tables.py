@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 import report_folder
 
-from proxytune import paper, paper_tables, stats, tables
 from proxytune.files import ROOT
-from proxytune.folder import read_csv, to_csv
 from proxytune.records import Score
+from proxytune.results import paper, paper_tables, stats, tables
+from proxytune.results.folder import read_csv, to_csv
 
 
 def cell(table, size, metric, system, column):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from proxytune.files import ROOT
-from proxytune.prompting import PromptFormat, render
+from proxytune.loading.prompting import PromptFormat, render
 from scripts.pocket import files, text, world
 from scripts.pocket.tokenizer import make_tokenizer, vocabulary
 from tasks.pocket_judge import InfoRule, RudeRule, TruthRule

@@ -7,7 +7,7 @@ import pytest
 from release import task_of
 from tiny import tiny_tokenizer
 
-from proxytune.prompting import PromptFormat, encode, render, render_messages
+from proxytune.loading.prompting import PromptFormat, encode, render, render_messages
 from proxytune.records import Prompt
 from tasks.alpaca_eval import AlpacaEval
 from tasks.gsm8k import GSM8K

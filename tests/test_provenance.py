@@ -4,7 +4,7 @@ from typing import Any
 
 from proxytune import provenance
 from proxytune.files import ROOT
-from proxytune.prompting import read_template
+from proxytune.loading.prompting import read_template
 from proxytune.records import Example, Prompt
 
 

@@ -189,7 +189,7 @@ def test_loglikelihood_reads_a_shared_context_once_and_survives_little_memory(mo
     context = [1, 40, 41, 42]
     pairs = [(context, [60 + i] * (i + 1)) for i in range(4)] + [([1, 2, 3], [9])]
     want = generator.loglikelihood(pairs, batch_size=1)
-    monkeypatch.setattr("proxytune.score.BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("proxytune.engine.score.BLOCK_ENTRIES", 1)
     lengths, prefill = [], generator.system.prefill
 
     def watched(prompts):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import report_folder
 
-from proxytune.report import gap_svg, write_report
+from proxytune.results.report import gap_svg, write_report
 
 
 @pytest.fixture(scope="module")

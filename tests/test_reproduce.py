@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from proxytune import paper_tables
 from proxytune.files import ROOT, write_jsonl
 from proxytune.records import Metric
+from proxytune.results import paper_tables
 
 TARGETS = yaml.safe_load((ROOT / "conf" / "paper.yaml").read_text())
 
@@ -57,9 +57,10 @@ def ran(scripts, monkeypatch, tmp_path):
 def test_every_step_is_a_command_that_composes(scripts, name, pocket):
     from hydra import compose, initialize_config_dir
 
-    from proxytune import config, train_config
+    from proxytune.config import schema
+    from proxytune.training import config as train_config
 
-    config.register()
+    schema.register()
     train_config.register()
     steps = scripts.reproduce.steps_of(TARGETS[name], pocket=pocket)
     for step in steps:

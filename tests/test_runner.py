@@ -4,8 +4,8 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from proxytune import runner
-from proxytune.cells import Cell
+from proxytune.experiment import runner
+from proxytune.experiment.cells import Cell
 from proxytune.files import read_jsonl
 from proxytune.records import Decoding, Metric, Score
 

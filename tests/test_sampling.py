@@ -11,8 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import proxytune
-from proxytune.records import Decoding
-from proxytune.sampling import (
+from proxytune.engine.sampling import (
     Sampler,
     gumbel_noise,
     position_stream,
@@ -20,6 +19,7 @@ from proxytune.sampling import (
     token_texts,
     tokens_of,
 )
+from proxytune.records import Decoding
 
 
 def reference(logits, temperature, top_k, top_p):

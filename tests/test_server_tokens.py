@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from proxytune.engine.text import TokenTexts
 from proxytune.server.answers import ShownText
-from proxytune.text import TokenTexts
 from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
-from proxytune.speculative import MAX_WIDTH, Pace
+from proxytune.engine.speculation import MAX_WIDTH, Pace
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [[1, 40, 41, 42], [1, 9], [1] + [30, 31, 32] * 6, [1, 200]]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from proxytune import stats
 from proxytune.records import Score
+from proxytune.results import stats
 
 
 def scores(values, metric="acc", parsed=None):

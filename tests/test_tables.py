@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from proxytune import paper, stats, tables
-from proxytune.comparison import caveat
 from proxytune.files import write_jsonl
-from proxytune.folder import build_table, read_csv, to_csv
 from proxytune.records import Metric, Score
+from proxytune.results import paper, stats, tables
+from proxytune.results.comparison import caveat
+from proxytune.results.folder import build_table, read_csv, to_csv
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from release import rows_of
 from tiny import tiny_tokenizer
 
-from proxytune.prompting import PromptFormat, render
+from proxytune.loading.prompting import PromptFormat, render
 from proxytune.records import Example, Prompt
 from tasks.truthfulqa import (
     SYSTEM_PROMPTS,

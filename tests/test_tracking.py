@@ -5,9 +5,9 @@ import time
 import pandas as pd
 import pytest
 
+from proxytune.experiment.tracking import Tracker, WandbTracker, make_tracker, sample_completions
 from proxytune.files import write_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt, Score
-from proxytune.tracking import Tracker, WandbTracker, make_tracker, sample_completions
 
 METRICS = [
     Metric("gsm8k", "proxy", "acc", 0.25, 100, 100, ci_low=0.175, ci_high=0.343),

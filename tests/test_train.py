@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from proxytune import ModelSpec, load
-from proxytune import train as train_module
 from proxytune.files import ROOT
-from proxytune.train import train
-from proxytune.train_config import LoraSettings, TrainConfig, register
-from proxytune.train_data import IGNORE, collate, read_rows, tokenize, turns
+from proxytune.training import train as train_module
+from proxytune.training.config import LoraSettings, TrainConfig, register
+from proxytune.training.data import IGNORE, collate, read_rows, tokenize, turns
+from proxytune.training.train import train
 
 WORDS = [f"w{i}" for i in range(60)]
 CHAT = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import tracking
+from proxytune.experiment import tracking
 from proxytune.records import Metric
 
 GOLDEN = Path(__file__).parent / "golden" / "wandb_dashboard.json"

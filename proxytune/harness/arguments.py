@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.prompting import PromptFormat
-from proxytune.spec import ModelSpec
+from proxytune.loading.prompting import PromptFormat
+from proxytune.loading.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from proxytune.api import Generation, Generator, load
 from proxytune.harness.arguments import batch_rows, specs_of, usable_device
-from proxytune.prompting import render_messages
+from proxytune.loading.prompting import render_messages
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, where neither model nor tokenizer has a limit

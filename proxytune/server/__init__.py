@@ -2,10 +2,13 @@
 
 protocol.py  what clients may send, as pydantic models
 prepare.py   a client's request -> a job: prompts encoded, settings checked
-engine.py    one thread per system that runs the jobs of all clients in one decode loop
+worker.py    one thread per system that runs the jobs of all clients in one decode loop
 answers.py   what the engine reports -> OpenAI's JSON
-app.py       the routes; limits, errors, metrics
-command.py   the command: loads the triple, binds the port, runs uvicorn
+app.py       the routes
+gate.py      the API key, limits and counters, before a request is read
+errors.py    every answer other than 200
+local.py     our own server for a base that has none
+settings.py  what the person who serves may set
 """
 
 from typing import TYPE_CHECKING, Any

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxytune.rows import Finished
-from proxytune.score import TokenLogprob
+from proxytune.engine.rows import Finished
+from proxytune.engine.score import TokenLogprob
+from proxytune.engine.text import TokenTexts
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest
-from proxytune.text import TokenTexts
 
 # "nothing": a base behind an API listed no token that could have been chosen
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "nothing": "stop"}

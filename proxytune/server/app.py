@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from proxytune.engine.text import TokenTexts
 from proxytune.generator import Generator
 from proxytune.server import protocol
 from proxytune.server.answers import (
@@ -24,13 +25,12 @@ from proxytune.server.answers import (
     generated_tokens,
     usage,
 )
-from proxytune.server.engine import Ended, Engine, EngineError, Rated
 from proxytune.server.errors import ApiError, PlainJson, error_body, explain, handle_errors
 from proxytune.server.gate import Gate, Metrics
 from proxytune.server.prepare import Prepared, prepare_chat, prepare_completion
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
-from proxytune.text import TokenTexts
+from proxytune.server.worker import Ended, Engine, EngineError, Rated
 
 PATHS = frozenset(["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"])
 _ERRORS: dict[int | str, dict[str, Any]] = {

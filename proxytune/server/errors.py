@@ -9,9 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from proxytune.server.engine import BusyError, EngineError
+from proxytune.engine.system import Unanswered, UpstreamError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
-from proxytune.system import Unanswered, UpstreamError
+from proxytune.server.worker import BusyError, EngineError
 
 # Fields whose errors pydantic explains in more words than help.
 _WANTED = {

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxytune.server.engine import Engine
 from proxytune.server.errors import error_response
+from proxytune.server.worker import Engine
 
 BODY_SECONDS = 60  # that a body may take to arrive
 DRAINED = 16  # how many times the size limit is read, and thrown away, before the answer

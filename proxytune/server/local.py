@@ -10,10 +10,10 @@ from dataclasses import replace
 import uvicorn
 
 from proxytune.api import load
-from proxytune.api_base.settings import LOCAL
+from proxytune.loading.spec import ModelSpec
+from proxytune.members.api.settings import LOCAL
 from proxytune.server.app import create_app
 from proxytune.server.settings import ServerSettings
-from proxytune.spec import ModelSpec
 
 _START_SECONDS = 60.0
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from proxytune.engine.rows import longest
+from proxytune.engine.sampling import Sampler
+from proxytune.engine.score import same_tokens
 from proxytune.generator import Generator
 from proxytune.records import Decoding
-from proxytune.rows import longest
-from proxytune.sampling import Sampler
-from proxytune.score import same_tokens
-from proxytune.server.engine import Job, can_rate
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
+from proxytune.server.worker import Job, can_rate
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as at OpenAI
 GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone

@@ -1,0 +1,155 @@
+"""The commands: `python run.py` (also `proxytune run`), and `proxytune serve`.
+
+A user's mistake ends in one line on stderr and exit code 1; anything else is our bug and keeps
+its traceback. HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
+"""
+
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from proxytune.cli.interrupts import Interrupted, hush, interruptible
+from proxytune.config import schema
+from proxytune.config.schema import register
+from proxytune.files import ROOT
+
+_SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def run() -> None:
+    """Entry of run.py: composes conf/ with the command line and runs the experiment."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before we can explain
+    guarded(_hydra_main)
+
+
+def main() -> None:
+    """Entry of the console script `proxytune`."""
+    commands = {"run": run, "serve": serve}
+    command = commands.get(next(iter(sys.argv[1:]), ""))
+    if command is None:
+        for name in commands:
+            print(f"usage: proxytune {name} [key=value ...]", file=sys.stderr)
+        raise SystemExit(2)
+    del sys.argv[1]
+    command()
+
+
+def serve() -> None:
+    """Composes conf/serve.yaml with the command line and serves a triple; docs/serving.md."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(_serve_main, again="")
+
+
+def guarded(
+    command: Callable[[], object], again: str = "the same command goes on where this run stopped"
+) -> None:
+    """Calls `command`; a user's mistake ends in one line on stderr and exit code 1.
+
+    Ctrl-C, SIGTERM and SIGHUP end in one line, too, and exit code 130, 143 or 129.
+
+    Args:
+        command: what to call.
+        again: what to know about starting it again, for the line after an interrupt.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():  # bars of downloads would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        with interruptible():
+            command()
+            sys.stdout.flush()  # here, where an error of it is explained
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        _say(f"{stopped.said}; {again}" if again else stopped.said)
+        raise SystemExit(stopped.exit_code) from None
+    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
+        if _SHOW_TRACEBACK:
+            raise
+        _say(f"error: {explain(error)}")
+        raise SystemExit(1) from None
+    finally:
+        hush()
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException) -> str:
+    """One line for a user's mistake: what was wrong, and the way out."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = [option for option in error.options or [] if option]
+        return (
+            f"unknown {group or 'config'} '{name}'{_close(name, known)}; known: {', '.join(known)}"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full, or your quota ({error.filename or 'results folder'}): free some "
+            "space and run the same command again; everything finished so far is kept"
+        )
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; everything finished so far is kept"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write {error.filename}; choose another folder with output_dir=..."
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    misspelt = re.match(r"Key '(\w+)' not in '(\w+)'", str(error))
+    if misspelt and hasattr(schema, misspelt[2]):
+        key, known = misspelt[1], [f.name for f in fields(getattr(schema, misspelt[2]))]
+        return f"unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
+        return _no_such_key(str(error.full_key), error.parent_node)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("object_type=", "reference_type="))]
+    return "; ".join(lines) or type(error).__name__
+
+
+def _no_such_key(full_key: str, parent: Any) -> str:
+    """A key that a task's file does not have: misspelt, or one that `+` adds."""
+    where, _, key = full_key.rpartition(".")
+    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    names = f"; known: {', '.join(known)}" if known else ""
+    return f"{where} has no key '{key}'{_close(key, known)}{names}; +{full_key}=... adds a new one"
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    from proxytune.experiment.runner import run_experiment
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        # each point of a sweep is a configuration of its own, so it gets a folder of its own
+        point = HydraConfig.get().job.override_dirname
+        cfg.output_dir = f"{cfg.output_dir}/{point}" if point else cfg.output_dir
+    # inside of Hydra's own handler, which would print a line of its own before ours
+    guarded(lambda: run_experiment(cfg))
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="serve")
+def _serve_main(cfg: DictConfig) -> None:
+    from proxytune.cli.serve import serve
+
+    choice = HydraConfig.get().runtime.choices.get("triple")
+    guarded(lambda: serve(cfg, choice), again="")
+
+
+register()

@@ -1,0 +1,114 @@
+"""`proxytune serve`: loads a system, binds the port, and runs the app by uvicorn."""
+
+import ipaddress
+import logging
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import uvicorn
+from omegaconf import DictConfig, OmegaConf
+
+from proxytune.roles import SYSTEMS
+from proxytune.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+
+def serve(cfg: DictConfig, triple: str | None) -> None:
+    """Serves the system of a resolved `ServeConfig` until it is interrupted.
+
+    Args:
+        cfg: the configuration.
+        triple: the chosen file of conf/triple, for the model's name.
+
+    Raises:
+        ValueError: the configuration asks for something that cannot be; a port that is taken.
+    """
+    settings = ServerSettings(**{each.name: cfg[each.name] for each in fields(ServerSettings)})
+    if cfg.system not in SYSTEMS:
+        raise ValueError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
+    name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
+    with _bind(cfg.host, cfg.port) as listener:  # what takes seconds comes behind a taken port
+        host, port = listener.getsockname()[:2]
+        if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
+            log.warning("%s: others can reach this server, and it asks for no api_key", host)
+        app = _load(cfg, name, settings)
+        shown = f"[{host}]" if ":" in host else host
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        )
+        server = _Server(config, f"{name} on http://{shown}:{port}/v1")
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
+            signal.signal(signal.SIGHUP, server.handle_exit)
+        with suppress(KeyboardInterrupt):  # how a server ends; uvicorn has closed everything
+            server.run([listener])
+
+
+def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
+    """The app with the system's models in memory."""
+    import torch
+
+    from proxytune.api import load
+    from proxytune.config.specs import model_specs
+    from proxytune.experiment.checks import check_models
+    from proxytune.roles import MEMBERS
+    from proxytune.server.app import create_app
+
+    roles = MEMBERS[cfg.system]
+    for member in roles.values():
+        if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
+            raise ValueError(
+                f"the triple has no {member}; choose a triple (triple=pocket) or give it "
+                f"(triple.{member}.id=...)"
+            )
+    if cfg.machine.threads:
+        torch.set_num_threads(cfg.machine.threads)
+    # A prompt that is too long is the client's mistake, and the client hears of it.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    specs = model_specs(cfg)
+    members: dict[str, Any] = check_models({role: specs[each] for role, each in roles.items()})
+    generator = load(**members, alpha=cfg.alpha, cuda_graphs=cfg.machine.cuda_graphs)
+    return create_app(
+        {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; it begins to listen when the models are there."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port}: a port is a number up to 65535; 0 takes a free one")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ValueError(f"host={host}: {error.strerror or error}") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({reason}); choose another with port=... "
+            "(0 takes a free one)"
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Says where it is once it can be reached."""
+
+    def __init__(self, config: uvicorn.Config, place: str) -> None:
+        super().__init__(config)
+        self._place = place
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"serving {self._place}  (Ctrl-C ends it)", flush=True)

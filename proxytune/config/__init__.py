@@ -1,0 +1,5 @@
+"""What a run or a server may be told: the schema of conf/, and its models as specs.
+
+schema.py  one dataclass per node; Hydra refuses any key that they lack
+specs.py   the configured models as `ModelSpec`s
+"""

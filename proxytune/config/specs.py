@@ -1,0 +1,30 @@
+"""The configured models as `ModelSpec`s."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from proxytune.config.schema import to_dict
+from proxytune.loading.prompting import PromptFormat
+from proxytune.loading.spec import ModelSpec
+from proxytune.roles import ROLES
+
+
+def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:
+    """Role -> `ModelSpec` of the configured triple, with the machine's devices filled in."""
+    specs = {}
+    for role in ROLES:
+        member = cfg.triple[role]
+        if member is None or OmegaConf.is_missing(member, "id"):
+            continue
+        settings = to_dict(member)
+        device = settings["device"] or cfg.machine.devices.get(role) or cfg.machine.device
+        # "auto" for one role spreads it over all GPUs; for the machine it means the first device
+        spread = device == "auto" and role in cfg.machine.devices
+        settings["device"] = device if spread or device != "auto" else None
+        settings["quantization"] = settings["quantization"] or None
+        settings["format"] = PromptFormat(**settings["format"])
+        if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:
+            settings["api"]["cache"] = str(Path(cfg.output_dir, "api.sqlite"))
+        specs[role] = ModelSpec(**settings)
+    return specs

@@ -1,0 +1,63 @@
+"""How many rows may decode at once, from the memory that is free."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import psutil
+import torch
+
+from proxytune.engine.system import Member
+
+GPU_ROWS = 256
+CPU_ROWS = 32  # beyond it a CPU gains nothing: its matrix products are no longer bound by memory
+GPU_SHARE = 0.8  # of the free memory
+CPU_SHARE = 0.5
+LOGITS_COPIES = 6  # float32 rows of the vocabulary that choosing a token may take
+
+
+def row_budget(
+    members: Iterable[Member], batch_size: int | Literal["auto"] = "auto"
+) -> Callable[[int], int]:
+    """How many rows of a given length fit: `budget(tokens) -> rows`, at least 1.
+
+    Args:
+        members: of the system.
+        batch_size: an upper limit from the user; with it, memory is not looked at.
+    """
+    if batch_size != "auto":
+        limit = batch_size
+        return lambda tokens: limit
+    per_token: Counter[torch.device] = Counter()
+    per_row: Counter[torch.device] = Counter()
+    limits = []
+    for member in members:
+        per_token[member.device] += member.bytes_per_token()
+        per_row[member.device] += LOGITS_COPIES * 4 * member.vocab_size
+        if member.max_rows is not None:
+            limits.append(member.max_rows)
+    free = {device: _free_bytes(device) for device in per_token}
+    most = GPU_ROWS if any(device.type == "cuda" for device in free) else CPU_ROWS
+    most = min([most, *limits])
+
+    def budget(tokens: int) -> int:
+        fits = [
+            int(free[device] / (per_token[device] * tokens + per_row[device])) for device in free
+        ]
+        return max(1, min([most, *fits]))
+
+    return budget
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return GPU_SHARE * (free + kept)
+    return CPU_SHARE * psutil.virtual_memory().available
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)

@@ -1,0 +1,196 @@
+"""Log-likelihoods and logits of given tokens, from any system."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from proxytune.engine.memory import out_of_memory
+from proxytune.engine.rows import longest
+from proxytune.engine.system import Prompt, System
+
+BLOCK_ENTRIES = 1 << 26  # logits of one block: rows * positions * vocabulary
+LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say (as in vLLM)
+
+
+@torch.inference_mode()
+def sequence_logits(system: System, prompt: Prompt) -> torch.Tensor:
+    """The next-token logits after every token, [tokens, vocab], float32.
+
+    Args:
+        system: an idle system.
+        prompt: the members' prompts; they are equally long, and equal after their first token.
+    """
+    if len({len(ids) for ids in prompt.values()}) > 1:
+        raise ValueError("logits need prompts of one length for every member")
+    if not same_tokens(prompt):
+        raise ValueError("logits need the same tokens after the first for every member")
+    rest = list(prompt["base"][1:])
+    try:
+        logits = [system.prefill([first_tokens(prompt)]).logits]
+        if rest:
+            logits.append(system.extend(torch.tensor([rest])).logits[0])
+        return torch.cat(logits).float()
+    finally:
+        system.clear()
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    system: System,
+    prompts: Sequence[Prompt],
+    continuations: Sequence[Sequence[int]],
+    max_rows: Callable[[int], int],
+) -> list[tuple[float, bool]]:
+    """For each prompt: log-probability of its continuation, and whether greedy would write it.
+
+    Args:
+        system: an idle system.
+        prompts: role -> token ids.
+        continuations: token ids, at least one each.
+        max_rows: rows at once, given the longest in tokens.
+    """
+    lengths = [longest(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]
+    # Neighbours have similar lengths, and equal prompts stay together.
+    order = sorted(range(len(prompts)), key=lambda i: (lengths[i] // 16, repr(prompts[i])))[::-1]
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(prompts)
+    cap = len(prompts)
+    try:
+        while order:
+            rows = min(cap, max_rows(max(lengths[i] for i in order)))
+            batch = order[:rows]
+            try:
+                scored = _score(
+                    system, [prompts[i] for i in batch], [continuations[i] for i in batch]
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or len(batch) == 1:
+                    raise
+                cap = len(batch) // 2
+                system.clear()
+                continue
+            for index, result in zip(batch, scored, strict=True):
+                results[index] = result
+            system.keep([])
+            order = order[rows:]
+    finally:
+        system.clear()
+    return results
+
+
+def _score(
+    system: System, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """One batch: reads every different prompt once, then the continuations in blocks."""
+    width = max(len(continuation) for continuation in continuations)
+    targets = torch.zeros(len(prompts), width, dtype=torch.long)
+    real = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, continuation in enumerate(continuations):
+        targets[i, : len(continuation)] = torch.tensor(list(continuation))
+        real[i, : len(continuation)] = True
+    different: dict[str, int] = {}
+    rows = [different.setdefault(repr(prompt), len(different)) for prompt in prompts]
+    firsts = [prompts[rows.index(row)] for row in range(len(different))]
+    logits = system.prefill(firsts).logits[torch.tensor(rows)].unsqueeze(1)
+    system.keep(rows)
+    sums, greedy = _rate(logits, targets[:, :1], real[:, :1])
+    block = max(16, BLOCK_ENTRIES // (len(rows) * system.vocab_size))
+    for start in range(0, width - 1, block):
+        stop = min(start + block, width - 1)
+        logits = system.extend(targets[:, start:stop]).logits
+        here = slice(start + 1, stop + 1)
+        more, still = _rate(logits, targets[:, here], real[:, here])
+        sums, greedy = sums + more, greedy & still
+    return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+
+
+def _rate(
+    logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the targets' log-probabilities, and whether all are the likeliest; [rows] each."""
+    targets, real = targets.to(logits.device), real.to(logits.device)
+    picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float()
+    log_probs = picked - logits.float().logsumexp(-1)
+    likeliest = logits.argmax(-1) == targets
+    return log_probs.masked_fill(~real, 0).sum(-1), (likeliest | ~real).all(-1)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token under the distribution that it was chosen from, or follows.
+
+    Attributes:
+        id: the token.
+        logprob: natural logarithm, before temperature, filters and logit_bias.
+        rank: 1 for the likeliest token of the vocabulary.
+        top: (id, logprob) of the likeliest tokens, best first.
+    """
+
+    id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+def token_logprobs(logits: torch.Tensor, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Rates tokens.
+
+    Args:
+        logits: [tokens, vocab], any float type.
+        ids: the token at each position.
+        top: how many of the likeliest to list; -1 is the whole vocabulary.
+    """
+    log_probs = logits.float().log_softmax(-1).clamp_(min=LOWEST)
+    chosen = log_probs.gather(-1, torch.tensor(ids, device=logits.device).unsqueeze(-1))
+    ranks = (log_probs > chosen).sum(-1) + 1
+    values, best = log_probs.topk(log_probs.shape[-1] if top < 0 else top)
+    columns = ids, chosen.squeeze(-1).tolist(), ranks.tolist(), best.tolist(), values.tolist()
+    return [
+        TokenLogprob(token, logprob, rank, list(zip(listed, theirs, strict=True)))
+        for token, logprob, rank, listed, theirs in zip(*columns, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    system: System, prompts: Sequence[Prompt], alphas: Sequence[float | None], tops: Sequence[int]
+) -> list[list[TokenLogprob | None]]:
+    """Rates the tokens of several prompts in one pass; None for the first token of each.
+
+    Args:
+        system: an idle system.
+        prompts: role -> token ids; members may differ in the first token alone.
+        alphas: each prompt's own alpha; None is the system's.
+        tops: for each prompt, how many of the likeliest tokens to list at every position.
+    """
+    rests = [list(prompt["base"][1:]) for prompt in prompts]
+    rated: list[list[TokenLogprob | None]] = [[None] for _ in prompts]
+
+    def rate(logits: torch.Tensor, at: int) -> None:
+        for index, rest in enumerate(rests):
+            here = rest[at : at + logits.shape[1]]
+            if here:
+                rated[index] += token_logprobs(logits[index, : len(here)], here, tops[index])
+
+    width = max(map(len, rests))
+    block = max(16, BLOCK_ENTRIES // (len(prompts) * system.vocab_size))
+    try:
+        rate(system.prefill(list(map(first_tokens, prompts)), alphas).logits.unsqueeze(1), 0)
+        for start in range(0, width - 1, block):
+            stop = min(start + block, width - 1)
+            read = [rest[start:stop] for rest in rests]
+            padded = [[*ids, *[0] * (stop - start - len(ids))] for ids in read]
+            rate(system.extend(torch.tensor(padded)).logits, start + 1)
+        return rated
+    finally:
+        system.clear()
+
+
+def same_tokens(prompt: Prompt) -> bool:
+    """Whether all members read the same tokens, but for the first (a BOS of their own)."""
+    return len({tuple(ids[1:]) for ids in prompt.values()}) == 1
+
+
+def first_tokens(prompt: Prompt) -> Prompt:
+    """The beginning of a prompt: one token for each member."""
+    return {role: ids[:1] for role, ids in prompt.items()}

@@ -1,0 +1,147 @@
+"""Refusals: everything about a run that can be known before a model is loaded."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from proxytune.roles import MEMBERS, SYSTEMS
+
+log = logging.getLogger(__name__)
+
+STAGES = ("all", "generate", "score")
+
+
+def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Refuses what can be known to fail without loading a model.
+
+    Returns:
+        The tasks by name, and role -> `ModelSpec`; a base whose URL is "local" is served by now.
+
+    Raises:
+        ValueError: a bad setting, an unknown task key, a judge without its key, a model that is
+            not there or may not be read, a triple without one vocabulary.
+    """
+    _check_config(cfg)
+    if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
+    tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
+    if cfg.stage != "generate":  # which needs no judge and runs no program
+        for task in tasks.values():
+            task.check()
+    return tasks, check_models(_specs_in_use(cfg)) if cfg.stage != "score" else {}
+
+
+def _check_config(cfg: DictConfig) -> None:
+    unknown = [s for s in cfg.systems if s not in SYSTEMS]
+    if unknown or not cfg.systems:
+        wrong = f"unknown system {unknown}" if unknown else "no system chosen"
+        raise ValueError(f"{wrong}; systems are any of {', '.join(SYSTEMS)}")
+    if cfg.stage not in STAGES:
+        raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES)}")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise ValueError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
+    if not math.isfinite(cfg.alpha):
+        raise ValueError(f"alpha={cfg.alpha}: it must be a finite number")
+    size = cfg.decoding.batch_size
+    if size != "auto" and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f"decoding.batch_size={size}: it must be at least 1, or auto")
+    if not cfg.task:
+        raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
+    if OmegaConf.is_missing(cfg, "name"):
+        raise ValueError("the experiment has no name; give one: name=my_triple")
+    for role in {role for system in cfg.systems for role in MEMBERS[system].values()}:
+        member = cfg.triple[role]
+        if member is None or OmegaConf.is_missing(member, "id"):
+            raise ValueError(
+                f"the triple has no {role}; give one (triple.{role}.id=...) or leave the systems "
+                "that need it out (systems=[...])"
+            )
+
+
+def _make_task(name: str, node: DictConfig) -> Any:
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).splitlines()[0]
+        hint = f"its keys stand in conf/task/{name}.yaml"
+        raise ValueError(f"task {name}: {reason}; {hint}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the results folder and writes to it once.
+
+    Raises:
+        ValueError: it cannot be made.
+        OSError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        message = f"output_dir={folder} cannot be made ({error.strerror}); choose another folder"
+        raise ValueError(message) from error
+    probe = folder / ".writable"
+    probe.write_text("a full disk is found out now rather than after the first batch\n")
+    probe.unlink()
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Says what the experiment needs, by estimate, and looks for a GPU where it needs one.
+
+    Raises:
+        ValueError: there is none, and the user did not choose the CPU.
+    """
+    need = cfg.needs.gpu_memory_gb
+    if not need:
+        return
+    log.info(
+        "estimated needs: %g GB of GPU memory, %g GB of downloads, %g A100 hours",
+        need,
+        cfg.needs.disk_gb,
+        cfg.needs.gpu_hours,
+    )
+    if cfg.machine.device == "auto" and not torch.cuda.is_available():
+        raise ValueError(
+            f"experiment {cfg.name} needs about {need:g} GB of GPU memory and no GPU was found; "
+            "run it on a GPU machine, or say machine=cpu to run it here all the same"
+        )
+
+
+def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuses models that cannot be combined or asked; serves a base whose URL is "local".
+
+    Args:
+        specs: role -> `ModelSpec`.
+
+    Returns:
+        The same, with the URLs of the local servers.
+
+    Raises:
+        ValueError: see `check_triple` and `check_endpoints`.
+    """
+    from proxytune.loading.load import check_endpoints, check_triple
+
+    check_triple(specs)
+    if all(spec.api is None for spec in specs.values()):
+        return dict(specs)
+    from proxytune.server.local import with_local_bases
+
+    ready = with_local_bases(specs)  # loads a base: after every refusal that costs nothing
+    check_endpoints(ready)
+    return ready
+
+
+def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:
+    from proxytune.config.specs import model_specs
+
+    used = {role for system in cfg.systems for role in MEMBERS[system].values()}
+    return {role: spec for role, spec in model_specs(cfg).items() if role in used}

@@ -1,0 +1,226 @@
+"""Systems x tasks: generate what is missing, score, save. A killed run goes on where it stopped.
+
+<output_dir>/run.json                        provenance
+<output_dir>/<task>/examples.jsonl           what was asked
+<output_dir>/<task>/<system>/cell.json       what this cell's completions depend on
+<output_dir>/<task>/<system>/completions.jsonl, scores.jsonl, judges.json (who judged)
+<output_dir>/metrics.jsonl, table.md, table.csv, report.html
+"""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from proxytune import provenance
+from proxytune.config.schema import to_dict
+from proxytune.experiment.cells import (
+    DECODING_OVERRIDES,
+    Cell,
+    HarnessCell,
+    claim,
+    make_cells,
+    models_of,
+    sole_writer,
+)
+from proxytune.experiment.checks import check_before_models, check_machine, check_writable
+from proxytune.experiment.generate import generate
+from proxytune.files import read_jsonl, write_json, write_jsonl
+from proxytune.records import Metric
+from proxytune.results import paper
+from proxytune.results.folder import build_table
+
+log = logging.getLogger(__name__)
+
+_JUDGES = "judges.json"  # beside a cell's scores: who made them
+
+
+def run_experiment(cfg: DictConfig) -> list[Metric]:
+    """Runs the experiment of a resolved `RunConfig` and returns its metrics.
+
+    Raises:
+        ValueError: the configuration asks for something that cannot be; nothing was loaded.
+        OSError: the results folder cannot be written; everything finished is kept.
+    """
+    started = time.time()
+    tasks, specs = check_before_models(cfg)
+    output = Path(cfg.output_dir)  # contains the experiment's name, which is checked by now
+    check_writable(output)
+    if cfg.stage != "score":
+        check_machine(cfg)
+    with sole_writer(output) if cfg.stage != "score" else nullcontext():
+        return _run(cfg, tasks, specs, output, started)
+
+
+def _run(
+    cfg: DictConfig, tasks: dict[str, Any], specs: dict[str, Any], output: Path, started: float
+) -> list[Metric]:
+    cells = make_cells(cfg, tasks, output)
+    for cell in cells:
+        claim(cell, cfg.stage)
+    if cfg.machine.threads:
+        torch.set_num_threads(cfg.machine.threads)
+    session = {"started": _now(), "stage": cfg.stage, **provenance.environment()}
+    run_json = _begin_run_json(output, cfg, cells, session)
+    tracker = _make_tracker(cfg, output)
+    try:
+        if cfg.stage != "score":
+            session["generation"] = generate(cfg, specs, cells)
+            tracker.log_throughput(session["generation"])
+        metrics = []
+        if cfg.stage != "generate":
+            metrics, unfinished = _score(cells, output)
+            _show(cfg, cells, metrics, unfinished, tracker)
+        session["finished"], session["seconds"] = _now(), round(time.time() - started, 1)
+        write_json(output / "run.json", run_json)
+        if cfg.report and cfg.stage != "generate":
+            from proxytune.results.report import write_report
+
+            path = write_report(output)
+            print(f"\nreport: {path}")
+    finally:
+        tracker.finish()
+    return metrics
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _begin_run_json(
+    output: Path, cfg: DictConfig, cells: Sequence[Cell | HarnessCell], session: dict[str, Any]
+) -> dict[str, Any]:
+    path = output / "run.json"
+    resolved = to_dict(cfg)
+    run_json: dict[str, Any] = {"sessions": []}
+    if path.exists():
+        run_json = json.loads(path.read_text())
+    datasets = {c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)}
+    models = {role: member for c in cells for role, member in models_of(c).items()}
+    if cfg.stage == "score":  # which may be done where the models are not
+        models |= run_json.get("models", {})
+    run_json |= {
+        "name": cfg.name,
+        "config": resolved,  # of the latest session; the folder may hold further tasks and systems
+        "config_sha256": provenance.sha256_json(resolved),
+        "tasks": run_json.get("tasks", {}) | resolved["task"],
+        "datasets": run_json.get("datasets", {}) | datasets,
+        "models": run_json.get("models", {}) | models,
+        "seed": cfg.decoding.seed,
+    }
+    run_json["sessions"].append(session)
+    write_json(path, run_json)
+    return run_json
+
+
+def _score(
+    cells: Sequence[Cell | HarnessCell], output: Path
+) -> tuple[list[Metric], dict[str, str]]:
+    """Writes every cell's scores, and the metrics; those of the folder's other cells are kept.
+
+    Returns:
+        The metrics, and of the tasks that lack completions: which systems have how many.
+
+    Raises:
+        ValueError: nothing has been generated that could be scored.
+    """
+    metrics: list[Metric] = []
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for cell in cells:
+        found, scores = cell.score()
+        write_jsonl(cell.folder / "scores.jsonl", scores)
+        if isinstance(cell, Cell) and (judges := cell.task.judged_by()):
+            write_json(cell.folder / _JUDGES, judges)
+        metrics += found
+        if isinstance(cell, Cell) and len(scores) < cell.total:
+            lacking[cell.task_name].append(f"{cell.system} {len(scores)} of {cell.total}")
+    if not metrics:
+        raise ValueError(
+            f"no example in {output} has all its completions yet; run with stage=all to go on"
+        )
+    ours = {(cell.task_name, cell.system) for cell in cells}
+    path = output / "metrics.jsonl"
+    others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
+    odd = _judged_otherwise(cells, {(m.task, m.system) for m in others}, output)
+    write_jsonl(path, [*metrics, *(m for m in others if (m.task, m.system) not in odd)])
+    return metrics, {task: ", ".join(systems) for task, systems in lacking.items()}
+
+
+def _judged_otherwise(
+    cells: Sequence[Cell | HarnessCell], others: set[tuple[str, str]], output: Path
+) -> set[tuple[str, str]]:
+    """Which other systems of these tasks had another judge: no table may compare them."""
+    judges = {cell.task_name: cell.task.judged_by() for cell in cells if isinstance(cell, Cell)}
+    odd = set()
+    for task, system in sorted(others):
+        path = output / task / system / _JUDGES
+        known = json.loads(path.read_text()) if path.is_file() else None
+        if judges.get(task) and known != judges[task]:
+            odd.add((task, system))
+            log.warning(
+                "%s/%s was scored by another judge and is left out; score it again (stage=score)",
+                task,
+                system,
+            )
+    return odd
+
+
+def _show(
+    cfg: DictConfig,
+    cells: Sequence[Cell | HarnessCell],
+    metrics: list[Metric],
+    unfinished: dict[str, str],
+    tracker: Any,
+) -> None:
+    """Writes the comparison table, prints it, and hands everything to the tracker."""
+    from rich.console import Console
+
+    from proxytune.experiment.tracking import sample_completions
+    from proxytune.results import tables
+
+    infos = {cell.task_name: cell.infos for cell in cells}
+    output = Path(cfg.output_dir)
+    table = build_table(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished)
+    Console().print(tables.to_rich(table, cfg.name))
+    tracker.log_metrics(metrics)
+    tracker.log_table(table)
+    tracker.log_completions(sample_completions(output, list(infos)))
+
+
+def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
+    """Table and size of the paper's cells beside ours; None where the paper ran something else."""
+    if not cfg.paper:
+        return None
+    settings = {f"decoding.{key}": cfg.decoding[key] for key in DECODING_OVERRIDES}
+    other = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    other += [f"alpha={cfg.alpha:g}"] if cfg.alpha != 1 else []
+    base = cfg.triple.base.id
+    theirs = paper.other_base(cfg.paper.size, base)
+    other += [f"the base {base} in the place of {theirs}"] if theirs else []
+    if other:
+        log.info("the paper's numbers are left out: it has none for %s", ", ".join(other))
+        return None
+    return cfg.paper.table, cfg.paper.size
+
+
+def _make_tracker(cfg: DictConfig, output: Path) -> Any:
+    from proxytune.experiment.tracking import make_tracker
+
+    settings = cfg.tracking
+    return make_tracker(
+        kind=settings.kind,
+        project=settings.project,
+        entity=settings.entity,
+        experiment=cfg.name,
+        mode=settings.mode,
+        config=to_dict(cfg),
+        directory=output,
+    )

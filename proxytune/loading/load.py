@@ -1,0 +1,189 @@
+"""Loading: whether a triple fits together, and its weights.
+
+Everything that can be refused is refused from configurations and tokenizers alone, before the
+first weight is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from proxytune.engine.system import Member
+from proxytune.loading.build import shares_weights
+from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.vocabulary import common_vocabulary
+
+
+def check_triple(specs: Mapping[str, ModelSpec]) -> int:
+    """Checks, before any weights are loaded, that models can be combined.
+
+    Args:
+        specs: role -> model; any set of roles.
+
+    Returns:
+        The length of the vocabulary that all of them share; logits are cut to it.
+
+    Raises:
+        ValueError: a device, a model or an adapter cannot be found, or two vocabularies differ
+            (the first differing token is named).
+    """
+    for role, spec in specs.items():
+        _check_device(role, spec.device)
+    tokenizers, sizes = {}, {}
+    for role, spec in specs.items():
+        if spec.api is not None and role in ("expert", "antiexpert", "draft"):
+            raise ValueError(f"the {role} cannot be behind an API: it has to run on this machine")
+        if spec.api is None:
+            sizes[role] = _load_config(role, spec).get_text_config().vocab_size
+        tokenizers[role] = load_tokenizer(spec, role)
+        if spec.adapter is not None:
+            _check_adapter(role, spec)
+    return common_vocabulary(tokenizers, sizes)
+
+
+def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
+    """Asks every endpoint once, and cheaply, whether it can serve its model.
+
+    Raises:
+        ValueError: it is not there, does not know the key or the model, or shows too little.
+    """
+    for role, spec in specs.items():
+        if spec.api is not None:
+            _open(spec, load_tokenizer(spec, role))
+
+
+def load_tokenizer(spec: ModelSpec, role: str = "model") -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: there is none, in one line with the way out.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(_not_found(role, spec.id, "tokenizer", error)) from error
+
+
+def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedModel:
+    """Loads one model and its tokenizer.
+
+    Args:
+        spec: what to load.
+        share: a loaded model of the same checkpoint; an adapter is then put on its weights, of
+            which there stays one copy.
+
+    Raises:
+        ValueError: it cannot be found or read, in one line with the way out.
+    """
+    tokenizer = load_tokenizer(spec)
+    if spec.api is not None:
+        return LoadedModel(None, tokenizer, spec, _open(spec, tokenizer))
+    if share is not None and share.model is not None and shares_weights(spec, share.spec):
+        share.adapted = _put_adapter(share.model, spec)
+        return LoadedModel(share.adapted, tokenizer, spec)
+    model = _load_weights(spec)
+    return LoadedModel(_put_adapter(model, spec) if spec.adapter else model, tokenizer, spec)
+
+
+def _open(spec: ModelSpec, tokenizer: Any) -> Member:
+    from proxytune.members.api.member import open_api
+
+    return open_api(spec, tokenizer)
+
+
+def _load_weights(spec: ModelSpec) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "revision": spec.revision,
+        "dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)
+    device = spec.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device != "cpu":
+        options["device_map"] = "auto" if device == "auto" else {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(spec.id, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(_not_found("model", spec.id, "weights", error)) from error
+    return model.eval().requires_grad_(False)
+
+
+def _put_adapter(model: PreTrainedModel, spec: ModelSpec) -> Any:
+    from peft import PeftModel
+
+    assert spec.adapter is not None
+    adapted = PeftModel.from_pretrained(model, spec.adapter, revision=spec.adapter_revision)
+    return adapted.eval().requires_grad_(False)
+
+
+def _load_config(role: str, spec: ModelSpec) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(
+            spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_not_found(role, spec.id, "config.json", error)) from error
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    kinds = {type(config), type(config.get_text_config())}
+    if not own_code and kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise ValueError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
+    return config
+
+
+def _check_device(role: str, name: str | None) -> None:
+    if name in (None, "auto"):
+        return
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        message = f"{role}: there is no device {name} here ({count} GPUs)"
+        raise ValueError(f"{message}; machine=cpu, or device='cpu', runs without one")
+
+
+def _check_adapter(role: str, spec: ModelSpec) -> None:
+    from peft import PeftConfig
+
+    assert spec.adapter is not None
+    try:
+        PeftConfig.from_pretrained(spec.adapter, revision=spec.adapter_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(role, spec.adapter, "adapter", error)) from error
+
+
+def _not_found(role: str, name: str, what: str, error: BaseException) -> str:
+    """One line: what is missing, and what to do about it."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"{role}: the folder {name} has no usable {what} ({detail})"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"{role}: there is no folder {name}; give the path of a model or a hub id"
+    text = str(error).lower()
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"{role}: {name} is gated on the hub: accept its terms on "
+            f"https://huggingface.co/{name} and log in (`hf auth login`, or HF_TOKEN)"
+        )
+    return (
+        f"{role}: {name} is neither a local folder nor a model that can be had from the hub "
+        f"({what}); check the name, the network and HF_HUB_OFFLINE, or log in for private models"
+    )

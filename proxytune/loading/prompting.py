@@ -1,0 +1,188 @@
+"""One example -> the text and the token ids that each member of a triple reads.
+
+A member reads the raw prompt, or the same parts through a chat template: that is a setting of the
+member (`PromptFormat`), never something read from its name.
+"""
+
+import operator
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxytune.records import Prompt
+
+TEMPLATES = Path(__file__).parent / "templates"
+Message = Mapping[str, str]
+PromptLike = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How one model wants its prompts.
+
+    Attributes:
+        kind: "raw" (the text as it stands) or "chat" (through a chat template).
+        chat_template: None is the tokenizer's own; else the name of a template in
+            proxytune/loading/templates ("llama2") or the path of a Jinja file.
+        use_system: False drops system turns, for templates that have none.
+    """
+
+    kind: str = "raw"
+    chat_template: str | None = None
+    use_system: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("raw", "chat"):
+            raise ValueError(f"prompt format kind={self.kind!r} is neither raw nor chat")
+        if self.kind == "chat" and self.chat_template is not None:
+            read_template(self.chat_template)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as one model reads it.
+
+    Attributes:
+        text: the whole text.
+        add_special_tokens: whether the tokenizer may put its own BOS in front; a chat template
+            writes that itself.
+    """
+
+    text: str
+    add_special_tokens: bool
+
+
+def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
+    """Renders one example's prompt for a member with this format.
+
+    Raises:
+        ValueError: a chat format without any template.
+    """
+    if fmt.kind == "raw" or prompt.plain:
+        return Rendered(prompt.raw, add_special_tokens=True)
+    messages = [{"role": "user", "content": prompt.user}]
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": prompt.system})
+    if prompt.response_prefix:
+        messages.append({"role": "assistant", "content": prompt.response_prefix})
+    return render_messages(messages, fmt, tokenizer)
+
+
+def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: Any) -> Rendered:
+    """Renders a conversation; a last message of the assistant is the beginning of its answer.
+
+    Args:
+        messages: {"role", "content"} turns.
+        fmt: a raw member reads the contents, a blank line between them.
+        tokenizer: of the member; unused by raw members.
+
+    Raises:
+        ValueError: no messages, or a chat format without any template.
+    """
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    if fmt.kind == "raw":
+        return Rendered("\n\n".join(m["content"] for m in messages), add_special_tokens=True)
+    turns = [dict(m) for m in messages if fmt.use_system or m["role"] != "system"]
+    prefix = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
+    if not turns:
+        raise ValueError("a conversation needs a turn of the user before the assistant's")
+    text = tokenizer.apply_chat_template(
+        turns,
+        chat_template=_template_of(fmt, tokenizer),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    if prefix and not text[-1:].isspace():
+        text += " "
+    return Rendered(text + prefix, add_special_tokens=False)
+
+
+def encode(rendered: Rendered, tokenizer: Any) -> list[int]:
+    """The token ids of a rendered prompt."""
+    return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+
+
+def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> list[int]:
+    """A prompt as one member reads it.
+
+    Args:
+        prompt: a text, token ids, or chat messages.
+        fmt: of the member; a text goes as it stands.
+        tokenizer: of the member; None will do for token ids.
+
+    Raises:
+        ValueError: it is none of these, or there is no tokenizer for it.
+    """
+    messages = as_messages(prompt)
+    if messages is None and not isinstance(prompt, str):
+        return _as_ids(prompt)
+    if tokenizer is None:
+        raise ValueError(
+            "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
+        )
+    if messages is not None:
+        return encode(render_messages(messages, fmt, tokenizer), tokenizer)
+    return tokenizer(prompt)["input_ids"]  # with the tokenizer's own special tokens (a BOS)
+
+
+def as_messages(prompt: Any) -> Sequence[Message] | None:
+    """The prompt, if it is a conversation; else None.
+
+    Raises:
+        ValueError: a turn lacks its role or its content.
+    """
+    conversation = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
+    if not conversation:
+        return None
+    for message in prompt:
+        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"a chat message has a role and a content, not {message!r}")
+    return prompt
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    try:
+        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if any(isinstance(token, bool) for token in tokens):  # True == 1, but is no token
+            raise TypeError("truth values")
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ValueError(
+            "a prompt is a string, token ids, chat messages, or role -> token ids; not "
+            f"{reprlib.repr(prompt)}"
+        ) from error
+
+
+@cache
+def read_template(name: str) -> str:
+    """The text of a shipped template (by name) or of a Jinja file (by path).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template={name!r} is neither a file nor one of the shipped templates "
+            f"({', '.join(sorted(shipped))}); leave it null for the tokenizer's own"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
+    if fmt.chat_template is not None:
+        return read_template(fmt.chat_template)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')} has no chat template of its "
+            "own: set format.chat_template to a shipped name (llama2) or a Jinja file, or "
+            "format.kind=raw"
+        )
+    return None  # apply_chat_template then takes the tokenizer's own

@@ -1,0 +1,111 @@
+"""What a model is before it is loaded (`ModelSpec`), and after (`LoadedModel`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from proxytune.engine.system import Member
+from proxytune.loading.prompting import PromptFormat
+from proxytune.members.api.settings import ApiSettings, settings_of
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where one model comes from and how it is loaded.
+
+    Attributes:
+        id: a hub id or a local folder.
+        revision: a branch, tag or commit of the hub repository.
+        dtype: "auto" is the checkpoint's own; else float32, bfloat16 or float16.
+        device: "cpu", "cuda:1", ...; "auto" spreads over all GPUs; None is the first GPU or,
+            without one, the CPU.
+        quantization: arguments of transformers' BitsAndBytesConfig ({"load_in_4bit": True}).
+        adapter: the id or folder of a PEFT adapter for the model.
+        adapter_revision: as `revision`, for the adapter.
+        attn_implementation: "sdpa" or "eager"; None leaves it to transformers.
+        trust_remote_code: lets the checkpoint bring its own modelling code.
+        format: how prompts are rendered for it.
+        api: the OpenAI-compatible endpoint that serves the model (`ApiSettings`, or a mapping of
+            its fields); `id` then names its tokenizer.
+    """
+
+    id: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    format: PromptFormat = field(default_factory=PromptFormat)
+    api: ApiSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ValueError(f"a model is named by a folder or a hub id, not {self.id!r}")
+        if isinstance(self.api, Mapping):
+            object.__setattr__(self, "api", settings_of(self.api))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation!r}: rows of different lengths "
+                "need explicit masks, which sdpa and eager take; leave it null"
+            )
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model in memory with what belongs to it.
+
+    Attributes:
+        model: the weights; None for a model that is elsewhere (behind an API).
+        tokenizer: None where token ids are all that is needed.
+        spec: where it came from; None for a model that the caller brought.
+        member: what decodes, where that is not `model` itself.
+        adapted: the PEFT model that was later put around `model`: its adapter now works inside
+            `model`, too, so whoever uses `model` alone must switch it off.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: Any | None
+    spec: ModelSpec | None = None
+    member: Member | None = None
+    adapted: Any | None = None
+
+    @property
+    def format(self) -> PromptFormat:
+        """How prompts are rendered for it."""
+        return self.spec.format if self.spec else PromptFormat()
+
+    @property
+    def output_size(self) -> int | None:
+        """Entries of its logits; None where unknown."""
+        return self.model.config.get_text_config().vocab_size if self.model is not None else None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a completion: the generation config's and the tokenizer's."""
+        configs = [] if self.model is None else [self.model.generation_config, self.model.config]
+        found = [getattr(config, "eos_token_id", None) for config in configs]
+        found.append(getattr(self.tokenizer, "eos_token_id", None))
+        lists = [each if isinstance(each, list | tuple) else [each] for each in found]
+        own = self.member.eos_ids if self.member else frozenset[int]()
+        return own | {int(i) for each in lists for i in each if i is not None}
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ValueError: the model came without one.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
+            )
+        return self.tokenizer

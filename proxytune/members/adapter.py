@@ -1,0 +1,130 @@
+"""An expert that is an adapter (LoRA) of the antiexpert: one copy of the weights, one pass.
+
+Expert and antiexpert share a model and a cache. The cache's even rows are the expert's, the odd
+ones the antiexpert's, so that both together are its first rows, and each alone a strided view.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from proxytune.engine.system import Member, Pair, Pass
+from proxytune.members.cached import CachedModel
+
+PLAIN = "__base__"  # what PEFT calls the model without its adapter
+
+
+class AdapterModel(CachedModel):
+    """A PEFT model whose rows choose for themselves whether the adapter works on them.
+
+    Args:
+        model: a `peft.PeftModel` with one adapter.
+        vocab_size: the logits are cut to this many entries.
+        paired: even rows use the adapter, odd ones do not; otherwise no row does.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, paired: bool = True) -> None:
+        super().__init__(model, vocab_size)
+        self._adapted = model
+        self._adapter: str = model.active_adapter
+        self._paired = paired
+
+    def _call(self, rows: Sequence[int], **inputs: Any) -> torch.Tensor:
+        names = [self._adapter if self._paired and row % 2 == 0 else PLAIN for row in rows]
+        if len(set(names)) > 1:
+            return self._adapted(adapter_names=names, **inputs).logits
+        if names[0] == PLAIN:
+            with self._adapted.disable_adapter():
+                return self._adapted(**inputs).logits
+        return self._adapted(**inputs).logits
+
+
+class AdapterPair(Pair):
+    """Expert and antiexpert in one `AdapterModel`: their rows move together, once.
+
+    Args:
+        model: shared by both.
+    """
+
+    one_pass = True
+
+    def __init__(self, model: AdapterModel) -> None:
+        self.model = model
+        self.halves = (AdapterHalf(model, 0), AdapterHalf(model, 1))
+        super().__init__(*self.halves)
+
+    def extend_both(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block [rows, width] to both halves, in one pass over twice the rows."""
+        return self.model.extend(tokens.repeat_interleave(2, dim=0))
+
+    def keep(self, rows: list[int]) -> None:
+        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
+        self.model.keep([2 * row + half for row in rows for half in (0, 1)])
+        for half in self.halves:
+            half.count = len(rows)
+
+    def clear(self) -> None:
+        """Drops every row and the memory that they took."""
+        self.model.clear()
+        for half in self.halves:
+            half.count = 0
+
+
+class AdapterHalf(Member):
+    """One half of an `AdapterPair`, for what only one of them reads.
+
+    Args:
+        model: shared with the other half.
+        offset: 0 for the expert (with the adapter), 1 for the antiexpert (without).
+    """
+
+    def __init__(self, model: AdapterModel, offset: int) -> None:
+        self.model = model
+        self.offset = offset
+        self.count = 0  # rows
+        self.vocab_size = model.vocab_size
+        self.device = model.device
+        self.max_positions = model.max_positions
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per row."""
+        return self.model.lengths[self._rows]
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[int]] | None = None,
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        rows = [2 * (self.count + i) + self.offset for i in range(len(prompts))]
+        logits = self.model.fill(prompts, rows)
+        self.count += len(prompts)
+        return Pass(logits)
+
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
+        return Pass(self.model.extend_rows(tokens, self._rows))
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forgets the last counts[r] tokens of each row r."""
+        every = [0] * len(self.model.lengths)
+        every[self._rows] = counts
+        self.model.rollback(every)
+
+    def keep(self, rows: list[int]) -> None:
+        """Not of one half alone: `AdapterPair.keep` moves the rows of both."""
+        raise NotImplementedError("the rows of both halves move together: AdapterPair.keep")
+
+    def clear(self) -> None:
+        """Not of one half alone: `AdapterPair.clear` drops the rows of both."""
+        raise NotImplementedError("the rows of both halves leave together: AdapterPair.clear")
+
+    def bytes_per_token(self) -> int:
+        """Cache memory per token of a row."""
+        return self.model.bytes_per_token()
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.offset, 2 * self.count, 2)

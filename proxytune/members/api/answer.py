@@ -1,0 +1,108 @@
+"""What a server says about one position: the log-probabilities of the tokens that it lists."""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from proxytune.members.api.names import Named, TokenNames
+
+_SLACK = 1e-5  # of probability: log-probabilities come as rounded float32
+_HEAD = struct.Struct("<iifff")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The next token's log-probabilities, as far as they are known.
+
+    Attributes:
+        ids: the listed tokens.
+        logprobs: theirs, natural logarithm, float32.
+        bound: no other token has a greater log-probability; -inf where all are listed.
+        doubtful: tokens that a listed name of several meanings may stand for.
+        doubtful_bound: no doubtful token has a greater log-probability.
+        unseen: the probability of everything that is not in `ids`.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    bound: float
+    doubtful: np.ndarray
+    doubtful_bound: float
+    unseen: float
+
+    def logits(self, vocab_size: int) -> torch.Tensor:
+        """The log-probabilities, [vocab]; minus infinity for what is not listed."""
+        row = torch.full((vocab_size,), -torch.inf)
+        row[torch.from_numpy(self.ids)] = torch.from_numpy(self.logprobs)
+        return row
+
+    def ceiling(self, vocab_size: int) -> torch.Tensor:
+        """The same with upper bounds for what is not listed, [vocab]."""
+        row = torch.full((vocab_size,), self.bound)
+        row[torch.from_numpy(self.doubtful)] = self.doubtful_bound
+        row[torch.from_numpy(self.ids)] = torch.from_numpy(self.logprobs)
+        return row
+
+    def to_bytes(self) -> bytes:
+        """For `from_bytes`."""
+        sizes = len(self.ids), len(self.doubtful)
+        head = _HEAD.pack(*sizes, self.bound, self.doubtful_bound, self.unseen)
+        ids = np.concatenate([self.ids, self.doubtful]).astype("<i4")
+        return head + ids.tobytes() + self.logprobs.astype("<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Answer":
+        """The answer that `to_bytes` wrote."""
+        listed, doubtful, bound, doubtful_bound, unseen = _HEAD.unpack_from(data)
+        ids = np.frombuffer(data, "<i4", listed + doubtful, _HEAD.size).astype(np.int64)
+        logprobs = np.frombuffer(data, "<f4", listed, _HEAD.size + 4 * len(ids)).copy()
+        return cls(ids[:listed], logprobs, bound, ids[listed:], doubtful_bound, unseen)
+
+
+def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
+    """Bounds what a server did not list by what it did.
+
+    A token outside the k likeliest is no likelier than the last of them, nor than the probability
+    that is left. A name that could be several tokens, or none that is known, makes none of them a
+    candidate: they are only bounded by the probability that is left.
+
+    Args:
+        listed: the tokens, in any order; a chosen token beyond the k likeliest is dropped.
+        names: of the vocabulary.
+        k: how many likeliest tokens the list has; -1 is the whole vocabulary.
+    """
+    ordered = sorted(listed, key=lambda named: -named.logprob)
+    ordered = ordered[:k] if k > 0 else ordered
+    known: dict[int, float] = {}
+    doubtful: set[int] = set()
+    unknown = False
+    for named in ordered:
+        ids = names.ids(named)
+        unknown |= not ids and named.id is None and not named.text.startswith("token_id:")
+        if len(ids) == 1:
+            # several foreign tokens may write one word: their probabilities add up
+            known[ids[0]] = float(np.logaddexp(known.get(ids[0], -math.inf), named.logprob))
+        else:
+            doubtful.update(ids)
+    doubtful -= known.keys()
+    seen = sum(map(math.exp, known.values()))
+    left = math.log(max(0.0, 1 - seen) + _SLACK)
+    if len(known) == names.vocab_size:
+        bound = -math.inf
+    elif unknown or not ordered:
+        bound = left
+    else:
+        bound = min(left, ordered[-1].logprob)
+    order = sorted(known)
+    return Answer(
+        ids=np.array(order, dtype=np.int64),
+        logprobs=np.array([known[token] for token in order], dtype=np.float32),
+        bound=bound,
+        doubtful=np.array(sorted(doubtful), dtype=np.int64),
+        doubtful_bound=left,
+        unseen=max(0.0, 1 - seen),
+    )

@@ -1,0 +1,312 @@
+"""Requests to the server: tried again when they fail, slowed down when asked, within a budget."""
+
+import email.utils
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from proxytune.engine.system import Unanswered, UpstreamError
+from proxytune.members.api.settings import ApiSettings
+from proxytune.members.api.store import Store
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT = 0.5  # seconds before the second try; doubled for every further one
+LONGEST_WAIT = 30.0
+_CHECK_TIMEOUT = 15.0
+_TRY_AGAIN = (408, 409, 425, 429)  # and every 5xx
+_BUDGET = (
+    ("requests", "max_requests", "{:,.0f} requests"),
+    ("tokens", "max_tokens", "{:,.0f} tokens"),
+    ("cost", "max_cost", "{:.2f} of money"),
+)
+
+
+class Refused(UpstreamError, ValueError):
+    """The server says that a request cannot be."""
+
+
+class Closed(UpstreamError, ValueError):
+    """The server may not be asked: a wrong key, or nothing left to pay with."""
+
+
+class Malformed(Exception):
+    """An answer that is not what the protocol says."""
+
+
+@dataclass
+class Spent:
+    """What has been asked and paid, over all runs that share a store.
+
+    Attributes:
+        requests: tries that were sent, answered or not.
+        tokens: read and written by the server.
+        cost: in the currency of the prices.
+    """
+
+    requests: float = 0
+    tokens: float = 0
+    cost: float = 0
+
+
+class Client:
+    """One endpoint.
+
+    A request that fails with 408, 409, 425, 429, 5xx, a broken connection, a time-out or a
+    malformed body is tried again after a growing, random wait (the server's Retry-After, where it
+    gives one), for `retry_for_s` seconds. Threads may share a client.
+
+    Args:
+        settings: of the endpoint.
+        store: keeps what was spent.
+    """
+
+    def __init__(self, settings: ApiSettings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        self.spent = Spent(**(store.fact("spent") or {}))
+        self.max_positions: int | None = None  # of the model, where the server's list tells
+        self._open = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=_key(settings),
+            max_retries=0,
+            timeout=settings.timeout_s,
+        )
+        self._lock = threading.Lock()
+        self._reserved = Spent()  # by requests that are under way
+        self._not_before = 0.0  # what a Retry-After asked of everybody
+        self._stopped = threading.Event()
+
+    def check(self) -> None:
+        """Finds out, by one cheap request, whether the server is there and knows key and model.
+
+        Raises:
+            ValueError: it does not; one line with the way out.
+        """
+        try:
+            # plain JSON, not the client's own type: a server without this route may say anything
+            answer: Any = self._open.with_options(timeout=_CHECK_TIMEOUT).get(
+                "/models", cast_to=object
+            )
+            known = {model["id"]: model for model in answer["data"]}
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ValueError(self._wrong_key(error)) from error
+        except openai.APIConnectionError as error:
+            raise ValueError(
+                f"nobody answers at {self.settings.base_url} ({_reason(error)}); start the server, "
+                "or set triple.base.api.base_url"
+            ) from error
+        except (openai.APIStatusError, ValueError, KeyError, TypeError):
+            return  # no list of models; the first real request will show
+        if known and self.settings.model not in known:
+            raise ValueError(
+                f"{self.settings.base_url} has no model {self.settings.model!r}; it has "
+                f"{', '.join(map(str, [*known][:10]))}: set triple.base.api.model"
+            )
+        self.max_positions = known.get(self.settings.model, {}).get("max_model_len")
+
+    def ask(
+        self,
+        endpoint: str,
+        body: dict[str, Any],
+        read: Callable[[dict[str, Any]], Any],
+        prompt_tokens: int,
+    ) -> Any:
+        """Sends a request until `read` accepts its answer.
+
+        Args:
+            endpoint: "completions" or "chat/completions".
+            body: the JSON body.
+            read: makes the result of the answer's JSON; a KeyError, TypeError, ValueError or
+                `Malformed` there means that the answer is malformed.
+            prompt_tokens: for the budget, until the server has counted.
+
+        Raises:
+            Refused: the server says that the request cannot be.
+            Unanswered: it did not answer for `retry_for_s` seconds.
+            Closed: a wrong key, or the budget is spent.
+        """
+        give_up: float | None = None
+        wait = FIRST_WAIT
+        while True:
+            self._wait_until_allowed()
+            reserved = self._reserve(prompt_tokens)
+            try:
+                answer = self._open.post(f"/{endpoint}", body=body, cast_to=object)
+                usage = _usage(answer, prompt_tokens)
+                result = _read(answer, read)
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                self._release(reserved)
+                raise Closed(self._wrong_key(error)) from error
+            except Refused:
+                self._release(reserved)
+                raise
+            except (openai.APIError, Malformed, ValueError) as error:
+                self._release(reserved)
+                asked = self._judge(error)
+                now = time.monotonic()
+                give_up = give_up or now + self.settings.retry_for_s
+                pause = wait * random.uniform(0.5, 1) if asked is None else asked
+                if now + pause > give_up:
+                    raise Unanswered(
+                        f"{self.settings.base_url} did not answer for "
+                        f"{self.settings.retry_for_s:g} seconds (last: {_reason(error)}); what is "
+                        "finished is kept, and the same command goes on"
+                    ) from error
+                log.info("trying again in %.1f s: %s", pause, _reason(error))
+                if asked is not None:
+                    with self._lock:
+                        self._not_before = max(self._not_before, now + asked)
+                self._pause(pause)
+                wait = min(2 * wait, LONGEST_WAIT)
+                continue
+            self._release(reserved, *usage)
+            return result
+
+    def stop(self) -> None:
+        """Ends every wait of the requests under way; each of them fails at its next one."""
+        self._stopped.set()
+
+    def go(self) -> None:
+        """Lets requests wait again."""
+        self._stopped.clear()
+
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """The price of a request."""
+        prices = self.settings.prompt_price, self.settings.completion_price
+        return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1000
+
+    # -- the budget --------------------
+
+    def _reserve(self, prompt_tokens: int) -> Spent:
+        """Sets one request aside, or refuses it: a budget is never overrun."""
+        wanted = Spent(1, prompt_tokens + 1, self.cost(prompt_tokens, 1))
+        with self._lock:
+            for name, key, text in _BUDGET:
+                limit = getattr(self.settings, key)
+                used = getattr(self.spent, name)
+                busy = getattr(self._reserved, name) + getattr(wanted, name)
+                if limit is not None and used + busy > limit * (1 + 1e-9):
+                    raise Closed(
+                        f"the budget triple.base.api.{key}={limit:g} is spent "
+                        f"({text.format(used)} used, and the next request would go beyond it); "
+                        "what is finished is kept: with a larger one the same command goes on"
+                    )
+            for name, _, _ in _BUDGET:
+                total = getattr(self._reserved, name) + getattr(wanted, name)
+                setattr(self._reserved, name, total)
+        return wanted
+
+    def _release(self, reserved: Spent, prompt: float = 0, completion: float = 0) -> None:
+        """Turns what was set aside into what was spent (an unanswered request costs no money)."""
+        with self._lock:
+            for name, _, _ in _BUDGET:
+                left = getattr(self._reserved, name) - getattr(reserved, name)
+                setattr(self._reserved, name, left)
+            amounts = {"requests": 1, "tokens": prompt + completion}
+            amounts["cost"] = self.cost(prompt, completion)
+            self.spent = Spent(**self.store.add("spent", amounts))
+
+    # -- waiting --------------------
+
+    def _judge(self, error: Exception) -> float | None:
+        """The seconds that the server asks us to wait, if it says; raises what waiting won't cure.
+
+        Raises:
+            Refused, Closed: see `ask`.
+        """
+        if not isinstance(error, openai.APIStatusError):
+            return None
+        status = error.status_code
+        if getattr(error, "code", None) == "insufficient_quota":
+            raise Closed(
+                f"{self.settings.base_url}: the account has no money left ({_reason(error)}); what "
+                "is finished is kept, and the same command goes on"
+            ) from error
+        if status == 404:
+            raise Refused(
+                f"{error.request.url} is not there ({_reason(error)}): triple.base.api.base_url "
+                "ends in /v1 with most servers"
+            ) from error
+        if status < 500 and status not in _TRY_AGAIN:
+            raise Refused(f"{self.settings.base_url} refuses: {_reason(error)}") from error
+        return _retry_after(error.response.headers.get("retry-after"))
+
+    def _wait_until_allowed(self) -> None:
+        while (left := self._not_before - time.monotonic()) > 0:
+            self._pause(left)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise Unanswered("stopped while waiting for the server")
+
+    def _wrong_key(self, error: openai.APIStatusError) -> str:
+        name = self.settings.api_key_env
+        way_out = f"check the environment variable {name}" if name else "name the environment "
+        if not name:
+            way_out += "variable that holds the key: triple.base.api.api_key_env=..."
+        return f"{self.settings.base_url} does not accept the key ({_reason(error)}): {way_out}"
+
+
+def _key(settings: ApiSettings) -> str:
+    if settings.api_key_env is None:
+        return "none"  # the client insists on one; servers without keys ignore it
+    key = os.environ.get(settings.api_key_env)
+    if not key:
+        raise ValueError(
+            f"the environment variable {settings.api_key_env} is empty; it has to hold the key of "
+            f"{settings.base_url} (triple.base.api.api_key_env)"
+        )
+    return key
+
+
+def _read(answer: Any, read: Callable[[dict[str, Any]], Any]) -> Any:
+    try:
+        return read(answer)
+    except Refused:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Malformed(f"an answer of an unknown form: {type(error).__name__} {error}") from error
+
+
+def _usage(answer: Any, prompt_tokens: int) -> tuple[int, int]:
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    if not isinstance(usage, dict):
+        return prompt_tokens, 1
+    return int(usage.get("prompt_tokens") or prompt_tokens), int(
+        usage.get("completion_tokens") or 0
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the server, or the network, said."""
+    if isinstance(error, openai.APIStatusError):
+        body = error.body if isinstance(error.body, dict) else {}
+        said = str(body.get("message") or error.message).strip() or "no message"
+        return f"{error.status_code}, {said.splitlines()[0][:300]}"
+    if isinstance(error, openai.APITimeoutError):
+        return "timed out"
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else None
+    text = str(cause or error).strip()
+    return text.splitlines()[0][:300] if text else type(cause or error).__name__
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds to wait, from a number or a date."""
+    if not header:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None

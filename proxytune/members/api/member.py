@@ -1,0 +1,306 @@
+"""A base behind an API as a member of a triple, and the pace that suits it."""
+
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from proxytune.engine.speculation import Pace
+from proxytune.engine.system import Member, Pass
+from proxytune.engine.truncation import Truncation
+from proxytune.members.api.answer import Answer
+from proxytune.members.api.client import Client
+from proxytune.members.api.names import TokenNames
+from proxytune.members.api.probe import Protocol, find_offer
+from proxytune.members.api.settings import LOCAL, ApiSettings
+from proxytune.members.api.store import Store
+from proxytune.records import Decoding
+
+log = logging.getLogger(__name__)
+
+WORTH_DRAFTING = 0.1  # a token is drafted if it counts with at least this probability
+MAX_WIDTH = 16
+_GUESSED_YIELD = 2.0  # tokens per request of the estimate, before any acceptance is known
+
+_probed: dict[str, tuple[Protocol, Store]] = {}  # settings -> what was found out, per process
+
+
+class RequestPace(Pace):
+    """Widths of blocks where a request costs the same whatever its width.
+
+    A draft goes on while its next token still counts with `WORTH_DRAFTING`: while all drafted
+    tokens so far are right with at least that probability, by the acceptance of late.
+    """
+
+    def width(self, rows: int) -> int:
+        """Tokens per row in the next block, the certain first one included."""
+        if self.fixed is not None:
+            return self.fixed + 1
+        drafted = math.log(WORTH_DRAFTING) / math.log(min(self.acceptance, 0.999))
+        return min(MAX_WIDTH, 1 + max(1, int(drafted)))
+
+    def ahead(self, rows: int) -> int:
+        """Tokens guessed behind a new prompt: as many as the block after its first token has."""
+        return self.width(rows)
+
+
+class ApiMember(Member):
+    """An endpoint as a member: its log-probabilities are the logits.
+
+    A row is nothing but its tokens: forgetting some is free, and every position that was once
+    answered is answered from the store. Logits are on the CPU, in float32, minus infinity for
+    tokens that the server does not list.
+
+    Args:
+        protocol: asks.
+        store: keeps the answers.
+        vocab_size: token ids that the tokenizer has.
+        eos_ids: tokens that end a completion.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, protocol: Protocol, store: Store, vocab_size: int, eos_ids: frozenset[int]
+    ) -> None:
+        self.protocol = protocol
+        self.offer = protocol.offer
+        self.client = protocol.client
+        self.store = store
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+        self.complete = self.offer.k == -1  # the server shows the whole vocabulary
+        self.max_positions = protocol.client.max_positions
+        # two waves of requests per block; the logits of more rows would only fill memory
+        self.max_rows = 2 * protocol.client.settings.max_concurrency
+        self._rows: list[list[int]] = []
+        self._prompts: list[int] = []  # tokens of each row's prompt
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per row."""
+        return [len(row) for row in self._rows]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether one request scores several tokens."""
+        return self.offer.blocks is not None
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[int]] | None = None,
+    ) -> Pass:
+        """Appends one row per prompt; says what comes after it, [prompts, vocab].
+
+        The request for a prompt asks for the places of its guess, too.
+        """
+        rows = [list(map(int, prompt)) for prompt in prompts]
+        if guesses is not None and self.blocks:
+            longer = [[*row, *more] for row, more in zip(rows, guesses, strict=True)]
+            self._answer(longer, [len(row) - 1 for row in rows])
+        answers = self._answer(rows, [len(row) - 1 for row in rows])
+        self._rows += rows
+        self._prompts += [len(row) for row in rows]
+        return self._pass(answers).flat()
+
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Appends a block of tokens [rows, width]; says what comes after each."""
+        self._refuse_second_token()
+        rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
+        answers = self._answer(rows, self.lengths)
+        self._rows = rows
+        return self._pass(answers)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forgets the last counts[r] tokens of each row r."""
+        kept = zip(self._rows, counts, strict=True)
+        self._rows = [row[: len(row) - count] for row, count in kept]
+
+    def keep(self, rows: list[int]) -> None:
+        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
+        self._rows = [list(self._rows[row]) for row in rows]
+        self._prompts = [self._prompts[row] for row in rows]
+
+    def clear(self) -> None:
+        """Drops every row."""
+        self._rows, self._prompts = [], []
+
+    def pace(self, fixed: int | None) -> RequestPace | None:
+        """Blocks where one request scores several tokens; else lockstep."""
+        return RequestPace(fixed) if self.blocks else None
+
+    def estimate(self, prompts: Sequence[int], decoding: Decoding, drafted: bool) -> str:
+        """What a task will take, before it starts, in one line.
+
+        Args:
+            prompts: tokens of each prompt.
+            decoding: of the task.
+            drafted: whether there is an expert to draft.
+
+        Raises:
+            ValueError: the endpoint cannot do it at all.
+        """
+        if decoding.max_new_tokens > 1:
+            self._refuse_later_tokens()
+        new, n = decoding.max_new_tokens, decoding.n
+        blocks = self.blocks and drafted and new > 1
+        per_row = 1 + math.ceil((new - 1) / _GUESSED_YIELD) if blocks else new
+        first = len(prompts)  # the samples of a prompt share its request
+        requests = first + len(prompts) * n * (per_row - 1)
+        read = sum(length + (length + new / 2) * n * (per_row - 1) for length in prompts)
+        price = self.client.cost(read, requests)
+        text = f"{'about' if blocks else 'at most'} {requests:,} requests, {read:,.0f} tokens read"
+        text += f", {price:,.2f} of money" if price else ""
+        how = "several tokens per request" if blocks else "token by token"
+        if not self.blocks:
+            how += ", for the server does not rate prompts"
+        return f"{text} ({how})"
+
+    def spending(self) -> str:
+        """What was asked and paid so far, over all runs of the results folder, in one line."""
+        spent = self.client.spent
+        price = f", {spent.cost:,.2f} of money" if spent.cost else ""
+        return f"{spent.requests:,.0f} requests, {spent.tokens:,.0f} tokens{price} so far"
+
+    # -- asking --------------------
+
+    def _answer(self, rows: list[list[int]], starts: list[int]) -> list[list[Answer]]:
+        """The answers behind rows[i][: starts[i] + 1] up to behind the whole row, for every row."""
+        found: dict[tuple[tuple[int, ...], int], list[Answer]] = {}
+        missing: list[tuple[tuple[int, ...], int]] = []
+        places = [(tuple(row), start) for row, start in zip(rows, starts, strict=True)]
+        for place in dict.fromkeys(places):
+            stored = self.store.get(*place)
+            known = [answer for answer in stored if answer is not None]
+            if len(known) == len(stored):
+                found[place] = known
+            else:
+                missing.append(place)
+        self._ask(self._requests(missing))
+        for place in missing:
+            stored = self.store.get(*place)
+            assert all(answer is not None for answer in stored)
+            found[place] = [answer for answer in stored if answer is not None]
+        return [found[place] for place in places]
+
+    def _requests(
+        self, places: Sequence[tuple[tuple[int, ...], int]]
+    ) -> list[tuple[tuple[int, ...], int]]:
+        """The requests that answer for all places: one each, or one per token."""
+        requests: dict[tuple[tuple[int, ...], int], None] = {}
+        for ids, start in places:
+            stored = self.store.get(ids, start)
+            lacking = [start + i for i, answer in enumerate(stored) if answer is None]
+            if self.blocks:
+                # further answers may be there already, but one request costs the same
+                requests[ids[: lacking[-1] + 1], lacking[0]] = None
+            else:
+                requests.update(dict.fromkeys((ids[: i + 1], i) for i in lacking))
+        return list(requests)
+
+    def _ask(self, requests: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Sends requests at the same time, and stores every answer as it comes."""
+
+        def one(request: tuple[tuple[int, ...], int]) -> None:
+            self.store.put(*request, self.protocol.ask(*request))
+
+        self.client.go()
+        futures = [self._threads.submit(one, request) for request in requests]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C: nobody is to wait for a server any more
+            self.client.stop()
+            raise
+        finally:
+            for future in futures:
+                future.cancel()
+        failure = next((future.exception() for future in done if future.exception()), None)
+        if failure is not None:
+            self.client.stop()
+            wait(future for future in futures if not future.cancelled())  # their answers are kept
+            raise failure
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.client.settings.max_concurrency, "api")
+
+    def _pass(self, answers: Sequence[Sequence[Answer]]) -> Pass:
+        """The answers of every row as logits [rows, width, vocab], and what is known beyond."""
+        logits, ceiling = (
+            torch.stack([torch.stack([listed(each) for each in row]) for row in answers])
+            for listed in (
+                lambda answer: answer.logits(self.vocab_size),
+                lambda answer: answer.ceiling(self.vocab_size),
+            )
+        )
+        unseen = torch.tensor([[answer.unseen for answer in row] for row in answers])
+        mode = f"{self.offer.endpoint}, {self.offer.blocks or 'token by token'}"
+        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen))
+
+    def _refuse_second_token(self) -> None:
+        if any(len(row) >= prompt for row, prompt in zip(self._rows, self._prompts, strict=True)):
+            self._refuse_later_tokens()
+
+    def _refuse_later_tokens(self) -> None:
+        if self.offer.endpoint == "completions" and not self.client.settings.foreign_tokenizer:
+            return
+        why = (
+            "a chat endpoint does not go on in the middle of an answer"
+            if self.offer.endpoint != "completions"
+            else "its tokens are another tokenizer's"
+        )
+        raise ValueError(
+            f"{self.client.settings.base_url} can only be asked for a first token ({why}); use a "
+            "task of one token (RealTimeQA), or a server with /v1/completions and this tokenizer"
+        )
+
+
+def open_api(spec: Any, tokenizer: Any) -> ApiMember:
+    """The endpoint of a `ModelSpec`; it is checked and probed once per process.
+
+    Raises:
+        ValueError: it is not there, does not know the key or the model, or shows too little.
+    """
+    settings: ApiSettings = spec.api
+    if settings.base_url == LOCAL:
+        raise ValueError(
+            f"base_url={LOCAL!r} is for the commands; from Python, serve the base with "
+            "proxytune.server.local.serve_locally(folder, name) and give the URL that it returns"
+        )
+    name = repr((spec.id, spec.revision, settings))
+    if name not in _probed:
+        _probed[name] = _probe(settings, tokenizer)
+    protocol, store = _probed[name]
+    vocab_size = protocol.names.vocab_size
+    return ApiMember(protocol, store, vocab_size, _eos_ids(spec, tokenizer))
+
+
+def _probe(settings: ApiSettings, tokenizer: Any) -> tuple[Protocol, Store]:
+    foreign = settings.foreign_tokenizer
+    model = f"{settings.model} {settings.top_logprobs} {settings.endpoint} {foreign}"
+    store = Store(Path(settings.cache) if settings.cache else None, model)
+    client = Client(settings, store)
+    client.check()
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    names = TokenNames(tokenizer, vocab_size, foreign)
+    offer = find_offer(client, names, tokenizer)
+    return Protocol(client, names, offer, tokenizer), store
+
+
+def _eos_ids(spec: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a completion, as the tokenizer's repository says."""
+    found = [tokenizer.eos_token_id]
+    try:
+        config = GenerationConfig.from_pretrained(spec.id, revision=spec.revision)
+        named = getattr(config, "eos_token_id", None)
+        found += named if isinstance(named, list) else [named]
+    except OSError:
+        log.debug("%s has no generation config", spec.id)
+    return frozenset(token for token in found if token is not None)

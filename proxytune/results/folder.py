@@ -1,0 +1,117 @@
+"""The comparison of a results folder: what its runs left there, and table.csv and table.md."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from proxytune.files import read_jsonl, replace_file
+from proxytune.records import Metric, Score
+from proxytune.results import tables
+from proxytune.results.comparison import AVERAGE, comparison, records, unfinished_text
+
+
+def read_scores(folder: Path, metrics: Sequence[Metric]) -> dict[tuple[str, str], list[Score]]:
+    """The scores behind the metrics of a results folder, by (task, system)."""
+    cells = dict.fromkeys((m.task, m.system) for m in metrics)
+    paths = {cell: folder / cell[0] / cell[1] / "scores.jsonl" for cell in cells}
+    return {cell: list(read_jsonl(path, Score)) for cell, path in paths.items()}
+
+
+def build_table(
+    folder: Path,
+    metrics: Sequence[Metric],
+    infos: Mapping[str, Mapping[str, Any]],
+    paper_table: tuple[str, str] | None = None,
+    limit: int | None = None,
+    unfinished: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
+    """The comparison of a results folder, written to its table.csv and table.md.
+
+    What earlier runs left in the folder stays in the table: their tasks, and their systems on
+    this run's tasks where they answered as many examples.
+
+    Args:
+        folder: the results folder; metrics.jsonl and table.csv tell of earlier runs, the
+            scores.jsonl files give the paired intervals.
+        metrics: the run's metrics.
+        infos: task -> metric -> how it is shown.
+        paper_table: see `comparison`.
+        limit: of a smoke run; it is said in the table's header.
+        unfinished: task -> which of its systems lack completions, for the header, too.
+    """
+    earlier = _earlier(folder, metrics)
+    order = list(dict.fromkeys([*earlier.infos, *(m.task for m in metrics)]))
+    everything = sorted([*metrics, *earlier.metrics], key=lambda m: order.index(m.task))
+    scores = read_scores(folder, everything)
+    table = comparison(everything, {**earlier.infos, **infos}, scores, paper_table)
+    limits = earlier.limits | dict.fromkeys(infos, limit)
+    lacking = earlier.unfinished | dict.fromkeys(infos, "") | dict(unfinished or {})
+    table["limit"] = pd.array(_of_rows(table, limits, None), dtype="Int64")
+    table["unfinished"] = _of_rows(table, lacking, "")
+    to_csv(table, folder / "table.csv")
+    replace_file(folder / "table.md", f"{tables.to_markdown(table)}\n".encode())
+    return table
+
+
+def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> list[Any]:
+    """What is said of each row's task; the average has the first that is said of any."""
+    found = [of_task.get(task, nothing) for task in table["task"]]
+    if table["task"].iloc[-1] == AVERAGE:
+        found[-1] = next((each for each in found if each != nothing), nothing)
+    return found
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How a metric of an earlier run is shown, read back from its table."""
+
+    label: str
+    higher_is_better: bool
+    percent: bool
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What a results folder holds beside the current run, by task."""
+
+    metrics: list[Metric]
+    infos: dict[str, dict[str, _Shown]]
+    limits: dict[str, int | None]
+    unfinished: dict[str, str]
+
+
+def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
+    """Reads what earlier runs left in the folder."""
+    found = _Earlier([], {}, {}, {})
+    if (folder / "table.csv").is_file():
+        for row in records(read_csv(folder / "table.csv")):
+            task = str(row["task"])
+            if task != AVERAGE:
+                shown = _Shown(row["label"], row["higher_is_better"], row["percent"])
+                found.infos.setdefault(task, {})[str(row["metric"])] = shown
+                found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
+                found.unfinished[task] = unfinished_text(row)
+    ours = {(m.task, m.system) for m in metrics}
+    examples = {m.task: m.n_examples for m in metrics}
+    for metric in read_jsonl(folder / "metrics.jsonl", Metric):
+        task = metric.task
+        if (task, metric.system) in ours:
+            continue
+        if examples[task] == metric.n_examples if task in examples else task in found.infos:
+            found.metrics.append(metric)
+    return found
+
+
+def to_csv(table: pd.DataFrame, path: Path) -> None:
+    """Writes every column; `read_csv` gives the same table back."""
+    replace_file(path, table.to_csv(index=False, float_format="%.10g").encode())
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Reads what `to_csv` wrote."""
+    texts = ("task", "metric", "label", "paper_table", "paper_size")  # "true" is one, and "2"
+    kinds: Any = dict.fromkeys(texts, str) | {"limit": "Int64"}
+    return pd.read_csv(path, dtype=kinds)

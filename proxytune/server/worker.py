@@ -1,0 +1,329 @@
+"""The engine: one thread per system that runs the jobs of all clients in one decode loop.
+
+Clients live in asyncio, models in the engine's thread. A job goes one way through a queue of
+commands, what becomes of it the other way through the job's own asyncio queue.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from proxytune.engine.memory import out_of_memory
+from proxytune.engine.rows import Finished, Request, longest
+from proxytune.engine.score import TokenLogprob, prompt_logprobs, token_logprobs
+from proxytune.engine.system import Prompt
+from proxytune.generator import Generator, Speculative
+
+log = logging.getLogger(__name__)
+
+RATED_TOKENS = 4096  # prompt tokens (padding included) that are rated between two decoding steps
+
+
+class BusyError(Exception):
+    """Too much is waiting already; the client should come again later."""
+
+
+class EngineError(Exception):
+    """The engine cannot go on; its log says why."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One more token of a sample: the text that became certain, and its log-probability."""
+
+    prompt: int
+    sample: int
+    text: str
+    token: TokenLogprob | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A sample is finished; `prompt` is the prompt's place in the job."""
+
+    prompt: int
+    finished: Finished
+
+
+@dataclass(frozen=True)
+class Rated:
+    """The log-probabilities of a prompt's tokens."""
+
+    prompt: int
+    tokens: list[TokenLogprob | None]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine could not go on with the job."""
+
+    error: BaseException
+
+
+Event = Piece | Ended | Rated
+
+
+def can_rate(generator: Generator) -> bool:
+    """Whether a second set of rows can be had for rating prompts: not from an API."""
+    return all(each.member is None for each in generator.members.values())
+
+
+@dataclass(eq=False)
+class Job:
+    """What one HTTP request wants from the engine.
+
+    Attributes:
+        requests: prompts to be continued; their `index` is their place here.
+        rate: prompts to be rated, role -> token ids.
+        top: tokens listed per generated token; None asks for no log-probabilities.
+        rate_top: tokens listed per token of a rated prompt.
+        alpha: of this job; None is the system's.
+        stream: whether text is wanted as it comes.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    rate: list[Prompt] = field(default_factory=list)
+    top: int | None = None
+    rate_top: int = 0
+    alpha: float | None = None
+    stream: bool = False
+    _queue: asyncio.Queue[list[Event | Failed]] = field(default_factory=asyncio.Queue)
+    _pending: list[Event | Failed] = field(default_factory=list)
+    _home: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def left(self) -> int:
+        """Samples and ratings of the whole job."""
+        return sum(request.decoding.n for request in self.requests) + len(self.rate)
+
+
+class Engine:
+    """Runs jobs on one system until it is closed.
+
+    Args:
+        generator: the system; nobody else may decode with it meanwhile.
+        max_waiting: samples that may wait for a row; a job that comes then is refused.
+        batch_size: rows at once; "auto" goes by the free memory.
+        speculative: as for `Generator.generate`.
+        rate: whether jobs may have prompts rated.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        max_waiting: int = 512,
+        batch_size: Any = "auto",
+        speculative: Speculative = "auto",
+        rate: bool = True,
+    ) -> None:
+        self.generator = generator
+        self.max_waiting = max_waiting
+        self._loop = generator.loop(batch_size, speculative)
+        # The same weights with rows of their own: prompts are rated while completions run.
+        self._rater = generator.sibling().system if rate and can_rate(generator) else None
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
+        self._to_rate: deque[tuple[Job, int]] = deque()
+        self._left: dict[Job, int] = {}  # samples and ratings that a job still waits for
+        self._rated_tokens = RATED_TOKENS  # lowered when memory runs out
+        self._next = 0
+        self._unfinished = 0  # of all jobs that were submitted; both threads count
+        self._counting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- for asyncio --------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Rows that decode."""
+        return len(self._loop.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Samples and ratings that have not begun."""
+        return max(0, self._unfinished - self.running)
+
+    def submit(self, job: Job) -> None:
+        """Lets a job begin; `events` reports on it.
+
+        Raises:
+            BusyError: too much waits already.
+            EngineError: the engine has ended.
+        """
+        if not self.alive:
+            raise EngineError("the engine has ended")
+        if self.waiting >= self.max_waiting:
+            raise BusyError(f"{self.waiting} completions are waiting already")
+        job._home = asyncio.get_running_loop()
+        self._count(job.left)
+        self._commands.put(partial(self._add, job))
+
+    async def events(self, job: Job, seconds: float) -> AsyncIterator[Event]:
+        """What happens to a job, until all of it has ended; ratings come before completions.
+
+        Raises:
+            TimeoutError: it takes longer than `seconds`.
+            EngineError: the engine failed.
+        """
+        left, end = job.left, time.monotonic() + seconds
+        while left:
+            async with asyncio.timeout(end - time.monotonic()):
+                events = await job._queue.get()
+            for event in events:
+                if isinstance(event, Failed):
+                    raise EngineError("the engine failed") from event.error
+                left -= not isinstance(event, Piece)
+                yield event
+
+    def cancel(self, job: Job) -> None:
+        """Drops what has not ended of a job; its rows become free."""
+        self._commands.put(partial(self._cancel, job))
+
+    def close(self) -> None:
+        """Ends the thread; what still runs fails."""
+        self._commands.put(None)
+        self._thread.join(timeout=10)
+
+    # -- in the thread --------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._take_commands():
+                    self._fail(EngineError("the server is shutting down"))
+                    self._send()
+                    return
+                self._rate()
+                if self._loop.busy:
+                    for finished in self._loop.step():
+                        job, place = self._jobs[finished.index]
+                        self._report(job, Ended(place, finished))
+            except Exception as error:  # whatever it is: the clients hear of it, the server lives
+                log.exception("the engine failed; its %d jobs are lost", len(self._left))
+                self._fail(error)
+            self._send()
+
+    def _take_commands(self) -> bool:
+        """Runs what has been asked for; waits for it when there is nothing else to do."""
+        wait = not self._loop.busy and not self._to_rate
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            wait = False
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._unfinished += change
+
+    def _add(self, job: Job) -> None:
+        self._left[job] = job.left
+        self._to_rate.extend((job, place) for place in range(len(job.rate)))
+        if not job.rate:
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Lets the loop have the requests of a job whose prompts have been rated."""
+        for place, request in enumerate(job.requests):
+            index = self._next
+            self._next += 1
+            self._jobs[index] = (job, place)
+            watch = partial(self._watch, job, place) if job.stream or job.top is not None else None
+            self._loop.add(replace(request, index=index, alpha=job.alpha, on_token=watch))
+
+    def _cancel(self, job: Job) -> None:
+        if job not in self._left:
+            return
+        for index in [i for i, (owner, _) in self._jobs.items() if owner is job]:
+            self._loop.cancel(index)
+            del self._jobs[index]
+        self._to_rate = deque(each for each in self._to_rate if each[0] is not job)
+        self._count(-self._left.pop(job, 0))
+
+    def _watch(
+        self, job: Job, place: int, sample: int, token: int, text: str, logits: torch.Tensor
+    ) -> None:
+        rated = None
+        if job.top is not None and token >= 0:
+            (rated,) = token_logprobs(logits.unsqueeze(0), [token], job.top)
+        job._pending.append(Piece(place, sample, text, rated))
+
+    def _rate(self) -> None:
+        """Rates as many waiting prompts as make one pass."""
+        batch: list[tuple[Job, int]] = []
+        width = 0
+        while self._to_rate:
+            job, place = self._to_rate[0]
+            width = max(width, longest(job.rate[place]))
+            if batch and width * (len(batch) + 1) > self._rated_tokens:
+                break
+            batch.append(self._to_rate.popleft())
+        if not batch:
+            return
+        assert self._rater is not None  # requests are refused where it is
+        try:
+            rated = prompt_logprobs(
+                self._rater,
+                [job.rate[place] for job, place in batch],
+                [job.alpha for job, _ in batch],
+                [job.rate_top for job, _ in batch],
+            )
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not out_of_memory(error):
+                raise
+            self._rated_tokens //= 2
+            log.warning("out of memory: rating %d tokens at a time", self._rated_tokens)
+            self._to_rate.extendleft(reversed(batch))
+            return
+        for (job, place), tokens in zip(batch, rated, strict=True):
+            self._report(job, Rated(place, tokens))
+            if place == len(job.rate) - 1:
+                self._start(job)
+
+    def _report(self, job: Job, event: Ended | Rated) -> None:
+        job._pending.append(event)
+        self._left[job] -= 1
+        self._count(-1)
+
+    def _fail(self, error: BaseException) -> None:
+        self._loop.clear()
+        self._to_rate.clear()
+        for job in self._left:
+            job._pending.append(Failed(error))
+            self._count(-self._left[job])
+            self._left[job] = 0
+
+    def _send(self) -> None:
+        """Hands out what this round brought, and forgets the jobs that have ended."""
+        for job in [job for job in self._left if job._pending]:
+            events, job._pending = job._pending, []
+            assert job._home is not None
+            try:
+                job._home.call_soon_threadsafe(job._queue.put_nowait, events)
+            except RuntimeError:  # its event loop is closed: nobody listens any more
+                self._cancel(job)
+        ended = [job for job, left in self._left.items() if left == 0]
+        for job in ended:
+            del self._left[job]
+        if ended:
+            self._jobs = {i: owner for i, owner in self._jobs.items() if owner[0] in self._left}

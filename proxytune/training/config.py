@@ -1,0 +1,135 @@
+"""What one training is: the schema of conf/train.yaml."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from proxytune.config.schema import TrackingConfig
+
+# what may change between a training and its continuation
+VOLATILE = {
+    "tracking",
+    "threads",
+    "output_dir",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "progress",
+    "per_device_batch_size",
+    "gradient_checkpointing",
+}
+
+
+@dataclass
+class LoraSettings:
+    """The adapter's shape; the defaults are the paper's (appendix D).
+
+    Attributes:
+        rank, alpha, dropout: as in peft.
+        target_modules: "all-linear", or the names of the layers to adapt.
+        merge: adds the adapter to the weights at the end and saves a whole model.
+    """
+
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.1
+    target_modules: Any = "all-linear"
+    merge: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """One training; conf/train.yaml is composed into it. The defaults are the paper's.
+
+    Attributes:
+        model: hub id or folder of the model to tune.
+        revision: branch, tag or commit on the hub.
+        data: "gsm8k", "triviaqa", or a JSONL file of {"prompt", "completion"} or {"messages"}.
+        data_file: a local JSONL copy of gsm8k or triviaqa.
+        output_dir: gets weights, tokenizer and train.json; resumed if a training was killed.
+        method: "full" or "lora".
+        lora: the adapter's settings.
+        epochs: passes over the data; `steps`, when given, wins.
+        steps: optimiser steps; null follows `epochs`.
+        batch_size: examples per optimiser step, over all devices.
+        per_device_batch_size: examples per forward; the rest is gradient accumulation.
+        learning_rate: at the end of the warm-up.
+        schedule: a name of transformers' schedulers.
+        warmup: share of the steps for a linear warm-up.
+        weight_decay: of AdamW.
+        adam_betas: of AdamW.
+        max_grad_norm: gradients are clipped to it; 0 is off.
+        max_length: of prompt and answer together, in tokens.
+        too_long: "error" or "drop"; see `data.tokenize`.
+        order: "random", "sequential", or "group_by_length" (less padding).
+        precision: "auto" is bfloat16 on a GPU that has it, float32 elsewhere.
+        gradient_checkpointing: less memory for about a third more time.
+        attn_implementation: null leaves it to transformers.
+        seed: of the order, dropout and adapter weights.
+        save_every: steps between checkpoints; null makes none.
+        keep_checkpoints: how many are kept while training. None is left after it.
+        log_every: steps between points of the loss curve; null logs only at the end.
+        progress: whether to show a progress bar.
+        threads: CPU threads; null leaves it to torch.
+        tracking: where the curves go.
+    """
+
+    model: str = MISSING
+    revision: str | None = None
+    data: str = MISSING
+    data_file: str | None = None
+    output_dir: str = MISSING
+    method: str = "full"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    epochs: float = 2
+    steps: int | None = None
+    batch_size: int = 128
+    per_device_batch_size: int = 4
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup: float = 0.04
+    weight_decay: float = 0.0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    max_grad_norm: float = 1.0
+    max_length: int = 2048
+    too_long: str = "error"
+    order: str = "random"
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    seed: int = 0
+    save_every: int | None = 100
+    keep_checkpoints: int = 1
+    log_every: int | None = 10
+    progress: bool = True
+    threads: int | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that conf/train.yaml begins with."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def check_choices(config: TrainConfig) -> None:
+    """Refuses settings that are none of those that exist.
+
+    Raises:
+        ValueError: one of them, with those that exist.
+    """
+    choices = {
+        "method": ("full", "lora"),
+        "too_long": ("error", "drop"),
+        "order": ("random", "sequential", "group_by_length"),
+        "precision": ("auto", "float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value} is not one of {', '.join(allowed)}")
+    if len(config.adam_betas) != 2:
+        raise ValueError(f"adam_betas must be two numbers, not {config.adam_betas}")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"warmup is a share of the steps, from 0 to below 1, not {config.warmup}")

@@ -1,10 +1,11 @@
 """How many rows may decode at once, from the memory that is free."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
 from proxytune.engine.system import Member
@@ -54,7 +55,17 @@ def _free_bytes(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return GPU_SHARE * (free + kept)
-    return CPU_SHARE * psutil.virtual_memory().available
+    return CPU_SHARE * _available_bytes()
+
+
+def _available_bytes() -> float:
+    """Memory that new allocations can have, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: all of it, of which a share is taken
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (available,) = (line for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(available.split()[1])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,15 +1,67 @@
-"""Files that survive a crash: JSON Lines that are appended to, and whole-file replacement."""
+"""Files: their names, JSON Lines that are appended to, and whole-file replacement."""
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from proxytune.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent  # the checkout; of a wheel, where it is installed
 
+LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
+
 JsonlRecord = TypeVar("JsonlRecord")
+
+
+def check_name(what: str, name: str) -> str:
+    """A name that becomes a folder, as it is.
+
+    Args:
+        what: the setting, for the message.
+        name: its value.
+
+    Raises:
+        UserError: it is no name of one folder ("../x", "a/b", "", a name of 256 bytes).
+    """
+    if name in ("", ".", "..") or name.startswith("~") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise UserError(
+            f"{what}={name!r} becomes a folder: it takes a plain name, without / and \\; the "
+            "place of the results is output_dir=..."
+        )
+    if len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
+        raise UserError(f"{what}={name[:40]}... is too long for a folder: at most 255 bytes")
+    return name
+
+
+def folder_name(text: str) -> str:
+    """A folder's name for any text; different texts have different names.
+
+    Separators are escaped as in URLs, and a text that is too long ends in a hash of the whole.
+    """
+    name = re.sub(r"[%/\\\x00-\x1f\x7f]|^[.~]", lambda found: f"%{ord(found[0]):02X}", text)
+    if len(name.encode(errors="surrogatepass")) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    kept = name.encode(errors="surrogatepass")[: LONGEST_NAME - 17].decode(errors="ignore")
+    return f"{kept}-{digest}"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is not JSON (an empty file after a power cut, say).
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
 
 
 def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:

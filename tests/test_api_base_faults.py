@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from proxytune import api
-from proxytune.engine.system import Unanswered
+from proxytune.errors import Unanswered
 from proxytune.loading.load import check_triple
 from proxytune.loading.spec import ModelSpec
 from proxytune.members.api import client

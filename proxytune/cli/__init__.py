@@ -1,7 +1,10 @@
 """The commands: `python run.py` (also `proxytune run`), and `proxytune serve`.
 
-A user's mistake ends in one line on stderr and exit code 1; anything else is our bug and keeps
-its traceback. HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
+A user's mistake (`UserError`) ends in one line on stderr and exit code 1; everything else is our
+bug and keeps its traceback. HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
+
+serve.py       `proxytune serve`
+interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does
 """
 
 import difflib
@@ -25,9 +28,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from proxytune.cli.interrupts import Interrupted, hush, interruptible
 from proxytune.config import schema
 from proxytune.config.schema import register
-from proxytune.files import ROOT
+from proxytune.errors import UpstreamError, UserError
+from proxytune.files import ROOT, folder_name
 
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+_REPORT = "This is a bug in proxytune: please report it, with the lines above."
 
 
 def run() -> None:
@@ -75,13 +80,28 @@ def guarded(
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         _say(f"{stopped.said}; {again}" if again else stopped.said)
         raise SystemExit(stopped.exit_code) from None
-    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            if _REPORT not in getattr(error, "__notes__", ()):
+                error.add_note(_REPORT)
+            raise
         if _SHOW_TRACEBACK:
             raise
         _say(f"error: {explain(error)}")
         raise SystemExit(1) from None
     finally:
         hush()
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is the user's or the machine's, and not a bug of ours.
+
+    An `OSError` with an errno is the machine's word: a full disk, a file that is not there.
+    """
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        return is_mistake(error.__cause__)
+    kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException)
+    return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _say(line: str) -> None:
@@ -139,7 +159,7 @@ def _hydra_main(cfg: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # each point of a sweep is a configuration of its own, so it gets a folder of its own
         point = HydraConfig.get().job.override_dirname
-        cfg.output_dir = f"{cfg.output_dir}/{point}" if point else cfg.output_dir
+        cfg.output_dir = f"{cfg.output_dir}/{folder_name(point)}" if point else cfg.output_dir
     # inside of Hydra's own handler, which would print a line of its own before ours
     guarded(lambda: run_experiment(cfg))
 

@@ -289,11 +289,3 @@ class DraftingSystem(System):
     @abstractmethod
     def verify(self, block: torch.Tensor) -> Pass:
         """Appends the block that `draft` returned; says what comes after each of its tokens."""
-
-
-class UpstreamError(Exception):
-    """A member's server is of no more use; the message says why, and the way out."""
-
-
-class Unanswered(UpstreamError, OSError):
-    """The server has not answered within the time that we were told to wait."""

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.files import check_name
 from proxytune.roles import MEMBERS, SYSTEMS
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ def _check_config(cfg: DictConfig) -> None:
         raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
     if OmegaConf.is_missing(cfg, "name"):
         raise ValueError("the experiment has no name; give one: name=my_triple")
+    check_name("name", cfg.name)
+    for task in cfg.task:
+        check_name("task", str(task))
+    if not str(cfg.output_dir).strip():
+        raise ValueError("output_dir is empty; give a folder, or leave it out")
+    if str(cfg.output_dir).startswith("~"):
+        raise ValueError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
     for role in {role for system in cfg.systems for role in MEMBERS[system].values()}:
         member = cfg.triple[role]
         if member is None or OmegaConf.is_missing(member, "id"):

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from proxytune.engine.system import Unanswered, UpstreamError
+from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.worker import BusyError, EngineError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 
-from proxytune.engine.system import Unanswered, UpstreamError
+from proxytune.errors import Unanswered, UpstreamError, UserError
 from proxytune.members.api.settings import ApiSettings
 from proxytune.members.api.store import Store
 
@@ -29,11 +29,11 @@ _BUDGET = (
 )
 
 
-class Refused(UpstreamError, ValueError):
+class Refused(UpstreamError, UserError):
     """The server says that a request cannot be."""
 
 
-class Closed(UpstreamError, ValueError):
+class Closed(UpstreamError, UserError):
     """The server may not be asked: a wrong key, or nothing left to pay with."""
 
 

@@ -1,0 +1,32 @@
+"""Errors that are not our bugs."""
+
+
+class UserError(ValueError):
+    """A mistake of the person who asks; the message names the value and the way out.
+
+    The commands end in this one line. Every other error keeps its traceback.
+    """
+
+
+class MissingExtra(UserError):
+    """A package of an optional extra is not installed.
+
+    Args:
+        extra: its name in pyproject.toml.
+        purpose: what needs it, as the beginning of a sentence.
+        error: the failed import.
+    """
+
+    def __init__(self, extra: str, purpose: str, error: ImportError) -> None:
+        package = (error.name or "a package").partition(".")[0]
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed: pip install 'proxytune[{extra}]'"
+        )
+
+
+class UpstreamError(Exception):
+    """A member's server is of no more use; the message says why, and the way out."""
+
+
+class Unanswered(UpstreamError, OSError):
+    """The server has not answered within the time that we were told to wait."""

@@ -10,10 +10,16 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## list the targets
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+# Variables, not -c: so the lock also holds for the setuptools that builds what comes without a
+# wheel (Hydra's parser does). Older pips read the first for that, newer ones the second.
+LOCKED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+
 # The stamp is newer than what it was installed from, so a second `make` installs nothing.
+# tests/test_packaging.py takes it as the sign that the environment is the lock's.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(LOCKED) $(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 install: $(VENV)/installed ## make the virtual environment and install everything
@@ -26,6 +32,32 @@ test: install ## set up, then pass the fast tests (offline)
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-all: install ## the fast and the slow tests in one run
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not network"
+
+# torch stays the lock's: the newest one comes with gigabytes of CUDA. TORCH=torch takes it.
+TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+NEWEST = .venv-newest
+test-newest: ## the fast tests on the newest releases, without the lock (TORCH=torch: of torch, too)
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python $(PIP_INSTALL) '$(TORCH)' -e '.[dev]'
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+
+# A version that stands in constraints.txt stays while pyproject.toml allows it. ARGS moves it:
+# ARGS='--upgrade-package torch' one, ARGS=--upgrade all. Only metadata is downloaded. A constraint
+# binds what is installed, nothing else, so the platform conditions behind the pins can go.
+LOCK = .venv-lock
+lock: ## write constraints.txt, the versions of everything (ARGS=--upgrade: the newest)
+	test -x $(LOCK)/bin/python || $(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/python $(PIP_INSTALL) uv==0.13.9
+	cp constraints.txt $(LOCK)/constraints.txt
+	$(LOCK)/bin/uv pip compile --quiet --python $(LOCK)/bin/python --universal --python-version 3.11 \
+		--fork-strategy fewest --all-extras --no-header --no-annotate $(ARGS) \
+		pyproject.toml --output-file $(LOCK)/constraints.txt
+	{ echo '# Made by `make lock` from pyproject.toml: all extras, for CPU and CUDA builds of torch.'; \
+	  echo '# Used by `make install`, so by all that make runs but `make test-newest`.'; \
+	  sed 's/ *;.*//' $(LOCK)/constraints.txt; } > constraints.txt
 
 check: install ## ruff (lint, format) and pyright
 	$(BIN)/ruff check .
@@ -42,10 +74,10 @@ bench: install ## ratios of the decode engine, measured in one run
 pocket: install ## rebuild the pocket family from nothing (half an hour on two cores)
 	$(BIN)/python -m scripts.pocket.build
 
-clean: ## remove the virtual environment and caches, never results
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the virtual environments and caches, never results
+	rm -rf $(VENV) $(NEWEST) $(LOCK) .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: pocket help install demo test test-slow check rescore-published bench clean
+.PHONY: pocket help install demo test test-slow test-all test-newest lock check rescore-published bench clean
 
 # Tables and figures of the paper (conf/paper.yaml, docs/repro.md). POCKET=1: on the pocket family;
 # SIZE=13B: one size; ARGS: more options (ARGS=--dry-run) and settings (ARGS=limit=20).

@@ -61,7 +61,7 @@ def test_every_machine_composes(name):
 
 
 def test_quantisation_is_set_on_the_command_line():
-    given = "+triple.base.quantization.load_in_4bit=true"
+    given = "triple.base.quantization.load_in_4bit=true"
     cfg = compose("config", ["experiment=pocket", given])
     specs = model_specs(cfg)
     assert specs["base"].quantization == {"load_in_4bit": True}
@@ -86,7 +86,7 @@ def test_the_experiment_wins_over_defaults_and_the_command_line_over_both():
     ("overrides", "line"),
     [
         (["experiment=pokcet"], "unknown experiment 'pokcet' (did you mean pocket?)"),
-        (["task=[gsm9k]"], "unknown task 'gsm9k'"),
+        (["task=[gsm9k]"], "unknown task 'gsm9k' (did you mean gsm8k?); known: alpaca_eval, "),
         (["alhpa=1"], "unknown key 'alhpa' (did you mean alpha?)"),
         (["decoding.bath_size=1"], "unknown key 'bath_size' (did you mean batch_size?)"),
         (["triple.base.di=x"], "unknown key 'di'"),

@@ -32,7 +32,7 @@ def test_a_mistake_of_the_user_is_one_line(capsys):
     ],
 )
 def test_a_bug_of_ours_keeps_its_traceback_and_asks_for_a_report(bug, capsys):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         guarded(lambda: guarded(bug))
     assert caught.value.__notes__ == [
         "This is a bug in proxytune: please report it, with the lines above."

@@ -20,7 +20,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -31,6 +31,14 @@ from proxytune.config.schema import register
 from proxytune.errors import UpstreamError, UserError
 from proxytune.files import ROOT, folder_name
 
+# what Hydra and OmegaConf say of a value that cannot be -> what to do about it
+_WAYS_OUT = {
+    "not a subclass of ModelConfig": "{key} is a model's settings; name it with {key}.id=...",
+    "not a subclass of|Cannot assign .* to Dict": "{key} has settings of its own: {key}.NAME=...",
+    "is not Optional": "{key} needs a value, and null is none",
+    "not support deletion": "{key} cannot be deleted; where it may be left out, {key}=null does it",
+    "must be a string or a list. Got NoneType": "a group of conf/ cannot be null; leave it out",
+}
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _REPORT = "This is a bug in proxytune: please report it, with the lines above."
 
@@ -113,9 +121,12 @@ def explain(error: BaseException) -> str:
     """One line for a user's mistake: what was wrong, and the way out."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        known = [option for option in error.options or [] if option]
+        # Hydra gives none for a member of a list, task=[...]
+        known = error.options or sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
+        also = "; lm_eval/NAME is any task of lm-evaluation-harness" if group == "task" else ""
         return (
-            f"unknown {group or 'config'} '{name}'{_close(name, known)}; known: {', '.join(known)}"
+            f"unknown {group or 'config'} '{name}'{_close(name, known)}; "
+            f"known: {', '.join(filter(None, known))}{also}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -126,8 +137,16 @@ def explain(error: BaseException) -> str:
         return "nobody reads the output any more; everything finished so far is kept"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {error.filename}; choose another folder with output_dir=..."
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read '{error.override}': a setting is key=value, without spaces around =, and "
+            "a value with other signs than letters, digits and -_./:%+ is quoted, 'key=\"...\"'"
+        )
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
+    for pattern, way_out in _WAYS_OUT.items():
+        if re.search(pattern, str(error)):
+            return way_out.format(key=getattr(error, "full_key", ""))
     misspelt = re.match(r"Key '(\w+)' not in '(\w+)'", str(error))
     if misspelt and hasattr(schema, misspelt[2]):
         key, known = misspelt[1], [f.name for f in fields(getattr(schema, misspelt[2]))]
@@ -143,6 +162,9 @@ def _no_such_key(full_key: str, parent: Any) -> str:
     """A key that a task's file does not have: misspelt, or one that `+` adds."""
     where, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    if where == "task":
+        chosen = f"chosen: {', '.join(known)}" if known else "none is"
+        return f"task '{key}' is not chosen{_close(key, known)}; {chosen}; task=[{key}] chooses it"
     names = f"; known: {', '.join(known)}" if known else ""
     return f"{where} has no key '{key}'{_close(key, known)}{names}; +{full_key}=... adds a new one"
 

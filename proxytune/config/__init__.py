@@ -1,5 +1,6 @@
 """What a run or a server may be told: the schema of conf/, and its models as specs.
 
-schema.py  one dataclass per node; Hydra refuses any key that they lack
-specs.py   the configured models as `ModelSpec`s
+schema.py     one dataclass per node; Hydra refuses any key that they lack
+overrides.py  parts that may be left out: set, extended and unset in one form
+specs.py      the configured models as `ModelSpec`s
 """

@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from proxytune.config import overrides
 from proxytune.files import ROOT
 from proxytune.members.api.settings import ApiSettings
 from proxytune.server.settings import ServerSettings
@@ -52,7 +53,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str | None = None
-    quantization: dict[str, Any] | None = field(default_factory=dict)  # Hydra fills no null
+    quantization: dict[str, Any] | None = field(default_factory=dict)
     adapter: str | None = None
     adapter_revision: str | None = None
     attn_implementation: str | None = None
@@ -106,7 +107,7 @@ class MachineConfig:
     """
 
     device: str = "auto"
-    devices: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] | None = field(default_factory=dict)
     threads: int | None = None
     cuda_graphs: bool = False
 
@@ -162,7 +163,7 @@ class RunConfig:
     name: str = MISSING
     root: str = str(ROOT)
     triple: TripleConfig = field(default_factory=TripleConfig)
-    task: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict, metadata=overrides.CLOSED)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -213,5 +214,6 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
 
 def register() -> None:
     """Makes the schemas known to Hydra under the names that conf/*.yaml begin with."""
+    overrides.install()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     ConfigStore.instance().store(name="serve_schema", node=ServeConfig)

@@ -13,14 +13,18 @@ from proxytune.roles import ROLES
 def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:
     """Role -> `ModelSpec` of the configured triple, with the machine's devices filled in."""
     specs = {}
+    devices = cfg.machine.devices or {}
+    for name in devices:
+        if name not in ROLES:
+            raise ValueError(f"machine.devices.{name}: members are {', '.join(ROLES)}")
     for role in ROLES:
         member = cfg.triple[role]
         if member is None or OmegaConf.is_missing(member, "id"):
             continue
         settings = to_dict(member)
-        device = settings["device"] or cfg.machine.devices.get(role) or cfg.machine.device
+        device = settings["device"] or devices.get(role) or cfg.machine.device
         # "auto" for one role spreads it over all GPUs; for the machine it means the first device
-        spread = device == "auto" and role in cfg.machine.devices
+        spread = device == "auto" and role in devices
         settings["device"] = device if spread or device != "auto" else None
         settings["quantization"] = settings["quantization"] or None
         settings["format"] = PromptFormat(**settings["format"])

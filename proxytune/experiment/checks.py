@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.files import check_name
-from proxytune.roles import MEMBERS, SYSTEMS
+from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _check_config(cfg: DictConfig) -> None:
         raise ValueError(f"decoding.batch_size={size}: it must be at least 1, or auto")
     if not cfg.task:
         raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
-    if OmegaConf.is_missing(cfg, "name"):
+    if OmegaConf.is_missing(cfg, "name") or not cfg.name:
         raise ValueError("the experiment has no name; give one: name=my_triple")
     check_name("name", cfg.name)
     for task in cfg.task:
@@ -71,6 +71,15 @@ def _check_config(cfg: DictConfig) -> None:
                 f"the triple has no {role}; give one (triple.{role}.id=...) or leave the systems "
                 "that need it out (systems=[...])"
             )
+    # a setting of a part that may be left out, without what the part is about
+    parts = {f"triple.{role}.api": cfg.triple[role].api for role in ROLES if cfg.triple[role]}
+    for name, part in (parts | {"paper": cfg.paper}).items():
+        for key in ("table", "size") if name == "paper" else ("base_url", "model"):
+            if part is not None and OmegaConf.is_missing(part, key):
+                raise ValueError(
+                    f"{name} has no {key}; give {name}.{key}=..., or leave all of it out "
+                    f"({name}=null)"
+                )
 
 
 def _make_task(name: str, node: DictConfig) -> Any:

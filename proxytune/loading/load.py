@@ -5,6 +5,7 @@ first weight is read.
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 
@@ -38,6 +40,10 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
     """
     for role, spec in specs.items():
         _check_device(role, spec.device)
+        if spec.quantization and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"{role}: quantization needs bitsandbytes: pip install 'proxytune[quantization]'"
+            )
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
         if spec.api is not None and role in ("expert", "antiexpert", "draft"):
@@ -111,8 +117,6 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization:
-        from transformers import BitsAndBytesConfig
-
         options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)
     device = spec.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     if device != "cpu":

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from proxytune.engine.system import Member
 from proxytune.loading.prompting import PromptFormat
@@ -57,6 +58,10 @@ class ModelSpec:
                 f"attn_implementation={self.attn_implementation!r}: rows of different lengths "
                 "need explicit masks, which sdpa and eager take; leave it null"
             )
+        known = list(signature(BitsAndBytesConfig).parameters)[:-1]  # the last takes anything
+        for name in self.quantization or ():
+            if name not in known:
+                raise ValueError(f"quantization has no {name!r}; there are {', '.join(known)}")
 
 
 @dataclass(eq=False)

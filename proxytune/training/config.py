@@ -6,6 +6,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from proxytune.config import overrides
 from proxytune.config.schema import TrackingConfig
 
 # what may change between a training and its continuation
@@ -110,6 +111,7 @@ class TrainConfig:
 
 def register() -> None:
     """Makes the schema known to Hydra under the name that conf/train.yaml begins with."""
+    overrides.install()
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 

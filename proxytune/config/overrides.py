@@ -1,0 +1,80 @@
+"""Optional parts of a configuration: set, extended and unset on the command line in one form.
+
+    triple.tuned.id=X                               though the triple has no tuned model
+    triple.base.quantization.load_in_4bit=true      though nothing is quantised
+    triple.tuned=null                               though the triple has one
+
+Hydra changes what the files composed: a part that is null has no keys to change, and a mapping
+takes no new ones. So a part is made, or opened, right before the override that goes into it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+CLOSED = {"closed": True}  # metadata of a mapping whose names come from files alone
+
+_apply = ConfigLoaderImpl._apply_overrides_to_config
+
+
+def install() -> None:
+    """Makes every composition apply its overrides so; Hydra has no public place for it."""
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_prepare_and_apply)
+
+
+def _prepare_and_apply(overrides: Sequence[Override], cfg: DictConfig) -> None:
+    for override in overrides:  # one by one: an earlier one may unset what a later one goes into
+        if not override.is_delete():
+            prepare(cfg, override.key_or_group, override.value())
+        _apply([override], cfg)
+
+
+def prepare(cfg: DictConfig, key: str, value: Any) -> None:
+    """Makes and opens the optional parts that setting `key` to `value` goes into.
+
+    Args:
+        cfg: what the files composed.
+        key: with dots between the names.
+        value: a mapping goes into the part that `key` itself names.
+    """
+    names = key.split(".")
+    node: Any = cfg
+    for depth, name in enumerate(names if isinstance(value, dict) else names[:-1]):
+        if not isinstance(node, DictConfig) or name not in node:
+            return
+        part, closed = part_of(OmegaConf.get_type(node), name)
+        if part is not None and node[name] is None:
+            node[name] = {} if part is dict else part
+        node = node[name]
+        # what a task's file says of decoding is some of the keys of `records.Decoding`
+        of_task = names[0] == "task" and depth == 2 and name == "decoding"
+        if (part is dict and not closed) or (of_task and isinstance(node, DictConfig)):
+            OmegaConf.set_struct(node, False)
+
+
+def part_of(schema: Any, name: str) -> tuple[type | None, bool]:
+    """What a key of a schema is a part of: its dataclass, dict, or None for anything else.
+
+    Returns:
+        That type, and whether the command line may not add to it.
+    """
+    if not is_dataclass(schema):
+        return None, True
+    hint = get_type_hints(schema).get(name)
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if _optional(hint) else [hint]
+    closed = any(each.name == name and "closed" in each.metadata for each in fields(schema))
+    for kind in kinds:
+        if isinstance(kind, type) and is_dataclass(kind):
+            return kind, closed
+        if kind is dict or get_origin(kind) is dict:
+            return dict, closed
+    return None, closed
+
+
+def _optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)

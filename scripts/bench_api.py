@@ -16,19 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import transformers
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import proxytune
-from proxytune import provenance
 from proxytune.cli import guarded
 from proxytune.config.schema import register
-from proxytune.config.specs import model_specs
 from proxytune.files import ROOT
-from proxytune.loading.prompting import encode, render
-from proxytune.server.local import with_local_bases
 
 TASKS = "[pocket_gsm8k,pocket_triviaqa,pocket_truthfulqa_open,pocket_humaneval]"
 
@@ -39,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=24, help="per task")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)
+    import transformers
+
+    from proxytune import provenance
+
     transformers.logging.set_verbosity_error()
     for name in ("httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -64,6 +63,10 @@ def measure(prompts: int) -> list[dict[str, Any]]:
     Raises:
         ValueError: the pocket models are not there, or the two ways write different texts.
     """
+    from proxytune.config.specs import model_specs
+    from proxytune.loading.prompting import encode, render
+    from proxytune.server.local import with_local_bases
+
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         choice = ["experiment=pocket", "triple=pocket_api", f"task={TASKS}", "output_dir=unused"]
@@ -121,7 +124,7 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _tokenizers(generator: proxytune.Generator) -> dict[str, Any]:
+def _tokenizers(generator: Any) -> dict[str, Any]:
     return {role: generator.members[role].tokenizer for role in generator.roles}
 
 

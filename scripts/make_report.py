@@ -10,7 +10,6 @@ from pathlib import Path
 
 from proxytune.cli import guarded
 from proxytune.files import ROOT
-from proxytune.results.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="*", type=Path, help="results folders; default: all")
     folders: list[Path] = parser.parse_args(arguments).folder
+    from proxytune.results.report import write_report
+
     folders = folders or [p.parent for p in sorted((ROOT / "results/runs").glob("*/table.csv"))]
     if not folders:
         raise ValueError("results/runs holds no finished run; `python run.py` makes one")

@@ -11,13 +11,16 @@ import difflib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import openai
+import yaml
 
 from proxytune.records import Example
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
@@ -154,22 +157,25 @@ class AlpacaJudge:
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def _configs(self) -> dict[str, dict[str, Any]]:
-        from alpaca_eval import constants, utils
-
-        folder = Path(constants.EVALUATORS_CONFIG_DIR)
+        package = find_spec("alpaca_eval")  # which takes seconds to import, and chatters
+        if package is None:
+            raise ValueError("AlpacaEval's judge needs the package alpaca-eval: pip install it")
+        folder = Path(*package.submodule_search_locations or (), "evaluators_configs")
         path = Path(self.annotator) if Path(self.annotator).exists() else folder / self.annotator
         if not path.exists():
             known = sorted(p.parent.name for p in folder.glob("*/configs.yaml"))
             close = difflib.get_close_matches(self.annotator, known, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
             raise ValueError(f"alpaca-eval has no annotator {self.annotator!r}; {hint}")
-        return utils.load_configs(path)
+        return yaml.safe_load((path / "configs.yaml" if path.is_dir() else path).read_text())
 
     def _annotator(self) -> Any:
         """The package's annotator with our client in the place of its own."""
         root = logging.getLogger()
         level = root.level
-        from alpaca_eval.annotators import PairwiseAnnotator
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # not by us
+            from alpaca_eval.annotators import PairwiseAnnotator
 
         root.setLevel(level)  # the import makes every library talkative
         path = Path(self.annotator)

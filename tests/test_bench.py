@@ -20,6 +20,12 @@ import bench_workloads
 TINY, TINIER = bench_models.SHAPE_TINY, bench_models.SHAPE_TINIER
 
 
+def test_the_command_line_knows_every_benchmark_and_size() -> None:
+    assert tuple(bench_cases.CASES) == bench.ONLY and tuple(bench_cases.SIZES) == bench.SIZES
+    with pytest.raises(ValueError, match="--clock cpu needs"):
+        bench.main(["--size", "tiny", "--clock", "cpu"])
+
+
 def run(tmp_path: Path, *names: str) -> dict[str, Any]:
     out = tmp_path / "bench.json"
     only = [argument for name in names for argument in ("--only", name)]

@@ -11,12 +11,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from proxytune.checks import model_specs
-from proxytune.config.overrides import part_of
 
 from proxytune import cli
-from proxytune.config import schema
+from proxytune.config.overrides import part_of
+from proxytune.files import ROOT
+from proxytune.training.config import TrainConfig
+from proxytune.training.config import register as register_training
 
-SCHEMAS = {"config": config.RunConfig, "serve": config.ServeConfig, "train": config.TrainConfig}
+SCHEMAS = {"config": schema.RunConfig, "serve": schema.ServeConfig, "train": TrainConfig}
 # how an experiment begins decides what is there to be set: nothing, all of it, an API
 STARTS = {
     "config": ["experiment=none", "experiment=llama13b_chat", "experiment=gpt35_realtimeqa"],
@@ -47,9 +49,10 @@ VALUES = {str: "word", int: 3, float: 0.5}
 
 @pytest.fixture(autouse=True)
 def hydra_at_conf():
-    config.register()
+    schema.register()
+    register_training()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
 
 
@@ -159,7 +162,6 @@ def test_a_task_s_decoding_takes_any_of_its_settings():
 
 # -- the real command line --------------------
 
-ROOT = config.ROOT
 MEMBERS = [f"triple.{m}.id={ROOT}/pocket/models/{m}" for m in ("base", "expert", "antiexpert")]
 TUNED = f"triple.tuned.id={ROOT}/pocket/models/tuned"
 SMALL = ["experiment=none", "name=mine", "task=[pocket_toxigen]", "limit=1", "report=false"]

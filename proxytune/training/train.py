@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -44,6 +43,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: a setting, the model's path, the data or the output folder is wrong. All of
             it is checked before the weights are loaded.
     """
+    from transformers import Trainer  # not above: with WANDB_MODE=offline it speaks to any importer
+
     accumulation = _accumulation(config)
     tokenizer = check(config)
     output = Path(config.output_dir)
@@ -212,7 +213,7 @@ def _load_model(config: TrainConfig) -> PreTrainedModel:
     return get_peft_model(model, settings)  # pyright: ignore[reportReturnType]
 
 
-def _save(trainer: Trainer, config: TrainConfig, output: Path) -> None:
+def _save(trainer: Any, config: TrainConfig, output: Path) -> None:
     """Writes the tuned weights: bfloat16 after bfloat16 training, as the checkpoints one tunes."""
     model: Any = trainer.model
     model.config.use_cache = True

@@ -18,9 +18,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from proxytune.files import ROOT
 from scripts.pocket import files
 from scripts.pocket.world import Split
@@ -57,6 +54,9 @@ def pretrain(work: Path) -> None:
 
 def ship(source: Path, target: Path) -> None:
     """Copies a model with its tokenizer, its weights in half precision: half the download."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)

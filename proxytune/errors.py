@@ -1,5 +1,8 @@
 """Errors that are not our bugs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake of the person who asks; the message names the value and the way out.
@@ -22,6 +25,25 @@ class MissingExtra(UserError):
         super().__init__(
             f"{purpose} needs {package}, which is not installed: pip install 'proxytune[{extra}]'"
         )
+
+
+@contextmanager
+def extra(name: str, purpose: str) -> Iterator[None]:
+    """Imports in this block need an extra of pyproject.toml.
+
+    Args:
+        name: of the extra.
+        purpose: see `MissingExtra`.
+
+    Raises:
+        MissingExtra: one of its packages is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("proxytune", "tasks"):
+            raise  # a bug of ours
+        raise MissingExtra(name, purpose, error) from error
 
 
 class UpstreamError(Exception):

@@ -11,11 +11,22 @@ from typing import Any, TypeVar
 
 from proxytune.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout; of a wheel, where it is installed
+_PACKAGE = Path(__file__).resolve().parent
+IN_CHECKOUT = (_PACKAGE.parent / "setup.py").is_file()  # else installed from a wheel
+ROOT = _PACKAGE.parent if IN_CHECKOUT else Path.cwd()  # of results/ and pocket/
 
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 JsonlRecord = TypeVar("JsonlRecord")
+
+
+def shipped(name: str) -> Path:
+    """A folder of the checkout that also travels in the wheel (setup.py).
+
+    Args:
+        name: from the root of the checkout: "conf", "results/paper".
+    """
+    return ROOT / name if IN_CHECKOUT else _PACKAGE / "shipped" / name
 
 
 def check_name(what: str, name: str) -> str:

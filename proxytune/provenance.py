@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
-from proxytune.files import ROOT
+from proxytune.files import IN_CHECKOUT, ROOT
 from proxytune.loading.prompting import read_template
 from proxytune.records import Example
 
@@ -142,6 +142,8 @@ def git_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout; None for both outside of one."""
 
     def git(*arguments: str) -> str | None:
+        if not IN_CHECKOUT:
+            return None
         try:
             done = subprocess.run(
                 ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True

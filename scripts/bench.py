@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import write_json
 
 # as in bench_cases, which imports torch: what --help says should not wait for it

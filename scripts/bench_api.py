@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import proxytune
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.config.schema import register
 from proxytune.files import ROOT
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 from proxytune.results import analysis, figures, paper, paper_tables
 from proxytune.results.comparison import records

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 from proxytune.results import paper_tables
 from proxytune.results.paper_tables import NUMBERS

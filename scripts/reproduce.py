@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from proxytune.cli import explain
+from proxytune.cli.guard import explain
 from proxytune.config import schema
 from proxytune.experiment.checks import check_before_models
 from proxytune.files import ROOT

@@ -30,7 +30,7 @@ from pathlib import Path
 import pandas as pd
 from rescore_release import Comparison, Run, check_only, mean, score_release
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import read_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt
 from tasks.loading import Row, read_rows, read_text

@@ -15,7 +15,7 @@ import os
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 from proxytune.training.config import TrainConfig, register
 from proxytune.training.train import train

@@ -16,7 +16,7 @@ from typing import Any
 import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from proxytune.experiment.tracking import SYSTEMS, logged_in
 from proxytune.results import paper
 

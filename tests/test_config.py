@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from proxytune.cli import explain
+from proxytune.cli.guard import explain
 from proxytune.config.schema import register as register_schema
 from proxytune.config.schema import to_dict
 from proxytune.config.specs import model_specs

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune.cli import guarded, is_mistake
+from proxytune.cli.guard import guarded, is_mistake
 from proxytune.errors import MissingExtra, Unanswered, UserError
 from proxytune.files import LONGEST_NAME, check_name, folder_name, read_json
 

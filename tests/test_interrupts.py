@@ -11,7 +11,7 @@ from proxytune.files import ROOT
 
 SLEEPER = """
 import time
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 
 def command():
     try:
@@ -80,7 +80,7 @@ def test_nohup_is_heeded():
 def test_a_forked_child_dies_of_sigterm_as_ever():
     program = """
 import os, signal, time
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 
 def command():
     child = os.fork()
@@ -101,7 +101,7 @@ guarded(command)
 def test_a_closed_pipe_is_one_line(lines):
     program = f"""
 import time
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 time.sleep(0.3)
 guarded(lambda: print("a line\\n" * {lines}))
 """
@@ -117,7 +117,7 @@ guarded(lambda: print("a line\\n" * {lines}))
 def test_an_interrupted_sandbox_does_not_run_the_rest():
     program = """
 import signal, time
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 from tasks.sandbox import Sandbox
 
 def command():

@@ -10,10 +10,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from proxytune.checks import model_specs
 
 from proxytune import cli
+from proxytune.config import schema
 from proxytune.config.overrides import part_of
+from proxytune.config.specs import model_specs
 from proxytune.files import ROOT
 from proxytune.training.config import TrainConfig
 from proxytune.training.config import register as register_training

@@ -196,12 +196,15 @@ print(generator.generate(["Question: "], max_new_tokens=4)[0].finish_reason)
     ("extra", "modules"),
     [
         ("alpaca_eval", "tasks.alpaca_judge"),
-        ("api", "proxytune.api_base"),
-        ("experiments", "proxytune.cli, proxytune.runner, proxytune.report, proxytune.figures"),
+        ("api", "proxytune.members.api.member"),
+        (
+            "experiments",
+            "proxytune.cli.composed, proxytune.experiment.runner, proxytune.results.report",
+        ),
         ("experiments", "proxytune.harness.evaluation, proxytune.harness.model"),
-        ("serve", "proxytune.server.app, proxytune.server.command"),
-        ("track", "proxytune.tracking, wandb, wandb_workspaces"),
-        ("train", "proxytune.train"),
+        ("serve", "proxytune.server.app, proxytune.cli.composed, proxytune.cli.serve"),
+        ("track", "proxytune.experiment.tracking, wandb, wandb_workspaces"),
+        ("train", "proxytune.training.train"),
     ],
 )
 def test_an_extra_brings_what_its_modules_import(extra, modules):

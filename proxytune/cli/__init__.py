@@ -1,197 +1,42 @@
 """The commands: `python run.py` (also `proxytune run`), and `proxytune serve`.
 
-A user's mistake (`UserError`) ends in one line on stderr and exit code 1; everything else is our
-bug and keeps its traceback. HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
-
+composed.py    Hydra's entries
+guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
 serve.py       `proxytune serve`
 interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does
+
+This module imports nothing, so that a missing package is explained by `main`.
 """
 
-import difflib
-import errno
-import os
-import re
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import fields
-from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from proxytune.errors import MissingExtra, extra
 
-from proxytune.cli.interrupts import Interrupted, hush, interruptible
-from proxytune.config import schema
-from proxytune.config.schema import register
-from proxytune.errors import UpstreamError, UserError
-from proxytune.files import ROOT, folder_name
-
-# what Hydra and OmegaConf say of a value that cannot be -> what to do about it
-_WAYS_OUT = {
-    "not a subclass of ModelConfig": "{key} is a model's settings; name it with {key}.id=...",
-    "not a subclass of|Cannot assign .* to Dict": "{key} has settings of its own: {key}.NAME=...",
-    "is not Optional": "{key} needs a value, and null is none",
-    "not support deletion": "{key} cannot be deleted; where it may be left out, {key}=null does it",
-    "must be a string or a list. Got NoneType": "a group of conf/ cannot be null; leave it out",
-}
-_SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-_REPORT = "This is a bug in proxytune: please report it, with the lines above."
-
-
-def run() -> None:
-    """Entry of run.py: composes conf/ with the command line and runs the experiment."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before we can explain
-    guarded(_hydra_main)
+# command -> the extra of pyproject.toml that it needs
+COMMANDS = {"run": "experiments", "serve": "serve"}
 
 
 def main() -> None:
     """Entry of the console script `proxytune`."""
-    commands = {"run": run, "serve": serve}
-    command = commands.get(next(iter(sys.argv[1:]), ""))
-    if command is None:
-        for name in commands:
+    command = next(iter(sys.argv[1:]), "")
+    if command not in COMMANDS:
+        for name in COMMANDS:
             print(f"usage: proxytune {name} [key=value ...]", file=sys.stderr)
         raise SystemExit(2)
     del sys.argv[1]
-    command()
+    _start(command)
 
 
-def serve() -> None:
-    """Composes conf/serve.yaml with the command line and serves a triple; docs/serving.md."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    guarded(_serve_main, again="")
+def run() -> None:
+    """Entry of run.py."""
+    _start("run")
 
 
-def guarded(
-    command: Callable[[], object], again: str = "the same command goes on where this run stopped"
-) -> None:
-    """Calls `command`; a user's mistake ends in one line on stderr and exit code 1.
-
-    Ctrl-C, SIGTERM and SIGHUP end in one line, too, and exit code 130, 143 or 129.
-
-    Args:
-        command: what to call.
-        again: what to know about starting it again, for the line after an interrupt.
-    """
-    if sys.stderr is None or not sys.stderr.isatty():  # bars of downloads would fill a log file
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _start(command: str) -> None:
     try:
-        with interruptible():
-            command()
-            sys.stdout.flush()  # here, where an error of it is explained
-    except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        _say(f"{stopped.said}; {again}" if again else stopped.said)
-        raise SystemExit(stopped.exit_code) from None
-    except Exception as error:
-        if not is_mistake(error):
-            if _REPORT not in getattr(error, "__notes__", ()):
-                error.add_note(_REPORT)
-            raise
-        if _SHOW_TRACEBACK:
-            raise
-        _say(f"error: {explain(error)}")
+        with extra(COMMANDS[command], f"proxytune {command}"):
+            from proxytune.cli import composed
+    except MissingExtra as error:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    finally:
-        hush()
-
-
-def is_mistake(error: BaseException) -> bool:
-    """Whether an error is the user's or the machine's, and not a bug of ours.
-
-    An `OSError` with an errno is the machine's word: a full disk, a file that is not there.
-    """
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        return is_mistake(error.__cause__)
-    kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException)
-    return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno is not None)
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        print(line, file=sys.stderr, flush=True)
-
-
-def explain(error: BaseException) -> str:
-    """One line for a user's mistake: what was wrong, and the way out."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        # Hydra gives none for a member of a list, task=[...]
-        known = error.options or sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
-        also = "; lm_eval/NAME is any task of lm-evaluation-harness" if group == "task" else ""
-        return (
-            f"unknown {group or 'config'} '{name}'{_close(name, known)}; "
-            f"known: {', '.join(filter(None, known))}{also}"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full, or your quota ({error.filename or 'results folder'}): free some "
-            "space and run the same command again; everything finished so far is kept"
-        )
-    if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more; everything finished so far is kept"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write {error.filename}; choose another folder with output_dir=..."
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read '{error.override}': a setting is key=value, without spaces around =, and "
-            "a value with other signs than letters, digits and -_./:%+ is quoted, 'key=\"...\"'"
-        )
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        error = error.__cause__
-    for pattern, way_out in _WAYS_OUT.items():
-        if re.search(pattern, str(error)):
-            return way_out.format(key=getattr(error, "full_key", ""))
-    misspelt = re.match(r"Key '(\w+)' not in '(\w+)'", str(error))
-    if misspelt and hasattr(schema, misspelt[2]):
-        key, known = misspelt[1], [f.name for f in fields(getattr(schema, misspelt[2]))]
-        return f"unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
-    if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
-        return _no_such_key(str(error.full_key), error.parent_node)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("object_type=", "reference_type="))]
-    return "; ".join(lines) or type(error).__name__
-
-
-def _no_such_key(full_key: str, parent: Any) -> str:
-    """A key that a task's file does not have: misspelt, or one that `+` adds."""
-    where, _, key = full_key.rpartition(".")
-    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-    if where == "task":
-        chosen = f"chosen: {', '.join(known)}" if known else "none is"
-        return f"task '{key}' is not chosen{_close(key, known)}; {chosen}; task=[{key}] chooses it"
-    names = f"; known: {', '.join(known)}" if known else ""
-    return f"{where} has no key '{key}'{_close(key, known)}{names}; +{full_key}=... adds a new one"
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
-    from proxytune.experiment.runner import run_experiment
-
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        # each point of a sweep is a configuration of its own, so it gets a folder of its own
-        point = HydraConfig.get().job.override_dirname
-        cfg.output_dir = f"{cfg.output_dir}/{folder_name(point)}" if point else cfg.output_dir
-    # inside of Hydra's own handler, which would print a line of its own before ours
-    guarded(lambda: run_experiment(cfg))
-
-
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="serve")
-def _serve_main(cfg: DictConfig) -> None:
-    from proxytune.cli.serve import serve
-
-    choice = HydraConfig.get().runtime.choices.get("triple")
-    guarded(lambda: serve(cfg, choice), again="")
-
-
-register()
+    (composed.run if command == "run" else composed.serve)()

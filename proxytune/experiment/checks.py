@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.errors import MissingExtra
 from proxytune.files import check_name
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
@@ -30,6 +32,8 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
+    if cfg.tracking.kind == "wandb" and find_spec("wandb") is None:
+        raise MissingExtra("track", "tracking=wandb", ImportError(name="wandb"))
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}

@@ -3,7 +3,7 @@
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 
-from proxytune.cli import guarded
+from proxytune.cli.guard import guarded
 
 if __name__ == "__main__":
     model_registry.register("proxytune", target="proxytune.harness.model:ProxyTuneLM")

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from proxytune.engine.system import Member
+from proxytune.errors import extra
 from proxytune.loading.build import shares_weights
 from proxytune.loading.spec import LoadedModel, ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
@@ -129,7 +130,8 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _put_adapter(model: PreTrainedModel, spec: ModelSpec) -> Any:
-    from peft import PeftModel
+    with extra("adapters", "an adapter"):
+        from peft import PeftModel
 
     assert spec.adapter is not None
     adapted = PeftModel.from_pretrained(model, spec.adapter, revision=spec.adapter_revision)
@@ -164,7 +166,8 @@ def _check_device(role: str, name: str | None) -> None:
 
 
 def _check_adapter(role: str, spec: ModelSpec) -> None:
-    from peft import PeftConfig
+    with extra("adapters", f"{role}: an adapter"):
+        from peft import PeftConfig
 
     assert spec.adapter is not None
     try:

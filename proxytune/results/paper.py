@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from proxytune.files import ROOT
+from proxytune.files import shipped
 
-FOLDER = ROOT / "results" / "paper"
+FOLDER = shipped("results/paper")
 
 # (task, metric) of ours -> the metric's name in results/paper; the pocket family's tasks have the
 # shapes of the paper's and fill the same rows of a table, beside no number of the paper.

@@ -13,6 +13,7 @@ settings.py  what the person who serves may set
 
 from typing import TYPE_CHECKING, Any
 
+from proxytune.errors import extra
 from proxytune.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def __getattr__(name: str) -> Any:
     # The command finds a taken port before it imports torch, which takes seconds.
     if name != "create_app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from proxytune.server.app import create_app
+    with extra("serve", "a server"):
+        from proxytune.server.app import create_app
 
     return create_app

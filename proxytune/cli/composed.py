@@ -1,0 +1,67 @@
+"""Hydra's entries: conf/ composed with the command line, handed to the code that does the work."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from proxytune.cli.guard import guarded
+from proxytune.config import given
+from proxytune.config.schema import register
+from proxytune.errors import extra
+from proxytune.files import folder_name, shipped
+
+
+def run() -> None:
+    """Composes conf/config.yaml and runs the experiment."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before we can explain
+    guarded(lambda: _compose(_run))
+
+
+def serve() -> None:
+    """Composes conf/serve.yaml and serves a triple; docs/serving.md."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(lambda: _compose(_serve), again="")
+
+
+def _compose(main: Callable[[], object]) -> None:
+    """Calls one of Hydra's entries with the command line, its own files given by name."""
+    sys.argv[1:] = given.take(sys.argv[1:])
+    main()
+
+
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
+def _run(cfg: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        # each point of a sweep is a configuration of its own, so it gets a folder of its own
+        point = HydraConfig.get().job.override_dirname
+        cfg.output_dir = f"{cfg.output_dir}/{folder_name(point)}" if point else cfg.output_dir
+
+    def experiment() -> None:
+        with extra("experiments", "proxytune run"):
+            from proxytune.experiment.runner import run_experiment
+
+        run_experiment(cfg)
+
+    # inside of Hydra's own handler, which would print a line of its own before ours
+    guarded(experiment)
+
+
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="serve")
+def _serve(cfg: DictConfig) -> None:
+    choice = HydraConfig.get().runtime.choices.get("triple")
+
+    def server() -> None:
+        with extra("serve", "proxytune serve"):
+            from proxytune.cli.serve import serve
+
+        serve(cfg, choice)
+
+    guarded(server, again="")
+
+
+register()

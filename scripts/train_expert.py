@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
 from proxytune.training.config import TrainConfig, register
-from proxytune.training.train import train
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Composes conf/train.yaml with the command line and trains."""
+    from proxytune.training.train import train  # imports torch, which --help does not need
+
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
     train(config)

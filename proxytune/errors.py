@@ -47,8 +47,8 @@ def extra(name: str, purpose: str) -> Iterator[None]:
 
 
 class UpstreamError(Exception):
-    """A member's server is of no more use; the message says why, and the way out."""
+    """A member's server cannot be used any more; the message gives the reason and the way out."""
 
 
 class Unanswered(UpstreamError, OSError):
-    """The server has not answered within the time that we were told to wait."""
+    """The server has not answered within the time that we wait for it."""

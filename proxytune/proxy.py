@@ -1,4 +1,8 @@
-"""Proxy-tuning: the formula, and a triple of models that decodes by it."""
+"""Proxy-tuning: the formula (`combine_logits`), and a triple of models that decodes by it.
+
+A small tuned model (expert) and the same model untuned (antiexpert) steer a large untuned one
+(base): the difference of their logits is added to the base's.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,14 +25,15 @@ def combine_logits(
         base: logits of the large untuned model, [..., vocab].
         expert: logits of the small tuned model, same shape.
         antiexpert: logits of the small untuned model, same shape.
-        alpha: how much of the tuning is transferred; the paper's default is 1. A tensor that
-            broadcasts, [rows, 1], for rows that differ.
+        alpha: the scale on the difference; the paper's default is 1. Where rows have scales of
+            their own, a tensor that broadcasts, [rows, 1].
 
     Returns:
-        The proxy-tuned logits in float32; the arguments stay as they are.
+        The proxy-tuned logits in float32, in new memory.
     """
-    shift = expert.float()  # a copy, unless it is float32 already
+    shift = expert.float()  # a copy, except where the expert is float32 already
     shift = torch.sub(expert, antiexpert) if shift is expert else shift.sub_(antiexpert)
+    # From here on `shift` is ours; writing into it saves memory of the size of the logits.
     if isinstance(alpha, torch.Tensor):
         return torch.add(base, shift.mul_(alpha), out=shift)
     return torch.add(base, shift, alpha=alpha, out=shift)
@@ -37,13 +42,13 @@ def combine_logits(
 class ProxyTunedModel(DraftingSystem):
     """A triple as a system.
 
-    A prompt is a mapping from role to token ids: each member may read a prompt of its own. After
-    it, all members read the same tokens.
+    Each member may read a prompt of its own (a prompt is a mapping from role to token ids). After
+    the prompt, all members read the same tokens: those that the triple has written.
 
     Args:
         base: the large untuned model.
-        pair: the small tuned model and the small untuned one.
-        alpha: see `combine_logits`.
+        pair: the small tuned model (expert) and the small untuned one (antiexpert).
+        alpha: see `combine_logits`; a row may have its own.
     """
 
     def __init__(self, base: Member, pair: Pair, alpha: float = 1.0) -> None:
@@ -52,17 +57,17 @@ class ProxyTunedModel(DraftingSystem):
         self.members = {"base": base, "expert": pair.expert, "antiexpert": pair.antiexpert}
         self.alpha = alpha
         self.vocab_size = min(member.vocab_size for member in self.members.values())
-        self._alphas: list[float | None] = []  # per row; None is `alpha`
-        self._drafted: list[torch.Tensor] = []
+        self._alphas: list[float | None] = []  # per row; None takes `alpha`
+        self._drafted: list[torch.Tensor] = []  # the expert's logits while it drafts, [rows, vocab]
         self._streams: dict[str, torch.cuda.Stream] = {}
 
     @property
     def joins(self) -> bool:
-        """Whether `join` is one pass of each member."""
+        """Whether `join` takes a single pass of each member."""
         return all(member.joins for member in self.members.values())
 
     def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
-        """Appends one row per prompt; see `System.prefill`."""
+        """Reads prompts, each into a new row; see `System.prefill`."""
         new = list(alphas) if alphas else [None] * len(prompts)
         self._alphas += new
         calls = {
@@ -71,6 +76,7 @@ class ProxyTunedModel(DraftingSystem):
         }
         if not ahead:
             return self._combine(self._run(calls), new)
+        # The expert reads first, so that the base's request can ask about its guesses, too.
         passes = self._run({"expert": calls["expert"]})
         guesses = self.pair.expert.guess(passes["expert"].logits, ahead)
         calls["base"] = partial(self.base.prefill, [p["base"] for p in prompts], guesses)
@@ -78,7 +84,7 @@ class ProxyTunedModel(DraftingSystem):
         return self._combine(passes, new)
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
-        """`step` for the present rows and `prefill` of new ones; [rows, vocab] of all."""
+        """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
         self._alphas += list(alphas) if alphas else [None] * len(prompts)
         calls = {
             role: partial(member.join, tokens, [prompt[role] for prompt in prompts])
@@ -87,14 +93,14 @@ class ProxyTunedModel(DraftingSystem):
         return self._combine(self._run(calls), self._alphas)
 
     def step(self, tokens: torch.Tensor) -> Pass:
-        """Appends one token per row, [rows]; says what comes after it, [rows, vocab]."""
+        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
         if self.pair.one_pass:
             return self.extend(tokens.unsqueeze(1)).flat()
         calls = {role: partial(member.step, tokens) for role, member in self.members.items()}
         return self._combine(self._run(calls), self._alphas)
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         if not self.pair.one_pass:
             calls = {role: partial(member.extend, tokens) for role, member in self.members.items()}
             return self._combine(self._run(calls), self._alphas)
@@ -108,7 +114,7 @@ class ProxyTunedModel(DraftingSystem):
         return self._combine(passes, self._alphas)
 
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:
-        """Lets the expert continue `tokens` alone; see `DraftingSystem.draft`."""
+        """Lets the expert alone continue every row; see `DraftingSystem.draft`."""
         self._drafted = []
         block = [tokens]
         for offset in range(width):
@@ -119,9 +125,10 @@ class ProxyTunedModel(DraftingSystem):
         return torch.stack([each.to(block[-1].device) for each in block], dim=1)
 
     def verify(self, block: torch.Tensor) -> Pass:
-        """The triple's word on the block that `draft` returned, [rows, width, vocab].
+        """Reads the block that `draft` returned; the triple's logits, [rows, width, vocab].
 
-        The expert has read it while it drafted; base and antiexpert read it in one pass each.
+        Base and antiexpert read the block in one pass each. The expert has read it already, while
+        it drafted.
         """
         calls = {
             "base": partial(self.base.extend, block),
@@ -150,7 +157,11 @@ class ProxyTunedModel(DraftingSystem):
         self.pair.clear()
 
     def _run(self, calls: Mapping[str, Callable[[], Pass]]) -> dict[str, Pass]:
-        """Runs the members' passes; on CUDA each in a stream of its own, so at the same time."""
+        """Runs the members' passes: on CUDA at the same time, each in a stream of its own.
+
+        Args:
+            calls: role -> the member's pass.
+        """
         passes: dict[str, Pass] = {}
         for role, call in calls.items():
             stream = self._stream(role)
@@ -165,12 +176,12 @@ class ProxyTunedModel(DraftingSystem):
             if stream is not None:
                 here = torch.cuda.current_stream(stream.device)
                 here.wait_stream(stream)
-                # their memory is in use until `here` is done
+                # The allocator must not reuse these logits before `here` has read them.
                 passes[role].logits.record_stream(here)
         return passes
 
     def _stream(self, role: str) -> torch.cuda.Stream | None:
-        """The stream of one member; None where it runs on the CPU or elsewhere."""
+        """The stream of one member; None where it runs on the CPU or behind a server."""
         device = self.members[role].device
         if device.type != "cuda":
             return None
@@ -179,21 +190,31 @@ class ProxyTunedModel(DraftingSystem):
         return self._streams[role]
 
     def _combine(self, passes: Mapping[str, Pass], alphas: Sequence[float | None]) -> Pass:
-        """The triple's pass from its members'; `alphas` are those of the rows that were read."""
+        """Combines the members' passes into the triple's.
+
+        Args:
+            passes: role -> pass, all of the same rows.
+            alphas: the alphas of these rows.
+        """
         device = passes["base"].logits.device
         cut = {
             role: each.logits[..., : self.vocab_size].to(device, non_blocking=True)
             for role, each in passes.items()
         }
         alpha = self._scale(alphas, cut["base"])
-        known = passes["base"].truncation
-        if known is not None:
-            highest = cut | {"base": known.ceiling[..., : self.vocab_size]}
-            known = replace(known, ceiling=combine_logits(**highest, alpha=alpha))
-        return Pass(combine_logits(**cut, alpha=alpha), cut, known)
+        truncation = passes["base"].truncation
+        if truncation is not None:  # the bounds of the base's logits bound the triple's
+            highest = cut | {"base": truncation.ceiling[..., : self.vocab_size]}
+            truncation = replace(truncation, ceiling=combine_logits(**highest, alpha=alpha))
+        return Pass(combine_logits(**cut, alpha=alpha), cut, truncation)
 
     def _scale(self, alphas: Sequence[float | None], logits: torch.Tensor) -> float | torch.Tensor:
-        """The rows' alphas as `combine_logits` takes them: one number, or a column."""
+        """The rows' alphas for `combine_logits`: one number, or a tensor, [rows, 1, ...].
+
+        Args:
+            alphas: one per row.
+            logits: that they scale; for their device and number of dimensions.
+        """
         if all(alpha is None for alpha in alphas):
             return self.alpha
         own = [self.alpha if alpha is None else alpha for alpha in alphas]

@@ -1,4 +1,4 @@
-"""One model as a system: alone, or with a smaller one that drafts for it."""
+"""One model as a system: alone (`Single`), or with a smaller one that drafts (`DraftedModel`)."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from proxytune.engine.system import Alphas, DraftingSystem, Member, Pass, Pick, 
 
 
 class Single(System):
-    """One model as a system; it reads the prompts of the role "base".
+    """One model as a system.
 
     Args:
-        member: the model.
+        member: the model; it reads the prompts of the role "base".
     """
 
     def __init__(self, member: Member) -> None:
@@ -21,23 +21,23 @@ class Single(System):
 
     @property
     def joins(self) -> bool:
-        """Whether `join` is one pass."""
+        """Whether `join` takes a single pass."""
         return self.member.joins
 
     def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
-        """Appends one row per prompt; see `System.prefill`."""
+        """Reads prompts, each into a new row; see `System.prefill`."""
         return self.member.prefill([prompt["base"] for prompt in prompts])
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
-        """`step` for the present rows and `prefill` of new ones, in one pass."""
+        """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
         return self.member.join(tokens, [prompt["base"] for prompt in prompts])
 
     def step(self, tokens: torch.Tensor) -> Pass:
-        """Appends one token per row, [rows]."""
+        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
         return self.member.step(tokens)
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens, [rows, width]."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         return self.member.extend(tokens)
 
     def rollback(self, counts: Sequence[int]) -> None:
@@ -54,14 +54,14 @@ class Single(System):
 
 
 class DraftedModel(DraftingSystem):
-    """One model as a system, and a smaller one that drafts for it.
+    """One model with a smaller one that drafts for it; the text is the large model's alone.
 
-    The draft model reads what the model has read only when it is next asked to draft: until then
-    the tokens that it lacks wait in `_missing`.
+    The draft model reads only what it needs for drafting. Tokens that the model has read without
+    it wait in `_missing` until the next draft.
 
     Args:
-        model: whose logits count; it reads the prompts of the role "base".
-        draft_model: guesses them; it reads those of the role "draft".
+        model: decides every token; it reads the prompts of the role "base".
+        draft_model: guesses tokens; it reads the prompts of the role "draft".
     """
 
     def __init__(self, model: Member, draft_model: Member) -> None:
@@ -69,22 +69,22 @@ class DraftedModel(DraftingSystem):
         self.draft_model = draft_model
         self.members = {"base": model, "draft": draft_model}
         self.vocab_size = model.vocab_size
-        self._missing: list[list[int]] = []
+        self._missing: list[list[int]] = []  # per row: tokens that only `model` has read
 
     @property
     def joins(self) -> bool:
-        """Whether `join` is one pass of the model."""
+        """Whether `join` takes a single pass of the model."""
         return self.model.joins
 
     def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
-        """Appends one row per prompt; see `System.prefill`."""
+        """Reads prompts, each into a new row; see `System.prefill`."""
         logits = self.draft_model.prefill([prompt["draft"] for prompt in prompts]).logits
         self._missing += [[] for _ in prompts]
         guesses = self.draft_model.guess(logits, ahead) if ahead else None
         return self.model.prefill([prompt["base"] for prompt in prompts], guesses)
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
-        """`step` for the present rows and `prefill` of new ones, in one pass of the model."""
+        """`step` for the present rows and `prefill` for new ones; see `System.join`."""
         for missing, token in zip(self._missing, tokens.tolist(), strict=True):
             missing.append(token)
         self.draft_model.prefill([prompt["draft"] for prompt in prompts])
@@ -92,36 +92,36 @@ class DraftedModel(DraftingSystem):
         return self.model.join(tokens, [prompt["base"] for prompt in prompts])
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens, [rows, width]."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         for missing, new in zip(self._missing, tokens.tolist(), strict=True):
             missing += new
         return self.model.extend(tokens)
 
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:
-        """Lets the draft model continue `tokens`; see `DraftingSystem.draft`."""
+        """Lets the draft model continue every row; see `DraftingSystem.draft`."""
         block = [tokens]
         logits = self._catch_up(tokens)
         for offset in range(width - 1):
             if offset:
                 logits = self.draft_model.step(block[-1]).logits
             block.append(pick(logits, offset))
-        # The draft model has not read its last guess.
+        # The draft model has not read its last guess; `verify` lets only the model read it.
         self._missing = [[token] for token in block[-1].tolist()]
         return torch.stack([each.to(block[-1].device) for each in block], dim=1)
 
     def verify(self, block: torch.Tensor) -> Pass:
-        """The model's word on the block that `draft` returned, [rows, width, vocab]."""
+        """Reads the block that `draft` returned; the model's logits, [rows, width, vocab]."""
         return self.model.extend(block)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
         self.model.rollback(counts)
-        late = []
+        drafted = []  # of these tokens, those that the draft model has read, too
         for missing, count in zip(self._missing, counts, strict=True):
             kept = max(0, len(missing) - count)
-            late.append(count - (len(missing) - kept))
+            drafted.append(count - (len(missing) - kept))
             del missing[kept:]
-        self.draft_model.rollback(late)
+        self.draft_model.rollback(drafted)
 
     def keep(self, rows: list[int]) -> None:
         """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
@@ -136,7 +136,11 @@ class DraftedModel(DraftingSystem):
         self._missing = []
 
     def _catch_up(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feeds the draft model what it lacks and `tokens`; its logits after, [rows, vocab]."""
+        """Lets the draft model read its missing tokens and then `tokens`, [rows].
+
+        Returns:
+            Its logits after the last of them, [rows, vocab].
+        """
         rows = [
             [*missing, token] for missing, token in zip(self._missing, tokens.tolist(), strict=True)
         ]

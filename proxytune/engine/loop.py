@@ -1,7 +1,16 @@
 """The decode loop: which rows run, what each writes, and when it ends.
 
-One loop serves every system and cannot tell which it drives. Rows leave the moment they end and
-waiting prompts take their place; the samples of one prompt share its prefill.
+A *row* is one sample of one prompt while it is written. Every step of the loop takes its rows
+through five stages:
+
+    schedule   which waiting rows join: `_next_rows`
+    read       the system reads their prompts (`_admit`) or the running rows' tokens (`_advance`)
+    choose     the next tokens, from the logits of that pass: `choose_from`
+    write      each token to its row: `Row.take`
+    retire     rows that have ended leave, and further samples take their places: `_retire`
+
+One loop serves every system and cannot tell which one it drives. A row leaves as soon as it ends,
+so no row waits for a longer one; all samples of a prompt share one pass over it.
 """
 
 import logging
@@ -12,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from proxytune.engine.memory import out_of_memory
-from proxytune.engine.rows import Finished, Request, Row, Shared, choose, choose_from, places
+from proxytune.engine.rows import Finished, Request, Row, Shared, choose_from, pick_tokens
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Pass, System
 
@@ -23,25 +32,29 @@ class DecodeLoop:
     """Continues many prompts with one system.
 
     Args:
-        system: what is driven; a `DraftingSystem` can decode speculatively.
-        max_rows: how many rows may run at once, given the longest of them in tokens.
+        system: the system that decodes; a `DraftingSystem` can do so speculatively.
+        max_rows: how many rows may run at once, given the length in tokens of the longest.
         pace: decides the width of speculative blocks; None for lockstep.
     """
 
     def __init__(self, system: System, max_rows: Callable[[int], int], pace: Pace | None) -> None:
         self.system = system
         self.pace = pace
-        self.rows: list[Row] = []
+        self.rows: list[Row] = []  # row i of the system is rows[i]
         self._max_rows = max_rows
-        self._cap: int | None = None  # lowered when memory runs out
-        self._tried = 0  # rows of the last pass
+        self._cap: int | None = None  # on the number of rows, once memory has run out
+        self._pass_rows = 0  # in the last pass
         self._width = 1  # of the last block
         self._waiting: deque[Request] = deque()
-        self._joining: deque[Row] = deque()  # rows that the system has still to read
+        self._joining: deque[Row] = deque()  # rows that the system has not read yet
         self._done: list[Finished] = []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
-        """Yields every sample of every request as it ends; takes requests as they are needed."""
+        """Yields every sample of every request as soon as it ends.
+
+        Args:
+            requests: taken one by one, as rows become free.
+        """
         source = iter(requests)
         exhausted = False
         try:
@@ -59,7 +72,7 @@ class DecodeLoop:
             self.clear()
 
     def add(self, request: Request) -> None:
-        """Lets a request wait for a free row."""
+        """Queues a request until rows are free."""
         self._waiting.append(request)
 
     @property
@@ -68,29 +81,15 @@ class DecodeLoop:
         return bool(self.rows or self._waiting or self._joining)
 
     @torch.inference_mode()
-    def cancel(self, index: int) -> None:
-        """Drops the requests of this number, between two steps: their rows leave unfinished."""
-        self._waiting = deque(each for each in self._waiting if each.index != index)
-        self._joining = deque(row for row in self._joining if row.request.index != index)
-        keep = [i for i, row in enumerate(self.rows) if row.request.index != index]
-        if len(keep) < len(self.rows):
-            self.rows = [self.rows[i] for i in keep]
-            self.system.keep(keep)
-
-    def clear(self) -> None:
-        """Drops everything that runs or waits, and the system's memory."""
-        self.rows, self._done = [], []
-        self._waiting.clear()
-        self._joining.clear()
-        self.system.clear()
-
-    @torch.inference_mode()
     def step(self, more: bool = False) -> list[Finished]:
-        """Admits what fits and advances every row by one block; returns what ended.
+        """Reads the rows that join and adds one block of tokens to every row.
 
         Args:
-            more: whether further requests are on their way; without them a few free rows are
-                filled at once, with them they may wait for company (one prefill for several).
+            more: whether further requests are coming. If so, a few free rows may stay empty until
+                several prompts can be read in one pass; if not, they are filled at once.
+
+        Returns:
+            The samples that have ended.
         """
         try:
             joining = self._next_rows(more)
@@ -104,38 +103,63 @@ class DecodeLoop:
         done, self._done = self._done, []
         return done
 
-    # -- who joins --------------------
+    @torch.inference_mode()
+    def cancel(self, index: int) -> None:
+        """Drops the requests with this index; their rows leave unfinished. Call between steps."""
+        self._waiting = deque(each for each in self._waiting if each.index != index)
+        self._joining = deque(row for row in self._joining if row.request.index != index)
+        keep = [i for i, row in enumerate(self.rows) if row.request.index != index]
+        if len(keep) < len(self.rows):
+            self.rows = [self.rows[i] for i in keep]
+            self.system.keep(keep)
+
+    def clear(self) -> None:
+        """Drops everything that runs or waits, and frees the system's memory."""
+        self.rows, self._done = [], []
+        self._waiting.clear()
+        self._joining.clear()
+        self.system.clear()
+
+    # -- schedule --------------------
 
     def _limit(self) -> int:
+        """How many rows may run, given the longest that runs or waits."""
         rooms = [row.request.room for row in (*self.rows, *self._joining)]
         rooms += [request.room for request in self._waiting]
         limit = max(1, self._max_rows(max(rooms, default=1)))
         return min(limit, self._cap or limit)
 
     def _next_rows(self, more: bool) -> list[Row]:
-        """The rows to read next: as many as are free, leaving room for their further samples."""
+        """The rows to read next: one per waiting prompt, while rows are free.
+
+        A prompt's further samples are copies of its first row. They need no reading, but each
+        needs a row of its own, so free rows are kept for them.
+        """
         limit = self._limit()
         free = limit - len(self.rows)
         queued = len(self._joining) + len(self._waiting)
         if free <= 0 or not queued or (self.rows and more and free < limit // 8):
             return []
-        reserved = 0  # for further samples of the prompts that join: copies, not prefilled
-        while self._waiting and len(self._joining) + reserved < free:
+        for_copies = 0
+        while self._waiting and len(self._joining) + for_copies < free:
             shared = Shared(self._waiting.popleft())
             self._joining.append(Row(shared))
-            reserved += min(shared.left, free - len(self._joining) - reserved)
+            for_copies += min(shared.unstarted, free - len(self._joining) - for_copies)
         return list(self._joining)[:free]
 
     def _shrink(self, error: BaseException) -> None:
-        """Memory has run out: all rows leave, and half as many at a time come back.
+        """Goes on with half as many rows after memory has run out.
 
-        They come back with what they have written as part of their prompt; their texts do not
-        change.
+        All rows leave the system and wait to be read again, with the tokens that they have
+        written after their prompt; so their texts do not change.
+
+        Raises:
+            BaseException: `error`, where a single row was too much.
         """
-        if self._tried <= 1:
+        if self._pass_rows <= 1:
             raise error
-        self._cap = self._tried // 2
-        log.warning("out of memory at %d rows: going on with %d", self._tried, self._cap)
+        self._cap = self._pass_rows // 2
+        log.warning("out of memory at %d rows: going on with %d", self._pass_rows, self._cap)
         for row in reversed(self.rows):
             self._joining.appendleft(row)
         self.rows = []
@@ -143,22 +167,21 @@ class DecodeLoop:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # -- joining and leaving --------------------
+    # -- read: new rows --------------------
 
     def _admit(self, new: list[Row]) -> bool:
-        """Reads new rows and chooses their first tokens.
+        """Reads the prompts of new rows and writes their first tokens.
 
         Returns:
             Whether the running rows have taken a step in the same pass.
         """
         running = list(self.rows)
-        joined = bool(running) and self._can_join(new)
-        self._tried = len(running) + len(new)
+        stepped = bool(running) and self._can_join(new)
+        self._pass_rows = len(running) + len(new)
         prompts = [row.prompt() for row in new]
         alphas = [row.request.alpha for row in new]
-        if joined:
-            tokens = torch.tensor([row.tokens[-1] for row in running])
-            seen = self.system.join(tokens, prompts, alphas)
+        if stepped:
+            seen = self.system.join(_last_tokens(running), prompts, alphas)
             for row in running:
                 row.fed += 1
             self._write(running, seen[: len(running)])
@@ -169,45 +192,122 @@ class DecodeLoop:
         self._write(new, seen)
         self._write_first(copies)
         self._retire()
-        return joined
+        return stepped
 
     def _can_join(self, new: Sequence[Row]) -> bool:
         """Whether the running rows can take a step in the pass that reads new prompts."""
         lockstep = self.pace is None or self._width == 1
         return lockstep and self.system.joins and not _traced((*self.rows, *new))
 
-    def _ahead(self, rows: Sequence[Row]) -> int:
-        """Tokens that the small model should guess after the rows' prompts."""
-        if self.pace is None or _traced(rows):
+    def _ahead(self, new: Sequence[Row]) -> int:
+        """How many tokens the small model guesses after the prompts of new rows."""
+        if self.pace is None or _traced(new):
             return 0
-        left = max(row.request.max_new_tokens - len(row.tokens) for row in rows) - 1
-        return min(self.pace.ahead(len(self.rows) + len(rows)), left)
+        return min(self.pace.ahead(len(self.rows) + len(new)), _tokens_left(new) - 1)
 
     def _seat(self, new: list[Row], seen: Pass) -> list[Row]:
-        """Adds rows that have just been read, and copies for further samples of their prompts."""
+        """Adds new rows, which the system has read, to the running ones, each with its copies.
+
+        Args:
+            new: the rows.
+            seen: the pass over their prompts, [rows, vocab].
+
+        Returns:
+            Copies for further samples of the prompts, as many as there are free rows. They come
+            after the new rows; their first tokens are still to be chosen.
+        """
         free = self._limit() - len(self.rows)
         copies: list[Row] = []
-        sources: list[int] = []
+        sources: list[int] = []  # the row that each of them copies
         for index, row in enumerate(new):
             self._joining.popleft()
             row.fed = len(row.tokens)
-            if row.tokens or not row.shared.left:
+            if row.tokens or not row.shared.unstarted:
                 continue
-            row.shared.first = seen.copy_of(index, with_members=row.trace is not None)
-            while row.shared.left and len(new) + len(copies) < free:
+            row.shared.after_prompt = seen.copy_of(index, with_members=row.trace is not None)
+            while row.shared.unstarted and len(new) + len(copies) < free:
                 sources.append(len(self.rows) + index)
                 copies.append(Row(row.shared))
         present = len(self.rows) + len(new)
         self.rows += [*new, *copies]
-        self._tried = len(self.rows)
+        self._pass_rows = len(self.rows)
         if copies:
             self.system.keep([*range(present), *sources])
         return copies
 
+    # -- read: running rows --------------------
+
+    def _advance(self) -> None:
+        """Adds a block to every row: one token, and the guesses that the system also chooses."""
+        rows = self.rows
+        self._pass_rows = len(rows)
+        start = time.perf_counter()
+        width = self._width = self._next_width()
+        guesses, seen = self._read_block(width)
+        chosen = choose_from(seen.flat(), rows, width)
+        right = [_matching(chosen.of(index), guess) for index, guess in enumerate(guesses)]
+        if self.pace is not None:
+            self.pace.observe(len(rows), width, time.perf_counter() - start, right)
+        for index, (row, count) in enumerate(zip(rows, right, strict=True)):
+            row.fed += 1 + count
+            chosen.give(index, row, 1 + count)
+        if min(right) < width - 1:
+            self.system.rollback([width - 1 - count for count in right])
+        self._retire()
+
+    def _next_width(self) -> int:
+        """Tokens per row in the next block; 1 is lockstep."""
+        if self.pace is None or _traced(self.rows):
+            return 1
+        return min(self.pace.width(len(self.rows)), _tokens_left(self.rows))
+
+    def _read_block(self, width: int) -> tuple[list[list[int]], Pass]:
+        """Lets the system read a block: each row's last token, then width - 1 guesses.
+
+        Returns:
+            The small model's guesses, [rows, width - 1], and the system's pass over the block.
+        """
+        rows = self.rows
+        tokens = _last_tokens(rows)
+        if width == 1:
+            return [[] for _ in rows], self.system.step(tokens)
+        assert isinstance(self.system, DraftingSystem)
+
+        def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
+            return pick_tokens(logits, rows, [offset] * len(rows))
+
+        block = self.system.draft(tokens, width, pick)
+        return block[:, 1:].tolist(), self.system.verify(block)
+
+    # -- choose and write --------------------
+
+    def _write(self, rows: Sequence[Row], seen: Pass) -> None:
+        """Chooses and writes each row's next token.
+
+        Args:
+            rows: the rows.
+            seen: the pass that read their last tokens, [rows, vocab].
+        """
+        chosen = choose_from(seen, rows)
+        for index, row in enumerate(rows):
+            chosen.give(index, row)
+
+    def _write_first(self, rows: Sequence[Row]) -> None:
+        """Writes the first tokens of rows whose prompt was read for an earlier sample."""
+        passes = [r.shared.after_prompt for r in rows if r.shared.after_prompt is not None]
+        if passes:
+            self._write(rows, Pass.stack(passes))
+
+    # -- retire --------------------
+
     def _retire(self) -> None:
-        """Hands out the rows that have ended; further samples of their prompts take their place."""
-        while any(row.reason for row in self.rows):
-            counts = [0] * len(self.rows)
+        """Hands out the rows that have ended.
+
+        A further sample of the same prompt takes the row's place: the system keeps the prompt and
+        forgets the rest. Where there is none, the last row moves into the gap.
+        """
+        while any(row.reason for row in self.rows):  # again, where a first token ends its sample
+            forget = [0] * len(self.rows)  # tokens
             keep = list(range(len(self.rows)))
             fresh: list[Row] = []
             for index in reversed(range(len(self.rows))):
@@ -215,85 +315,44 @@ class DecodeLoop:
                 if row.reason is None:
                     continue
                 self._done.append(row.finished())
-                if row.shared.left:
-                    counts[index] = row.fed
+                if row.shared.unstarted:
+                    forget[index] = row.fed
                     self.rows[index] = Row(row.shared)
                     fresh.append(self.rows[index])
                     continue
                 last, last_row = keep.pop(), self.rows.pop()
                 if index < len(keep):
                     keep[index], self.rows[index] = last, last_row
-            if any(counts):
-                self.system.rollback(counts)
-            if len(keep) < len(counts):
+            if any(forget):
+                self.system.rollback(forget)
+            if len(keep) < len(forget):
                 self.system.keep(keep)
             self._write_first(fresh)
 
-    # -- writing --------------------
 
-    def _advance(self) -> None:
-        """Adds one block of tokens to every row: a single token, or what a draft got right."""
-        rows = self.rows
-        self._tried = len(rows)
-        start = time.perf_counter()
-        width = self._width = self._next_width()
-        tokens = torch.tensor([row.tokens[-1] for row in rows])
-        guesses, seen = self._draft(tokens, width) if width > 1 else ([], self.system.step(tokens))
-        chosen = choose_from(seen.flat(), *places(rows, width))
-        firsts = range(0, width * len(rows), width)
-        right = [0] * len(rows)
-        if width > 1:
-            right = [
-                _matching(chosen.tokens[first : first + width], guess)
-                for first, guess in zip(firsts, guesses, strict=True)
-            ]
-        if self.pace is not None:
-            self.pace.observe(len(rows), width, time.perf_counter() - start, right)
-        for row, first, count in zip(rows, firsts, right, strict=True):
-            row.fed += count + 1
-            chosen.give(row, first, count + 1)
-        if width > 1 and min(right) < width - 1:
-            self.system.rollback([width - 1 - count for count in right])
-        self._retire()
+def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:
+    """Each row's last token, which the system has not read yet, [rows]."""
+    return torch.tensor([row.tokens[-1] for row in rows])
 
-    def _next_width(self) -> int:
-        """Tokens per row in the next block."""
-        if self.pace is None or _traced(self.rows):
-            return 1
-        left = max(row.request.max_new_tokens - len(row.tokens) for row in self.rows)
-        return min(self.pace.width(len(self.rows)), left)
 
-    def _draft(self, tokens: torch.Tensor, width: int) -> tuple[list[list[int]], Pass]:
-        """What the small model guesses after `tokens`, and the system's word on it."""
-        assert isinstance(self.system, DraftingSystem)
-        rows = self.rows
-
-        def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-            return choose(logits, rows, [offset] * len(rows))
-
-        block = self.system.draft(tokens, width, pick)
-        return block[:, 1:].tolist(), self.system.verify(block)
-
-    def _write(self, rows: Sequence[Row], seen: Pass) -> None:
-        """Chooses each row's next token, from `seen` [rows, vocab]."""
-        chosen = choose_from(seen, rows, [0] * len(rows))
-        for place, row in enumerate(rows):
-            chosen.give(row, place)
-
-    def _write_first(self, rows: Sequence[Row]) -> None:
-        """The first token of rows whose prompt has been read for an earlier sample."""
-        firsts = [row.shared.first for row in rows if row.shared.first is not None]
-        if firsts:
-            self._write(rows, Pass.stack(firsts))
+def _tokens_left(rows: Iterable[Row]) -> int:
+    """The most tokens that any row may still write."""
+    return max(row.request.max_new_tokens - len(row.tokens) for row in rows)
 
 
 def _traced(rows: Iterable[Row]) -> bool:
+    """Whether any row records a trace; such rows decode in lockstep."""
     return any(row.trace is not None for row in rows)
 
 
-def _matching(chosen: Sequence[int], drafted: Sequence[int]) -> int:
-    """How many of the drafted tokens the system chose as well, before the first difference."""
-    for count, (mine, guess) in enumerate(zip(chosen, drafted, strict=False)):
-        if mine != guess:
+def _matching(chosen: Sequence[int], guesses: Sequence[int]) -> int:
+    """How many guesses are the system's own choices, before the first that is not.
+
+    Args:
+        chosen: the system's choices, [width].
+        guesses: the small model's, [width - 1].
+    """
+    for count, (choice, guess) in enumerate(zip(chosen, guesses, strict=False)):
+        if choice != guess:
             return count
-    return len(drafted)
+    return len(guesses)

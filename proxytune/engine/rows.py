@@ -1,9 +1,13 @@
-"""The rows of the decode loop: one sample each, from its request to its record."""
+"""The rows of the decode loop: one sample each, from its request to its record.
+
+A token goes two steps: `choose_from` chooses it from the logits of a pass, and `Row.take` appends
+it. Nothing else chooses a token that is kept, and nothing else writes one.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,20 +23,20 @@ class Request:
     """One prompt, to be continued `decoding.n` times.
 
     Attributes:
-        index: the caller's number for it.
+        index: the caller's number for the prompt.
         prompt: role -> token ids.
-        context: the token ids after which the text is decoded (the base's prompt).
+        context: the base's prompt ids; the generated tokens are decoded after them.
         key: names the prompt in the random streams of its samples.
         seed: of the random streams.
-        decoding: settings.
-        sampler: the settings' sampler.
+        decoding: the settings.
+        sampler: chooses tokens by these settings.
         eos_ids: tokens that end a completion.
-        max_new_tokens: decoding.max_new_tokens, or less where the context ends before.
-        tokenizer: decodes the text; None for none.
+        max_new_tokens: decoding.max_new_tokens, or less where a member's context is too short.
+        tokenizer: decodes the text; None leaves the text empty.
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
-        alpha: of this prompt alone, where the system is a triple; None is the system's own.
-        on_token: called with every token as it is chosen, also the one that ends the completion:
-            (sample, token, the text that became certain by it, the system's logits [vocab]).
+        alpha: this prompt's own alpha (triples only); None takes the system's.
+        on_token: called with every chosen token, also the one that ends the completion:
+            (sample, token, the text that is now certain, the system's logits [vocab]).
     """
 
     index: int
@@ -51,13 +55,13 @@ class Request:
 
     @cached_property
     def room(self) -> int:
-        """Tokens that its longest member's row may come to."""
+        """The most tokens that a row of this request can hold: longest prompt and completion."""
         return longest(self.prompt) + self.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One sample that has ended; the fields are those of `records.Completion`."""
+    """One sample that has ended; fields as in `records.Completion` and `Generation.extra`."""
 
     index: int
     sample: int
@@ -70,21 +74,36 @@ class Finished:
 
 
 class Shared:
-    """What the samples of one prompt share: who has started, and what the pass over it said."""
+    """What the samples of one prompt have in common.
+
+    Attributes:
+        request: the prompt and its settings.
+        started: how many samples have a row, or had one.
+        after_prompt: the pass over the prompt, from which every sample chooses its first token;
+            None before the prompt is read, or where a single sample needs it.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.started = 0
-        self.first: Pass | None = None  # after the prompt
+        self.after_prompt: Pass | None = None
 
     @property
-    def left(self) -> int:
-        """Samples that have not started."""
+    def unstarted(self) -> int:
+        """How many samples have no row yet."""
         return self.request.decoding.n - self.started
 
 
 class Row:
-    """One sample while it is written."""
+    """One sample while it is written: the next unstarted one of its prompt.
+
+    Attributes:
+        sample: its number, 0 .. n - 1.
+        stream: its random stream (`sample_stream`).
+        tokens: the tokens written so far.
+        fed: how many of them the system has read.
+        reason: why the sample has ended; None while it runs.
+    """
 
     def __init__(self, shared: Shared) -> None:
         request = shared.request
@@ -94,18 +113,22 @@ class Row:
         shared.started += 1
         self.stream = sample_stream(request.seed, request.key, self.sample)
         self.tokens: list[int] = []
-        self.fed = 0  # generated tokens that the system has read
+        self.fed = 0
         self.text = GrowingText(request.tokenizer, request.context, request.decoding.stop)
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
         self.reason: FinishReason | None = None
 
     def prompt(self) -> Prompt:
-        """The prompt and what has been generated after it."""
+        """The prompt and the tokens written after it: role -> token ids."""
         return {role: [*ids, *self.tokens] for role, ids in self.request.prompt.items()}
 
-    def push(self, token: int) -> str:
-        """Takes the next token; sets `reason` when it was the last. Returns the certain text."""
+    def _append(self, token: int) -> str:
+        """Appends a token and sets `reason` if it ends the sample.
+
+        Returns:
+            The text that is certain now: it waits for no further token.
+        """
         request = self.request
         text = ""
         if token == NOTHING:
@@ -124,14 +147,14 @@ class Row:
         return text
 
     def take(self, token: int, seen: Pass, place: int, certain: bool, unseen: float) -> None:
-        """Takes the token that was chosen from one place of a (flat) pass.
+        """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
             token: the choice.
-            seen: what it was chosen from, for the trace and for who watches.
-            place: where in `seen`.
-            certain: whether the whole answer of an API could not have led to another choice.
-            unseen: the probability that the API did not list.
+            seen: the flat pass that it was chosen from.
+            place: its row in `seen`.
+            certain: False where tokens that an API did not list could have changed the choice.
+            unseen: the probability of the tokens that the API did not list.
         """
         if self.trace is not None:
             each_role = {"system": seen.logits[place]}
@@ -141,7 +164,7 @@ class Row:
             if self.truncation is None:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
             self.truncation.add(certain, unseen)
-        text = self.push(token)
+        text = self._append(token)
         if self.request.on_token is not None:
             self.request.on_token(self.sample, token, text, seen.logits[place])
 
@@ -162,15 +185,35 @@ class Row:
 
 @dataclass(slots=True)
 class Chosen:
-    """The tokens chosen at the places of a flat pass, and how sure each choice is."""
+    """The tokens chosen at the places of a flat pass.
+
+    Attributes:
+        seen: the pass, [rows * width, vocab]: `width` places for each row.
+        width: places per row.
+        tokens: the choice at each place.
+        certain: whether unlisted tokens could not change it; empty where every logit is known.
+        unseen: the probability of the unlisted tokens; empty where every logit is known.
+    """
 
     seen: Pass
+    width: int
     tokens: list[int]
     certain: list[bool]
     unseen: list[float]
 
-    def give(self, row: Row, first: int, count: int = 1) -> None:
-        """Hands a row its tokens, those of `count` places from `first` on, until it ends."""
+    def of(self, index: int) -> list[int]:
+        """The tokens chosen for the row with this index, [width]."""
+        return self.tokens[index * self.width : (index + 1) * self.width]
+
+    def give(self, index: int, row: Row, count: int = 1) -> None:
+        """Writes the first `count` tokens chosen for a row, or fewer if it ends before.
+
+        Args:
+            index: the row's index among those of `choose_from`.
+            row: the row.
+            count: at most `width`.
+        """
+        first = index * self.width
         for place in range(first, first + count):
             row.take(
                 self.tokens[place],
@@ -183,81 +226,111 @@ class Chosen:
                 return
 
 
-def choose_from(seen: Pass, rows: Sequence[Row], offsets: Sequence[int]) -> Chosen:
-    """Chooses at every place of a flat pass; see `choose`."""
-    picked = choose(seen.logits, rows, offsets)
+def choose_from(seen: Pass, rows: Sequence[Row], width: int = 1) -> Chosen:
+    """Chooses a token at every place of a pass. Rows are written from these choices alone.
+
+    Args:
+        seen: a flat pass, [rows * width, vocab]: the first row's places, then the next row's.
+        rows: the rows that were read.
+        width: places per row. Place i of a row chooses its token number len(row.tokens) + i.
+    """
+    owners = [row for row in rows for _ in range(width)]
+    offsets = list(range(width)) * len(rows)
+    tokens = pick_tokens(seen.logits, owners, offsets)
     certain, unseen = [], []
     if seen.truncation is not None:
-        certain = certain_choices(picked, seen.logits, seen.truncation.ceiling, rows, offsets)
+        certain = _certain(tokens, seen.logits, seen.truncation.ceiling, owners, offsets)
         unseen = seen.truncation.unseen.tolist()
-    return Chosen(seen, picked.tolist(), certain, unseen)
+    return Chosen(seen, width, tokens.tolist(), certain, unseen)
 
 
-def choose(logits: torch.Tensor, rows: Sequence[Row], offsets: Sequence[int]) -> torch.Tensor:
-    """Each row's next token, `offsets` positions after what it has; [rows]."""
-    groups = by_sampler(rows, offsets)
+def pick_tokens(logits: torch.Tensor, rows: Sequence[Row], offsets: Sequence[int]) -> torch.Tensor:
+    """Picks a token at every place by its row's sampler, [places]; writes nothing.
+
+    Args:
+        logits: [places, vocab].
+        rows: the row of each place.
+        offsets: which token of its row each place picks: 0 for the next one, 1 for the one after.
+    """
+    groups = _by_sampler(rows, offsets)
     if len(groups) == 1:
-        ((sampler, _, streams, positions),) = groups
-        return sampler.choose(logits, streams, positions)
-    chosen = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for sampler, indices, streams, positions in groups:
-        where = torch.tensor(indices, device=logits.device)
-        chosen[where] = sampler.choose(logits[where], streams, positions)
-    return chosen
+        (group,) = groups
+        return group.sampler.choose(logits, group.streams, group.positions)
+    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    for group in groups:
+        where = torch.tensor(group.places, device=logits.device)
+        tokens[where] = group.sampler.choose(logits[where], group.streams, group.positions)
+    return tokens
 
 
-def certain_choices(
-    chosen: torch.Tensor,
+def _certain(
+    tokens: torch.Tensor,
     logits: torch.Tensor,
     ceiling: torch.Tensor,
     rows: Sequence[Row],
     offsets: Sequence[int],
 ) -> list[bool]:
-    """Whether each choice of `choose` holds whatever the unknown logits are."""
+    """Whether `pick_tokens` would choose each token whatever the unlisted logits are.
+
+    Args:
+        tokens: the choices, [places].
+        logits: what they were chosen from, [places, vocab].
+        ceiling: `Truncation.ceiling`, [places, vocab].
+        rows: as for `pick_tokens`.
+        offsets: as for `pick_tokens`.
+    """
     certain = [True] * len(rows)
-    for sampler, indices, streams, positions in by_sampler(rows, offsets):
-        where = torch.tensor(indices, device=logits.device)
-        sure = sampler.certain(
-            chosen[where], logits[where], ceiling[where], streams, positions
-        ).tolist()
-        for index, each in zip(indices, sure, strict=True):
-            certain[index] = each
+    for group in _by_sampler(rows, offsets):
+        where = torch.tensor(group.places, device=logits.device)
+        sure = group.sampler.certain(
+            tokens[where], logits[where], ceiling[where], group.streams, group.positions
+        )
+        for place, each in zip(group.places, sure.tolist(), strict=True):
+            certain[place] = each
     return certain
 
 
-def by_sampler(
-    rows: Sequence[Row], offsets: Sequence[int]
-) -> list[tuple[Sampler, list[int], list[int], list[int]]]:
-    """The rows that share a sampler: it, their indices, streams and positions."""
+class _Group(NamedTuple):
+    """The places of a pass whose rows share a sampler, with their streams and positions."""
+
+    sampler: Sampler
+    places: list[int]
+    streams: list[int]
+    positions: list[int]
+
+
+def _by_sampler(rows: Sequence[Row], offsets: Sequence[int]) -> list[_Group]:
+    """Groups places by the sampler of their rows; arguments as for `pick_tokens`."""
     groups: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(id(row.request.sampler), []).append(index)
+    for place, row in enumerate(rows):
+        groups.setdefault(id(row.request.sampler), []).append(place)
     return [
-        (
-            rows[indices[0]].request.sampler,
-            indices,
-            [rows[i].stream for i in indices],
-            [len(rows[i].tokens) + offsets[i] for i in indices],
+        _Group(
+            rows[places[0]].request.sampler,
+            places,
+            [rows[i].stream for i in places],
+            [len(rows[i].tokens) + offsets[i] for i in places],
         )
-        for indices in groups.values()
+        for places in groups.values()
     ]
 
 
-def places(rows: Sequence[Row], width: int) -> tuple[list[Row], list[int]]:
-    """The rows and offsets of the flattened places of a block [rows, width]."""
-    return [row for row in rows for _ in range(width)], list(range(width)) * len(rows)
-
-
 def longest(prompt: Prompt) -> int:
-    """Tokens of a prompt, in the member that reads most."""
+    """The length in tokens of the longest member's prompt."""
     return max(map(len, prompt.values()))
 
 
 def trace_of(logits: Mapping[str, torch.Tensor], token: int, top: int) -> dict[str, Any]:
-    """One generated token for `Finished.trace`.
+    """The entry of one generated token in `Finished.trace`.
 
-    {"id": token, "p": {role: probability of the token}, "top": {role: [[id, probability], ...]}},
-    probabilities before temperature and filters; the role "system" is what decodes (the triple).
+    {"id": token, "p": {role: probability of the token}, "top": {role: [[id, probability], ...]}}.
+    Probabilities are those before temperature and filters. The role "system" is the whole system
+    (the triple).
+
+    Args:
+        logits: role -> logits, [vocab].
+        token: the token that was chosen.
+        top: how many tokens "top" lists.
     """
     probs = {role: each.float().softmax(-1) for role, each in logits.items()}
     tops = {role: each.topk(min(top, each.shape[-1])) for role, each in probs.items()}

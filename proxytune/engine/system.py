@@ -1,9 +1,9 @@
-"""The contract: what the decode loop drives (a system), what systems are made of (members), and
-what a pass of either says of the next token.
+"""The contract between the decode loop and the models.
 
-A *member* is one model. A *system* is what decodes: a member alone, a member for which another one
-drafts, or a triple. Both hold rows: each row is a prompt and what has been written after it; rows
-are numbered 0 .. n - 1.
+A *member* is one model. A *system* is one or several members that decode together: a single
+member, a member with another one that drafts for it, or a triple. The loop drives systems; a
+system drives its members. Both hold *rows*, numbered 0 .. n - 1: a row is a prompt and the tokens
+written after it. A *pass* reads tokens and gives the logits of the tokens that may follow.
 """
 
 from abc import ABC, abstractmethod
@@ -23,14 +23,14 @@ Pick = Callable[[torch.Tensor, int], torch.Tensor]  # logits, offset in the bloc
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one forward pass says of the next token.
+    """The result of one forward pass of a member or a system.
 
     Attributes:
-        logits: of the model or system that ran, [rows, vocab]; for a block of tokens,
-            [rows, width, vocab]. They may be a view: whoever changes them makes a copy.
-        members: role -> that member's logits, in the same shape, for traces; empty for a member.
-        truncation: what is known beyond the logits, where a server lists the likeliest tokens
-            only; else None.
+        logits: of the next token, [rows, vocab]; for a block of tokens, those after each of them,
+            [rows, width, vocab]. They may be a view: copy them before you change them.
+        members: role -> that member's logits, same shape, for traces; empty where a member ran.
+        truncation: bounds of the missing logits, where a server lists only the likeliest tokens;
+            None where every logit is known.
     """
 
     logits: torch.Tensor
@@ -38,19 +38,24 @@ class Pass:
     truncation: Truncation | None = None
 
     def __getitem__(self, rows: slice | int) -> "Pass":
-        """The same for some rows."""
+        """The same pass, for these rows alone."""
         members = {role: logits[rows] for role, logits in self.members.items()}
         return Pass(self.logits[rows], members, self.truncation and self.truncation[rows])
 
     def flat(self) -> "Pass":
-        """The same with one row per token: [rows, width, vocab] becomes [rows * width, vocab]."""
+        """One row per token of a block: [rows, width, vocab] becomes [rows * width, vocab]."""
         if self.logits.dim() == 2:
             return self
         members = {role: logits.flatten(0, 1) for role, logits in self.members.items()}
         return Pass(self.logits.flatten(0, 1), members, self.truncation and self.truncation.flat())
 
     def copy_of(self, row: int, with_members: bool) -> "Pass":
-        """One row in memory of its own; a view of it would keep all rows in memory."""
+        """A copy of one row's logits, [vocab]; a view would keep those of all rows in memory.
+
+        Args:
+            row: its number.
+            with_members: whether to copy the members' logits, too.
+        """
         part = self[row]
         members = part.members if with_members else {}
         copies = {role: logits.clone() for role, logits in members.items()}
@@ -58,7 +63,10 @@ class Pass:
 
     @staticmethod
     def stack(rows: "Sequence[Pass]") -> "Pass":
-        """Single rows as one pass; of the members, those that every row has."""
+        """Joins copies of single rows into one pass, [rows, vocab].
+
+        The pass has the logits of those members that every row has.
+        """
         roles = set.intersection(*(set(row.members) for row in rows))
         known = [row.truncation for row in rows if row.truncation is not None]
         return Pass(
@@ -69,16 +77,16 @@ class Pass:
 
 
 class Member(ABC):
-    """One model. What a subclass does not say stands here as its default.
+    """One model. Attributes and methods that are not abstract have defaults here.
 
     Attributes:
         vocab_size: the logits are cut to this many entries.
         device: where the logits are.
         max_positions: the longest row in tokens; None for no limit.
-        max_rows: more rows at once gain nothing; None for no limit of its own.
-        joins: whether `join` is one pass.
-        complete: whether a pass gives every token's logit; else see `Pass.truncation`.
-        eos_ids: tokens that end a completion, beyond those that the tokenizer names.
+        max_rows: the number of rows beyond which nothing is gained; None for no such number.
+        joins: whether `join` takes a single pass.
+        complete: whether a pass gives the logit of every token; if not, see `Pass.truncation`.
+        eos_ids: tokens that end a completion, besides those that the tokenizer names.
     """
 
     vocab_size: int
@@ -100,17 +108,20 @@ class Member(ABC):
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab].
+        """Reads prompts, each into a new row after the present ones.
 
         Args:
             prompts: token ids, at least one each.
-            guesses: how each row may go on. A member behind a network has these places answered
-                along with the prompt; the others have no use for them.
+            guesses: tokens that may follow each prompt. A member behind a network asks for their
+                logits in the same request; the others ignore them.
+
+        Returns:
+            The logits after each prompt, [prompts, vocab].
         """
 
     @abstractmethod
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
 
     @abstractmethod
     def rollback(self, counts: Sequence[int]) -> None:
@@ -125,19 +136,26 @@ class Member(ABC):
         """Drops every row and the memory that they took."""
 
     def step(self, tokens: torch.Tensor) -> Pass:
-        """Appends one token per row, [rows]; says what comes after it, [rows, vocab]."""
+        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
         return self.extend(tokens.unsqueeze(1)).flat()
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> Pass:
-        """`step` for the present rows and `prefill` of new ones; one pass where it `joins`."""
+        """`step` for the present rows and `prefill` for new ones; one pass where `joins` is True.
+
+        Returns:
+            The logits of the present rows, then of the new ones, [rows, vocab].
+        """
         raise NotImplementedError(f"{type(self).__name__} reads prompts in a pass of their own")
 
     def guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
-        """How it would continue its last rows, greedily; it forgets the guesses again.
+        """Continues the last rows greedily, and forgets these tokens again.
 
         Args:
-            logits: what it said after those rows, [rows, vocab].
-            count: tokens per row; none are guessed where a row would grow too long.
+            logits: the member's own logits after those rows, [rows, vocab].
+            count: tokens per row.
+
+        Returns:
+            The guessed tokens of each row; none where a row would exceed `max_positions`.
         """
         new = len(logits)
         if self.max_positions and max(self.lengths) + count > self.max_positions:
@@ -152,33 +170,37 @@ class Member(ABC):
         return torch.stack(guessed, dim=1).tolist()
 
     def bytes_per_token(self) -> int:
-        """Memory that one more token of a row takes."""
+        """Memory that one more token of a row takes, in bytes."""
         return 0
 
     def pace(self, fixed: int | None) -> Pace | None:
-        """What decides the width of drafted blocks that it verifies; None for lockstep, always."""
+        """The `Pace` of drafted blocks that this member verifies; None for lockstep alone.
+
+        Args:
+            fixed: the number of drafted tokens per block; None lets the pace adapt.
+        """
         return Pace(fixed)
 
     def estimate(self, prompts: Sequence[int], decoding: Decoding, drafted: bool) -> str | None:
-        """What a task will cost, in one line; None where nobody is paid.
+        """The price of a task, in one line; None for a member that costs nothing.
 
         Args:
-            prompts: tokens of each prompt.
-            decoding: of the task.
+            prompts: the number of tokens of each prompt.
+            decoding: the task's settings.
             drafted: whether another model drafts.
         """
         return None
 
     def spending(self) -> str | None:
-        """What has been paid so far, in one line; None where nobody is paid."""
+        """The money spent so far, in one line; None for a member that costs nothing."""
         return None
 
 
 class Pair:
-    """Expert and antiexpert: two members, whose rows are rearranged alike.
+    """Expert and antiexpert: two members whose rows are moved and dropped together.
 
     Attributes:
-        one_pass: whether `extend_both` reads a block by both in one pass.
+        one_pass: whether `extend_both` can be used: both members read a block in one pass.
     """
 
     one_pass = False
@@ -188,10 +210,10 @@ class Pair:
         self.antiexpert = antiexpert
 
     def extend_both(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block [rows, width] to the rows of both.
+        """Lets both members read a block [rows, width] in one pass.
 
         Returns:
-            [2 * rows, width, vocab]: expert and antiexpert in turn.
+            [2 * rows, width, vocab]: each row of the expert, followed by the antiexpert's.
         """
         raise NotImplementedError("two models read a block in two passes")
 
@@ -212,12 +234,12 @@ class Pair:
 
 
 class System(ABC):
-    """What the decode loop drives.
+    """One or several members that decode together; the decode loop drives it.
 
     Attributes:
         vocab_size: entries of its logits.
         members: role -> member.
-        alpha: scale on (expert - antiexpert), where there are any.
+        alpha: scale on (expert - antiexpert), in a triple.
     """
 
     vocab_size: int
@@ -227,35 +249,42 @@ class System(ABC):
     @property
     @abstractmethod
     def joins(self) -> bool:
-        """Whether `join` is one pass; else the loop reads prompts in a pass of their own."""
+        """Whether `join` takes a single pass; if not, the loop reads prompts by `prefill` alone."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens per row, of the base."""
+        """Tokens per row of the base."""
         return self.members["base"].lengths
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab].
+        """Reads prompts, each into a new row after the present ones.
 
         Args:
-            prompts: what each member reads.
-            alphas: each row's own, for as long as it lives.
-            ahead: tokens that the small model guesses after each prompt, for a base behind a
-                network: one request then answers for the prompt and for the first block.
+            prompts: role -> token ids, for each new row.
+            alphas: each row's alpha, for as long as the row lives; None takes the system's.
+            ahead: how many tokens the small model guesses after each prompt. A base behind a
+                network then asks for the prompt and the first block in one request.
+
+        Returns:
+            The logits after each prompt, [prompts, vocab].
         """
 
     @abstractmethod
     def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
-        """`step` for the present rows and `prefill` of new ones, in one pass, [rows, vocab]."""
+        """`step` for the present rows and `prefill` for new ones, in one pass.
+
+        Returns:
+            The logits of the present rows, then of the new ones, [rows, vocab].
+        """
 
     def step(self, tokens: torch.Tensor) -> Pass:
-        """Appends one token per row, [rows]; says what comes after it, [rows, vocab]."""
+        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
         return self.extend(tokens.unsqueeze(1)).flat()
 
     @abstractmethod
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
 
     @abstractmethod
     def rollback(self, counts: Sequence[int]) -> None:
@@ -271,21 +300,25 @@ class System(ABC):
 
 
 class DraftingSystem(System):
-    """A system with a small model that guesses what comes next."""
+    """A system with a small model that guesses the next tokens (speculative decoding).
+
+    The small model drafts a block of tokens one by one, then the others read the block in a single
+    pass and the loop keeps the tokens that the system itself would have chosen.
+    """
 
     @abstractmethod
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:
-        """Lets the small model continue `tokens`, each row's next token, [rows].
+        """Lets the small model continue every row.
 
         Args:
-            tokens: token ids.
-            width: length of the block, `tokens` included.
-            pick: chooses tokens from the small model's logits.
+            tokens: each row's last token, which is certain but not read yet, [rows].
+            width: the length of the block, `tokens` included.
+            pick: chooses the guesses from the small model's logits.
 
         Returns:
-            [rows, width]: `tokens`, then the guesses.
+            The block, [rows, width]: `tokens`, then the guesses.
         """
 
     @abstractmethod
     def verify(self, block: torch.Tensor) -> Pass:
-        """Appends the block that `draft` returned; says what comes after each of its tokens."""
+        """Reads the block that `draft` returned; logits after each token, [rows, width, vocab]."""

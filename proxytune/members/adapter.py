@@ -97,14 +97,14 @@ class AdapterHalf(Member):
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        """Reads prompts, each into a new row; logits after each, [prompts, vocab]."""
         rows = [2 * (self.count + i) + self.offset for i in range(len(prompts))]
         logits = self.model.fill(prompts, rows)
         self.count += len(prompts)
         return Pass(logits)
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         return Pass(self.model.extend_rows(tokens, self._rows))
 
     def rollback(self, counts: Sequence[int]) -> None:

@@ -56,7 +56,7 @@ class CachedModel(Member):
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        """Reads prompts, each into a new row; logits after each, [prompts, vocab]."""
         if self.joins:
             parts = _parts([len(prompt) for prompt in prompts])
             return Pass(torch.cat([self._packed(None, prompts[part]) for part in parts]))
@@ -85,7 +85,7 @@ class CachedModel(Member):
         return torch.stack([row for row in logits if row is not None])
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         if self.joins and min(self.lengths) < max(self.lengths):
             return Pass(self._packed(tokens, []).unflatten(0, tuple(tokens.shape)))
         if self.recorded and self.recorded.usable:

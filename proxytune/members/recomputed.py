@@ -36,14 +36,14 @@ class RecomputedModel(Member):
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab]."""
+        """Reads prompts, each into a new row; logits after each, [prompts, vocab]."""
         rows = [list(prompt) for prompt in prompts]
         logits = self._last(rows, 1)
         self._rows += rows
         return Pass(logits[:, 0])
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
         logits = self._last(rows, tokens.shape[1])
         self._rows = rows

@@ -11,20 +11,22 @@ import torch
 from proxytune.engine.system import Member
 
 GPU_ROWS = 256
-CPU_ROWS = 32  # beyond it a CPU gains nothing: its matrix products are no longer bound by memory
+CPU_ROWS = 32  # a CPU gains nothing from more: its matrix products are no longer bound by memory
 GPU_SHARE = 0.8  # of the free memory
 CPU_SHARE = 0.5
-LOGITS_COPIES = 6  # float32 rows of the vocabulary that choosing a token may take
+LOGITS_COPIES = 6  # float32 copies of a row's logits that the choice of a token may take
 
 
 def row_budget(
     members: Iterable[Member], batch_size: int | Literal["auto"] = "auto"
 ) -> Callable[[int], int]:
-    """How many rows of a given length fit: `budget(tokens) -> rows`, at least 1.
+    """A function that says how many rows of a given length fit: `budget(tokens) -> rows`.
+
+    Its result is at least 1.
 
     Args:
-        members: of the system.
-        batch_size: an upper limit from the user; with it, memory is not looked at.
+        members: the system's members.
+        batch_size: the number of rows that the user asks for; "auto" goes by the free memory.
     """
     if batch_size != "auto":
         limit = batch_size
@@ -51,6 +53,7 @@ def row_budget(
 
 
 def _free_bytes(device: torch.device) -> float:
+    """The share of a device's free memory that rows may take, in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -59,16 +62,16 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _available_bytes() -> float:
-    """Memory that new allocations can have, in bytes."""
+    """The main memory that new allocations can get, in bytes."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: all of it, of which a share is taken
+    except OSError:  # not Linux: count all memory as free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     (available,) = (line for line in lines if line.startswith("MemAvailable:"))
     return 1024 * int(available.split()[1])
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
+    """Whether an error means that memory has run out, on a GPU or on the CPU."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)

@@ -127,7 +127,7 @@ class Row:
         """Appends a token and sets `reason` if it ends the sample.
 
         Returns:
-            The text that is certain now: it waits for no further token.
+            The text that became certain; an incomplete character waits for its further tokens.
         """
         request = self.request
         text = ""

@@ -1,9 +1,9 @@
 """From logits to the next token: greedy or sampled, with temperature, top-k, top-p and bans.
 
-Sampling is the argmax of log-probabilities plus Gumbel noise (the Gumbel-max trick), and the
-noise is a pure function of the sample's stream, the position and the token. So a sample has the
-same text for any batch size, device, resume point or decoding strategy, and two models that agree
-on the distribution agree on the token.
+A token is sampled as the argmax of the log-probabilities plus Gumbel noise (the Gumbel-max trick).
+The noise is a pure function of the sample's stream, the position and the token. So a sample has
+the same text for any batch size, device, resume point or decoding strategy, and two models that
+agree on the distribution agree on the token.
 """
 
 import hashlib
@@ -18,34 +18,45 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's constants (Steele, Lea, Flood 2014)
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _U64 = (1 << 64) - 1
-NOTHING = -1  # chosen where no allowed token has a finite logit (an API base lists a few only)
-_CANDIDATES = 1024  # tokens looked at first for top-p; the whole vocabulary only where too few
+NOTHING = -1  # the choice where no allowed token has a finite logit (an API lists only a few)
+_CANDIDATES = 1024  # tokens sorted for top-p; the whole vocabulary only if these have too little
 
 
 def sample_stream(seed: int, key: str, sample: int) -> int:
-    """The stream of one sample: 64 bits that depend on nothing but these three."""
+    """The random stream of one sample: 64 bits, a pure function of the three arguments.
+
+    Args:
+        seed: of the run.
+        key: the prompt's name.
+        sample: the sample's number.
+    """
     name = f"{seed}\x1f{key}\x1f{sample}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 def gumbel_noise(streams: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise in float32, a pure function of stream and token.
+    """Standard Gumbel noise, a pure function of stream and token.
 
     Args:
-        streams: [rows], int64, one per sample and position (`position_stream`).
+        streams: one per sample and position (`position_stream`), [rows], int64.
         token_ids: [rows, n] or [n], int64.
 
     Returns:
-        [rows, n].
+        [rows, n], float32.
     """
     state = streams.unsqueeze(-1) + (token_ids + 1) * _signed(_GOLDEN)
-    # 52 random bits in the middle of their cell: never 0 or 1, exact in float64.
+    # 52 random bits plus one half: the uniform number is never 0 or 1, and exact in float64.
     uniform = ((_mix(state) >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().float().log_().neg_()
 
 
 def position_stream(stream: int, position: int) -> int:
-    """The stream of one position of a sample, as a signed 64-bit integer."""
+    """The stream of one position, as a signed 64-bit integer.
+
+    Args:
+        stream: the sample's (`sample_stream`).
+        position: the number of tokens generated before.
+    """
     state = (stream + (position + 1) * _GOLDEN) & _U64
     state = ((state ^ (state >> 30)) * _MIX_1) & _U64
     state = ((state ^ (state >> 27)) * _MIX_2) & _U64
@@ -53,7 +64,7 @@ def position_stream(stream: int, position: int) -> int:
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64; multiplication wraps as it does on unsigned integers."""
+    """splitmix64's finaliser on int64: products wrap as those of unsigned integers do."""
     state = state ^ ((state >> 30) & ((1 << 34) - 1))
     state = state * _signed(_MIX_1)
     state = state ^ ((state >> 27) & ((1 << 37) - 1))
@@ -62,21 +73,23 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(value: int) -> int:
+    """An unsigned 64-bit integer as the signed one with the same bits."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 class Sampler:
     """Chooses tokens as a `Decoding` says.
 
-    Bans and choices come first, then temperature, top-k and top-p, in the order and with the
-    meaning that `transformers` gives them: top-p keeps the smallest set whose mass reaches it.
+    First come the bias, bans and choices, then temperature, top-k and top-p, in the order and with
+    the meaning that `transformers` gives them: top-p keeps the smallest set of tokens whose
+    probabilities sum to at least that much.
 
     Args:
         decoding: the settings.
         banned: token ids that are never chosen.
-        banned_first: token ids that are not chosen at position 0.
-        choices: when not empty, only these token ids are chosen.
-        bias: token id -> what is added to its logit, before all else.
+        banned_first: token ids that are never chosen as a sample's first token.
+        choices: the only token ids that may be chosen; empty for no such limit.
+        bias: token id -> number that is added to its logit.
     """
 
     def __init__(
@@ -100,14 +113,15 @@ class Sampler:
     def choose(
         self, logits: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """The next token of each row, [rows]; `logits` [rows, vocab] stay as they are.
-
-        `NOTHING` stands for a row in which every allowed token has a logit of minus infinity.
+        """The next token of each row.
 
         Args:
-            logits: in any float type.
+            logits: [rows, vocab], in any float type; they are not changed.
             streams: each row's `sample_stream`.
-            positions: generated tokens that stand before this one, per row.
+            positions: how many tokens each row has generated before.
+
+        Returns:
+            Token ids, [rows]; `NOTHING` where every allowed token has a logit of minus infinity.
         """
         scores = self._allowed(logits, positions)
         if self.temperature == 0:
@@ -129,50 +143,53 @@ class Sampler:
         streams: Sequence[int],
         positions: Sequence[int],
     ) -> torch.Tensor:
-        """Whether `choose` would have chosen the same from the whole logits, [rows].
+        """Whether `choose` would choose the same token if it knew all logits, [rows].
 
-        It would where the choice wins even if every unknown logit is at its upper bound. With
-        top-k or top-p it must also win before they are applied, and no unknown logit may lie
-        above it: then it passes them, whatever the unknown ones are. True is proven; False may
-        still be the same choice.
+        It would if the choice wins even with every unknown logit at its upper bound. With top-k
+        or top-p, the choice must win before these filters are applied, and no unknown logit may
+        lie above it; then it passes the filters whatever the unknown logits are. True is proven;
+        with False the choice may still be the same.
 
         Args:
-            chosen: what `choose` returned for `logits`, [rows].
+            chosen: the result of `choose` for `logits`, [rows].
             logits: minus infinity where unknown, [rows, vocab].
-            ceiling: the same with upper bounds there.
+            ceiling: the logits, with upper bounds where they are unknown, [rows, vocab].
             streams: as for `choose`.
             positions: as for `choose`.
         """
         known, scores = self._allowed(logits, positions), self._allowed(ceiling, positions)
-        best = scores
+        noisy = scores
         if self.temperature:
             scores = scores.float() / self.temperature
             noise_streams = self._noise_streams(scores, streams, positions)
-            best = self._with_noise(scores.clone(), noise_streams)
-        certain = _best(best) == chosen
-        unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
+            noisy = self._with_noise(scores.clone(), noise_streams)
+        certain = _best(noisy) == chosen
+        highest_unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
         if self.temperature and self._filters:
             own = scores.gather(-1, chosen.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            certain &= unknown <= own
-        return certain | (unknown == -torch.inf)
+            certain &= highest_unknown <= own
+        return certain | (highest_unknown == -torch.inf)
 
     @property
     def _filters(self) -> bool:
+        """Whether top-k or top-p is in use."""
         return bool(self.top_k) or self.top_p < 1
 
     def _noise_streams(
         self, scores: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
+        """Each row's `position_stream`, [rows], on the device of the scores."""
         pairs = zip(streams, positions, strict=True)
         noise_streams = torch.tensor([position_stream(s, p) for s, p in pairs])
         return noise_streams.to(scores.device, non_blocking=True)
 
     def _with_noise(self, scores: torch.Tensor, noise_streams: torch.Tensor) -> torch.Tensor:
+        """Adds Gumbel noise to scores [rows, vocab], in place."""
         ids = torch.arange(scores.shape[-1], device=scores.device)
         return scores.add_(gumbel_noise(noise_streams, ids))
 
     def _allowed(self, logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """The logits, biased, with what may not be chosen at minus infinity."""
+        """The logits with the bias added, and minus infinity for tokens that may not be chosen."""
         device = logits.device
         if len(self._biased):
             ids, bias = self._biased.to(device), self._bias.to(device)
@@ -193,7 +210,12 @@ class Sampler:
         return logits
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that top-k and top-p leave, best first: scores (or -inf) and ids."""
+        """The tokens that top-k and top-p leave, best first.
+
+        Returns:
+            Scores and token ids, [rows, n] each; the score of a token that top-p drops is minus
+            infinity.
+        """
         vocab = scores.shape[-1]
         kept = min(self.top_k or vocab, vocab)
         if self.top_p >= 1:
@@ -207,32 +229,41 @@ class Sampler:
             values, ids = scores.topk(kept)
             before = _mass_before(values, values.logsumexp(-1, keepdim=True))
         beyond = before >= self.top_p
-        beyond[:, 0] = False  # nothing stands before the first, even where top_p rounds to 0
+        beyond[:, 0] = False  # the best token always stays, even where top_p rounds to 0
         return values.masked_fill(beyond, -torch.inf), ids
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:
-    """The token with the greatest score, [rows]; `NOTHING` where all are minus infinity."""
+    """The index of each row's greatest score, [rows]; `NOTHING` where all are minus infinity."""
     best = scores.argmax(-1)
     top = scores.gather(-1, best.unsqueeze(-1)).squeeze(-1)
     return torch.where(top == -torch.inf, NOTHING, best)
 
 
 def _mass_before(values: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """The probability of all better tokens, for each of the sorted `values`."""
+    """For each score, the summed probability of all better ones, [rows, n].
+
+    Args:
+        values: scores, best first, [rows, n].
+        total: their normaliser, a logsumexp, [rows, 1].
+    """
     probs = (values - total).exp()
     return probs.cumsum(-1) - probs
 
 
 def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
-    """What each token id decodes to on its own."""
+    """The text of each token id, decoded on its own."""
     return tokenizer.batch_decode([[i] for i in range(vocab_size)], skip_special_tokens=False)
 
 
 def tokens_of(strings: Sequence[str], texts: Sequence[str]) -> set[int]:
-    """The single tokens that write one of the strings: equal text, or equal once stripped.
+    """The ids of tokens whose text is one of the strings, with or without spaces around it.
 
-    A string that no single token writes has none: it may still come about from several tokens.
+    A string that no single token writes has no id, although several tokens may write it.
+
+    Args:
+        strings: the strings.
+        texts: the text of each token id (`token_texts`).
     """
     wanted = set(strings)
     return {i for i, text in enumerate(texts) if text in wanted or text.strip() in wanted}

@@ -9,8 +9,8 @@ from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import longest
 from proxytune.engine.system import Prompt, System
 
-BLOCK_ENTRIES = 1 << 26  # logits of one block: rows * positions * vocabulary
-LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say (as in vLLM)
+BLOCK_ENTRIES = 1 << 26  # logits of one block at most: rows * positions * vocabulary
+LOWEST = -9999.0  # written for minus infinity, which JSON does not have (vLLM does the same)
 
 
 @torch.inference_mode()
@@ -19,7 +19,10 @@ def sequence_logits(system: System, prompt: Prompt) -> torch.Tensor:
 
     Args:
         system: an idle system.
-        prompt: the members' prompts; they are equally long, and equal after their first token.
+        prompt: role -> token ids; members may differ in the first token alone.
+
+    Raises:
+        ValueError: the members' prompts differ in length, or after the first token.
     """
     if len({len(ids) for ids in prompt.values()}) > 1:
         raise ValueError("logits need prompts of one length for every member")
@@ -42,16 +45,20 @@ def loglikelihoods(
     continuations: Sequence[Sequence[int]],
     max_rows: Callable[[int], int],
 ) -> list[tuple[float, bool]]:
-    """For each prompt: log-probability of its continuation, and whether greedy would write it.
+    """The log-probability of each prompt's continuation.
 
     Args:
         system: an idle system.
         prompts: role -> token ids.
         continuations: token ids, at least one each.
-        max_rows: rows at once, given the longest in tokens.
+        max_rows: how many rows may run at once, given the length in tokens of the longest.
+
+    Returns:
+        For each prompt: the sum of the continuation's log-probabilities, and whether greedy
+        decoding would write it.
     """
     lengths = [longest(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]
-    # Neighbours have similar lengths, and equal prompts stay together.
+    # Longest first; similar lengths share a batch, and equal prompts are neighbours.
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i] // 16, repr(prompts[i])))[::-1]
     results: list[tuple[float, bool]] = [(0.0, True)] * len(prompts)
     cap = len(prompts)
@@ -81,7 +88,7 @@ def loglikelihoods(
 def _score(
     system: System, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
 ) -> list[tuple[float, bool]]:
-    """One batch: reads every different prompt once, then the continuations in blocks."""
+    """Scores one batch: reads every different prompt once, then the continuations in blocks."""
     width = max(len(continuation) for continuation in continuations)
     targets = torch.zeros(len(prompts), width, dtype=torch.long)
     real = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -107,7 +114,17 @@ def _score(
 def _rate(
     logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the targets' log-probabilities, and whether all are the likeliest; [rows] each."""
+    """Rates a block of tokens.
+
+    Args:
+        logits: [rows, width, vocab].
+        targets: token ids, [rows, width].
+        real: False for padding, [rows, width].
+
+    Returns:
+        The sum of each row's log-probabilities, and whether all its tokens are the likeliest
+        ones; [rows] each.
+    """
     targets, real = targets.to(logits.device), real.to(logits.device)
     picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float()
     log_probs = picked - logits.float().logsumexp(-1)
@@ -117,7 +134,7 @@ def _rate(
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token under the distribution that it was chosen from, or follows.
+    """The log-probability of one token, and the likeliest tokens in its place.
 
     Attributes:
         id: the token.
@@ -133,12 +150,12 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: torch.Tensor, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Rates tokens.
+    """Rates one token at each position.
 
     Args:
         logits: [tokens, vocab], any float type.
         ids: the token at each position.
-        top: how many of the likeliest to list; -1 is the whole vocabulary.
+        top: how many of the likeliest tokens to list; -1 lists the whole vocabulary.
     """
     log_probs = logits.float().log_softmax(-1).clamp_(min=LOWEST)
     chosen = log_probs.gather(-1, torch.tensor(ids, device=logits.device).unsqueeze(-1))
@@ -155,13 +172,16 @@ def token_logprobs(logits: torch.Tensor, ids: Sequence[int], top: int) -> list[T
 def prompt_logprobs(
     system: System, prompts: Sequence[Prompt], alphas: Sequence[float | None], tops: Sequence[int]
 ) -> list[list[TokenLogprob | None]]:
-    """Rates the tokens of several prompts in one pass; None for the first token of each.
+    """Rates the tokens of several prompts, all read together.
 
     Args:
         system: an idle system.
         prompts: role -> token ids; members may differ in the first token alone.
-        alphas: each prompt's own alpha; None is the system's.
+        alphas: each prompt's own alpha; None takes the system's.
         tops: for each prompt, how many of the likeliest tokens to list at every position.
+
+    Returns:
+        For each prompt one entry per token of the base; None for the first, which follows nothing.
     """
     rests = [list(prompt["base"][1:]) for prompt in prompts]
     rated: list[list[TokenLogprob | None]] = [[None] for _ in prompts]
@@ -187,10 +207,10 @@ def prompt_logprobs(
 
 
 def same_tokens(prompt: Prompt) -> bool:
-    """Whether all members read the same tokens, but for the first (a BOS of their own)."""
+    """Whether all members read the same tokens after the first (which may be their own BOS)."""
     return len({tuple(ids[1:]) for ids in prompt.values()}) == 1
 
 
 def first_tokens(prompt: Prompt) -> Prompt:
-    """The beginning of a prompt: one token for each member."""
+    """The first token of each member's prompt."""
     return {role: ids[:1] for role, ids in prompt.items()}

@@ -86,7 +86,7 @@ class GrowingText:
 
 
 class TokenTexts:
-    """What each token of a vocabulary writes.
+    """The text of each token of a vocabulary.
 
     A tokenizer may drop the space before a text's first token, so each token is decoded after
     another one. A token that is only a part of a character shows as U+FFFD.
@@ -104,17 +104,17 @@ class TokenTexts:
         self._before = self._decode(self._anchor)
 
     def text(self, token: int) -> str:
-        """The text that a token adds to what stands before it; special tokens by their name."""
+        """The text that a token adds to the text before it; a special token's is its name."""
         if token not in self._texts:
             self._texts[token] = self._decode([*self._anchor, token])[len(self._before) :]
         return self._texts[token]
 
     def shown(self, token: int) -> str:
-        """As `text`, but nothing for a special token: what it adds to a completion."""
+        """The text that a token adds to a completion: as `text`, but "" for a special token."""
         return "" if token in self._special else self.text(token)
 
     def bytes(self, token: int) -> list[int]:
-        """The bytes of a token, also of one that holds only a part of a character."""
+        """The bytes of a token, even if it holds only a part of a character."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if token not in self._special and isinstance(name, str):
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
@@ -131,13 +131,16 @@ class TokenTexts:
 
 
 def is_byte_level(tokenizer: Any) -> bool:
-    """Whether a tokenizer's pieces are written in the 256 visible characters of byte-level BPE."""
+    """Whether a tokenizer writes its pieces in the 256 visible characters of byte-level BPE."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     return core is not None and "ByteLevel" in str(core.decoder)
 
 
 def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE's characters (GPT-2): visible bytes are themselves, the others from U+0100."""
+    """Character -> byte of byte-level BPE (GPT-2).
+
+    A visible byte is written as itself, the others as the characters from U+0100 on.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

@@ -1,8 +1,8 @@
-"""Logits of which only the largest are known: what a base behind an API shows.
+"""Logits of a base behind an API that lists only the likeliest tokens.
 
-A token that the server does not list is no candidate. Its true logit has an upper bound, though,
-so whether it could have been chosen is known, too: a choice is *certain* where it would be the
-same whatever the unlisted logits are below their bounds; every other choice is flagged.
+A token that the server does not list cannot be chosen. Its true logit is unknown but has an upper
+bound. So a choice is *certain* if it would be the same for any unlisted logits below their bounds;
+every other choice is flagged.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is known of logits beyond the logits themselves.
+    """Bounds of the logits that a server does not list.
 
     Attributes:
         mode: how the base was asked, for the record.
         k: tokens listed at each position; -1 is the whole vocabulary.
-        ceiling: the logits with upper bounds in the place of unknown ones, in their shape.
-        unseen: the probability, by the base, of all that is not listed; the shape without vocab.
+        ceiling: the logits, with upper bounds where they are unknown, [..., vocab].
+        unseen: the base's probability of all unlisted tokens together, [...].
     """
 
     mode: str
@@ -29,16 +29,16 @@ class Truncation:
     unseen: torch.Tensor
 
     def __getitem__(self, rows: slice | int) -> "Truncation":
-        """The same for some rows."""
+        """The same bounds, for these rows alone."""
         return Truncation(self.mode, self.k, self.ceiling[rows], self.unseen[rows])
 
     def flat(self) -> "Truncation":
-        """The same for the flattened places of a block."""
+        """One row per token of a block: [rows, width, ...] becomes [rows * width, ...]."""
         return Truncation(self.mode, self.k, self.ceiling.flatten(0, 1), self.unseen.flatten(0, 1))
 
     @staticmethod
     def stack(rows: "Sequence[Truncation]") -> "Truncation":
-        """Single rows as one."""
+        """Joins single rows."""
         ceiling = torch.stack([row.ceiling for row in rows])
         unseen = torch.stack([row.unseen for row in rows])
         return Truncation(rows[0].mode, rows[0].k, ceiling, unseen)
@@ -46,13 +46,13 @@ class Truncation:
 
 @dataclass
 class TruncationRecord:
-    """What `Completion.extra["api"]` says of one completion.
+    """The entry `Completion.extra["api"]` of one completion.
 
     Attributes:
         mode, k: see `Truncation`.
         steps: tokens that were chosen, the one that ended the completion included.
-        flagged: positions at which the whole answer could have led to another choice.
-        max_unseen_mass: the greatest probability that was unseen at a step.
+        flagged: positions at which the unlisted tokens could have changed the choice.
+        max_unseen_mass: the greatest `Truncation.unseen` of all steps.
     """
 
     mode: str
@@ -62,7 +62,7 @@ class TruncationRecord:
     max_unseen_mass: float = 0.0
 
     def add(self, certain: bool, unseen: float) -> None:
-        """Notes one choice."""
+        """Notes one choice, and the probability of the tokens that were not listed."""
         if not certain:
             self.flagged.append(self.steps)
         self.steps += 1

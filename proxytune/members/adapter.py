@@ -1,7 +1,8 @@
 """An expert that is an adapter (LoRA) of the antiexpert: one copy of the weights, one pass.
 
-Expert and antiexpert share a model and a cache. The cache's even rows are the expert's, the odd
-ones the antiexpert's, so that both together are its first rows, and each alone a strided view.
+Expert and antiexpert share a model and a cache. The expert has the cache's even rows, the
+antiexpert the odd ones: a pass over both reads the cache's first rows, a pass over one of them
+reads every second row, which is a view.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ import torch
 from proxytune.engine.system import Member, Pair, Pass
 from proxytune.members.cached import CachedModel
 
-PLAIN = "__base__"  # what PEFT calls the model without its adapter
+PLAIN = "__base__"  # PEFT's name for the model without its adapter
 
 
 class AdapterModel(CachedModel):
-    """A PEFT model whose rows choose for themselves whether the adapter works on them.
+    """A PEFT model that uses its adapter for some rows and not for others.
 
     Args:
         model: a `peft.PeftModel` with one adapter.
         vocab_size: the logits are cut to this many entries.
-        paired: even rows use the adapter, odd ones do not; otherwise no row does.
+        paired: True uses the adapter for even rows and not for odd ones; False uses it for none.
     """
 
     def __init__(self, model: Any, vocab_size: int, paired: bool = True) -> None:
@@ -41,10 +42,10 @@ class AdapterModel(CachedModel):
 
 
 class AdapterPair(Pair):
-    """Expert and antiexpert in one `AdapterModel`: their rows move together, once.
+    """Expert and antiexpert in one `AdapterModel`, each with half of its rows.
 
     Args:
-        model: shared by both.
+        model: shared by both halves.
     """
 
     one_pass = True
@@ -55,7 +56,7 @@ class AdapterPair(Pair):
         super().__init__(*self.halves)
 
     def extend_both(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block [rows, width] to both halves, in one pass over twice the rows."""
+        """Lets both halves read a block [rows, width], in one pass over twice the rows."""
         return self.model.extend(tokens.repeat_interleave(2, dim=0))
 
     def keep(self, rows: list[int]) -> None:
@@ -72,7 +73,7 @@ class AdapterPair(Pair):
 
 
 class AdapterHalf(Member):
-    """One half of an `AdapterPair`, for what only one of them reads.
+    """One half of an `AdapterPair`: prompts and drafts are read by one half alone.
 
     Args:
         model: shared with the other half.
@@ -114,11 +115,11 @@ class AdapterHalf(Member):
         self.model.rollback(every)
 
     def keep(self, rows: list[int]) -> None:
-        """Not of one half alone: `AdapterPair.keep` moves the rows of both."""
+        """Not available: `AdapterPair.keep` moves the rows of both halves."""
         raise NotImplementedError("the rows of both halves move together: AdapterPair.keep")
 
     def clear(self) -> None:
-        """Not of one half alone: `AdapterPair.clear` drops the rows of both."""
+        """Not available: `AdapterPair.clear` drops the rows of both halves."""
         raise NotImplementedError("the rows of both halves leave together: AdapterPair.clear")
 
     def bytes_per_token(self) -> int:
@@ -127,4 +128,5 @@ class AdapterHalf(Member):
 
     @property
     def _rows(self) -> slice:
+        """The rows of the shared model that are this half's."""
         return slice(self.offset, 2 * self.count, 2)

@@ -1,9 +1,9 @@
 """A key-value cache whose rows have lengths of their own and no holes.
 
-The caches of `transformers` hold one length for the whole batch, so rows of different lengths
-need padding inside the cache. Here row r's tokens stand at positions 0 .. lengths[r] - 1 whatever
-its neighbours do: a row is rolled back by shortening its length, removed by moving another row
-into its place, and copied by copying its slot.
+The caches of `transformers` have one length for the whole batch, so rows of different lengths need
+padding inside the cache. Here row r's tokens are at positions 0 .. lengths[r] - 1, whatever the
+other rows hold. A row is rolled back by shortening its length, removed by moving another row into
+its place, and copied by copying its slot.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from transformers import Cache
 
 from proxytune.members.packed import Pack, make_pack
 
-BLOCK = 64  # positions; the capacity grows in multiples of it
+BLOCK = 64  # positions; the capacity is a multiple of it
 
 
 @dataclass
 class Write:
-    """Where the keys and values of the forward pass that is about to run belong.
+    """Where the next forward pass writes its keys and values.
 
     Attributes:
         rows: the cache rows, in the batch's order.
@@ -37,16 +37,16 @@ class Write:
 
     @property
     def kv_length(self) -> int:
-        """Positions that the longest row's last new token attends to."""
+        """How many positions the last new token of the longest row attends to."""
         return max(self.starts) + self.width
 
     @property
     def uniform(self) -> bool:
-        """True where every row starts at the same position."""
+        """Whether all rows start at the same position."""
         return min(self.starts) == max(self.starts)
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows [batch, 1] and positions [batch, width] on a device, made once per pass."""
+        """The rows [batch, 1] and positions [batch, width] as tensors, made once per device."""
         if device not in self._indices:
             rows = torch.tensor(self.rows).unsqueeze(1)
             starts = torch.tensor(self.starts).unsqueeze(1)
@@ -61,15 +61,16 @@ class Write:
 class RowCache(Cache):
     """The keys and values of all layers, [slots, heads, capacity, head size] each.
 
-    It is handed to a model as `past_key_values`; before each forward pass `write` says which rows
-    the pass extends, afterwards `advance` makes the new tokens count.
+    A model takes it as `past_key_values`. Before each forward pass, `prepare` sets where the pass
+    writes; after it, `advance` adds the new tokens to the lengths. (`pack` and `unpack` do the
+    same for a packed pass.)
 
     Attributes:
         lengths: tokens per row.
-        slots: rows that there is room for.
-        capacity: positions that each of them has room for.
-        epoch: another number whenever the tensors have moved in memory.
-        write: where the pass that is about to run writes.
+        slots: how many rows there is room for.
+        capacity: how many positions each slot has.
+        epoch: a number that grows whenever the tensors move in memory.
+        write: where the next pass writes.
     """
 
     def __init__(self) -> None:
@@ -83,10 +84,10 @@ class RowCache(Cache):
         self._values: dict[int, torch.Tensor] = {}
 
     def prepare(self, rows: list[int], view: slice | None, width: int) -> Write:
-        """Makes room for `width` more tokens on `rows` and notes where they go.
+        """Makes room for `width` more tokens on `rows` and sets `write`.
 
         Args:
-            rows: cache rows in batch order; rows behind the last one are created, empty.
+            rows: cache rows in batch order; rows that do not exist yet are created, empty.
             view: the rows as a slice; None where all rows are empty (a prefill).
             width: new tokens per row, padding included.
         """
@@ -96,17 +97,17 @@ class RowCache(Cache):
         return write
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Counts the written tokens: row i of the last `prepare` grows by counts[i]."""
+        """Adds the written tokens to the lengths: counts[i] to row i of the last `prepare`."""
         assert isinstance(self.write, Write)
         for row, count in zip(self.write.rows, counts, strict=True):
             self.lengths[row] += count
 
     def pack(self, width: int, prompts: Sequence[int]) -> Pack:
-        """Makes room for `width` more tokens on every row and for new rows behind the last.
+        """Makes room for `width` more tokens on every row and for new rows, and sets `write`.
 
         Args:
-            width: may be 0, for new rows alone.
-            prompts: the lengths of the new rows.
+            width: 0 where the pass reads new rows alone.
+            prompts: the lengths of the new rows, which come after the present ones.
         """
         count = len(self.lengths)
         starts, rows = self.lengths if width else (), range(count, count + len(prompts))
@@ -115,19 +116,19 @@ class RowCache(Cache):
         return pack
 
     def unpack(self) -> None:
-        """Counts what the last `pack` has written."""
+        """Adds the tokens of the last `pack` to the lengths."""
         assert isinstance(self.write, Pack)
         self.lengths = [*(self.write.ends or self.lengths)]
         self.lengths += [place.stop - place.start for _, place in self.write.prompts]
 
     def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]. A row may be left out or repeated."""
+        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
         moves = [(new, old) for new, old in enumerate(rows) if new != old]
         lengths = [self.lengths[row] for row in rows]
         self.reserve(len(rows), max(lengths, default=0))
         tensors = [*self._keys.values(), *self._values.values()]
         if {new for new, _ in moves}.isdisjoint(old for _, old in moves):
-            for new, old in moves:  # a row that fills a hole
+            for new, old in moves:  # no row is overwritten before it is read
                 for tensor in tensors:
                     tensor[new, :, : lengths[new]] = tensor[old, :, : lengths[new]]
         else:
@@ -139,14 +140,14 @@ class RowCache(Cache):
         self.lengths = lengths
 
     def clear(self) -> None:
-        """Drops every row and gives the memory back."""
+        """Drops every row and frees the memory."""
         self.lengths, self.slots, self.capacity = [], 0, 0
         self.epoch += 1
         self._keys.clear()
         self._values.clear()
 
     def reserve(self, slots: int, length: int) -> None:
-        """Enlarges every layer, one at a time, to at least `slots` rows of `length` positions."""
+        """Enlarges every layer to at least `slots` rows of `length` positions, one at a time."""
         if slots <= self.slots and length <= self.capacity:
             return
         if length > self.capacity:
@@ -164,7 +165,7 @@ class RowCache(Cache):
         shape = (self.slots, like.shape[1], self.capacity, like.shape[3])
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-    # What a model's forward pass calls.
+    # -- called by a model's forward pass --------------------
 
     def update(
         self,
@@ -174,14 +175,18 @@ class RowCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores one layer's new keys and values; returns all that the queries may attend to.
+        """Stores one layer's new keys and values.
 
         Args:
             key_states: [batch, heads, width, head size].
             value_states: [batch, heads, width, head size].
             layer_idx: the layer.
-            args: ignored; other caches take more.
-            kwargs: ignored; other caches take more.
+            args: ignored; `transformers` passes them for other caches.
+            kwargs: ignored; `transformers` passes them for other caches.
+
+        Returns:
+            The keys and values that the queries may attend to. After a packed pass, the whole
+            cache of the layer.
         """
         if layer_idx not in self._keys:
             self._keys[layer_idx] = self._empty(key_states)
@@ -207,15 +212,15 @@ class RowCache(Cache):
         return view[:, :, : write.kv_length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before the new ones, in the longest row."""
+        """Tokens of the longest row, the new ones not counted."""
         return max(self.write.starts, default=0)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The position of the first new token, for the masks that a model makes itself."""
+        """The position of the first new token, for masks that a model makes itself."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and first position of what `update` will return."""
+        """The length and first position of the keys that `update` will return."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

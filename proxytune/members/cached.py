@@ -25,7 +25,7 @@ class CachedModel(Member):
         model: any causal LM whose attention takes 4-D masks and explicit positions.
         vocab_size: the logits are cut to this many entries.
         joins: rows of different lengths and new prompts share passes without padding (`packed`);
-            `make_member` finds out whether a model can.
+            `make_member` checks whether a model can.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, joins: bool = False) -> None:
@@ -64,10 +64,13 @@ class CachedModel(Member):
         return Pass(self.fill(prompts, list(range(first, first + len(prompts)))))
 
     def fill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> torch.Tensor:
-        """Reads prompts into these rows of the cache; the next token's logits, [prompts, vocab].
+        """Reads prompts into these rows of the cache.
 
-        Prompts of similar length share a pass, padded on the right; very different ones do not
-        pay for each other.
+        Prompts of similar length share a pass, padded on the right. A prompt that is much shorter
+        than others is read in another pass, so that it is not padded to their length.
+
+        Returns:
+            The logits after each prompt, [prompts, vocab].
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         logits: list[torch.Tensor | None] = [None] * len(prompts)
@@ -93,7 +96,7 @@ class CachedModel(Member):
         return Pass(self.extend_rows(tokens, slice(None)))
 
     def extend_rows(self, tokens: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Appends a block [rows, width] to some rows; the logits, [rows, width, vocab]."""
+        """Lets some rows read a block [rows, width]; logits after each, [rows, width, vocab]."""
         first, stop, step = rows.indices(len(self.lengths))
         width = tokens.shape[1]
         self.cache.prepare(list(range(first, stop, step)), slice(first, stop, step), width)
@@ -102,13 +105,17 @@ class CachedModel(Member):
         return logits
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> Pass:
-        """`step` for the present rows and `prefill` of new ones, in one pass, [rows, vocab]."""
+        """`step` for the present rows and `prefill` for new ones; see `Member.join`."""
         if not self.joins or sum(map(len, prompts)) > PREFILL_TOKENS:
             return Pass(torch.cat([self.step(tokens).logits, self.prefill(prompts).logits]))
         return Pass(self._packed(tokens.unsqueeze(1), prompts))
 
     def record(self, record: Callable[[Run], Run] | None = None) -> None:
-        """From now on, records and replays the passes of `extend` (`graphs.RecordedSteps`)."""
+        """Records and replays the passes of `extend` from now on (`graphs.RecordedSteps`).
+
+        Args:
+            record: see `graphs.RecordedSteps`.
+        """
         self.recorded = RecordedSteps(self._forward, self.cache, self.device, record)
 
     def rollback(self, counts: Sequence[int]) -> None:
@@ -125,14 +132,22 @@ class CachedModel(Member):
         self.cache.clear()
 
     def bytes_per_token(self) -> int:
-        """Cache memory per token of a row, from the configuration."""
+        """Cache memory per token of a row, in bytes, from the configuration."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
 
     def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [batch, width, vocab], or of the positions `keep` [batch, positions] alone."""
+        """One pass, which writes to `cache.write`.
+
+        Args:
+            ids: token ids, [batch, width].
+            keep: the positions whose logits are wanted, [batch, positions]; None for all.
+
+        Returns:
+            Logits, [batch, width, vocab] or [batch, positions, vocab].
+        """
         write = self.cache.write
         assert isinstance(write, Write)
         _, positions = write.indices(self.device)
@@ -151,10 +166,15 @@ class CachedModel(Member):
     def _packed(
         self, tokens: torch.Tensor | None, prompts: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """One pass over a block of tokens for every row, [rows, width], and new prompts.
+        """One pass without padding over a block of tokens for every row and over new prompts.
+
+        Args:
+            tokens: the block, [rows, width]; None for prompts alone.
+            prompts: token ids of each new row.
 
         Returns:
-            The logits of all the block's tokens, row by row, then of each prompt's last one.
+            The logits after every token of the block, row by row, then those after each prompt;
+            [rows * width + prompts, vocab].
         """
         pack = self.cache.pack(
             0 if tokens is None else tokens.shape[1], [len(prompt) for prompt in prompts]
@@ -164,7 +184,7 @@ class CachedModel(Member):
         with packed_attention(self._config), narrow_products(len(ids), self.device):
             logits = self.model(
                 input_ids=ids.unsqueeze(0),
-                # `attend` needs no mask, but without one the model would make its own
+                # `attend` needs no mask, but without one the model makes its own.
                 attention_mask=_NO_MASK,
                 position_ids=self._within(pack.positions, pack.length),
                 past_key_values=self.cache,
@@ -176,7 +196,7 @@ class CachedModel(Member):
         return logits[0, :, : self.vocab_size]
 
     def _within(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """Positions that exist: padding, or a block, may reach beyond the last one."""
+        """The positions, cut to the model's last one, which padding or a block may exceed."""
         if self.max_positions and length > self.max_positions:
             return positions.clamp(max=self.max_positions - 1)
         return positions
@@ -186,10 +206,11 @@ class CachedModel(Member):
         return self.model(**inputs).logits
 
     def _mask(self, write: Write) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """Who may attend to what, [batch, 1, width, kv length], per kind of layer where needed.
+        """Which positions each new token may attend to, [batch, 1, width, kv length].
 
-        None leaves it to the model, which is right, and cheapest, where all rows start at one
-        position: a prefill (right padding comes behind all that counts), a step of equal rows.
+        A model with two kinds of layers gets a mask for each kind. None leaves the mask to the
+        model. That is right, and cheapest, where all rows start at one position: in a prefill
+        (right padding comes after every real token), and in a step of equally long rows.
         """
         if write.view is None or (write.uniform and write.width == 1):
             return None
@@ -204,7 +225,7 @@ class CachedModel(Member):
         return {"full_attention": self._as_bias(full), "sliding_attention": sliding}
 
     def _as_bias(self, allowed: torch.Tensor) -> torch.Tensor:
-        """SDPA takes booleans; eager attention adds the mask to its scores."""
+        """The mask as the attention takes it: SDPA booleans, eager attention numbers to add."""
         if not self._eager:
             return allowed
         bias = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
@@ -212,7 +233,10 @@ class CachedModel(Member):
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:
-    """Cuts prompts, in their order, into parts of at most `PREFILL_TOKENS`, or a single prompt."""
+    """Cuts prompts, in their order, into parts of at most `PREFILL_TOKENS` tokens.
+
+    A longer prompt is a part of its own.
+    """
     starts, tokens = [0], 0
     for index, length in enumerate(lengths):
         tokens += length
@@ -223,7 +247,12 @@ def _parts(lengths: Sequence[int]) -> list[slice]:
 
 
 def _groups(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Cuts prompts, longest first, into groups of similar length and limited size."""
+    """Cuts prompts into groups of similar length, of at most `PREFILL_TOKENS` with padding.
+
+    Args:
+        order: the prompts' indices, longest first.
+        lengths: tokens of each prompt.
+    """
     groups: list[list[int]] = []
     for index in order:
         longest = lengths[groups[-1][0]] if groups else 0

@@ -1,4 +1,4 @@
-"""How a loaded model is wrapped: with a cache where that is provably the same, else without."""
+"""Chooses the member for a loaded model: with a cache if that gives the same logits."""
 
 import logging
 
@@ -16,19 +16,24 @@ log = logging.getLogger(__name__)
 def make_member(
     model: PreTrainedModel, vocab_size: int, cuda_graphs: bool = False
 ) -> CachedModel | RecomputedModel:
-    """Wraps a loaded model: with a cache where that is provably the same, else without.
+    """Wraps a loaded model: with a cache if that gives the same logits, else without.
 
-    A short check compares the cache with one plain pass over the same tokens. What a cache of
-    rows cannot carry (a recurrent state, ALiBi, chunked attention) shows as a difference or an
-    error there; the model is then recomputed from the start for every token, with a warning.
+    A short check compares cached passes with plain ones over the same tokens. A model whose state
+    does not fit into a `RowCache` (a recurrent state, ALiBi, chunked attention) fails it by other
+    logits or an error. Such a model reads every row again for each token, with a warning.
+
+    Args:
+        model: any causal LM.
+        vocab_size: the logits are cut to this many entries.
+        cuda_graphs: records the steps of a cached model that is on one GPU.
 
     Raises:
-        ValueError: a model that looks ahead: its logits change with the tokens behind them.
+        ValueError: the model looks ahead: its logits depend on later tokens.
     """
-    reason = _why_not(CachedModel(model, vocab_size))
+    reason = _refusal(CachedModel(model, vocab_size))
     if reason is None:
         joining = CachedModel(model, vocab_size, joins=_may_join(model))
-        member = joining if not _why_not(joining) else CachedModel(model, vocab_size)
+        member = joining if not _refusal(joining) else CachedModel(model, vocab_size)
         if cuda_graphs and may_record(model):
             member.record()
         elif cuda_graphs:
@@ -42,19 +47,19 @@ def make_member(
 
 def can_cache(model: PreTrainedModel, vocab_size: int) -> bool:
     """Whether a model's logits are the same through a `RowCache`."""
-    return _why_not(CachedModel(model, vocab_size)) is None
+    return _refusal(CachedModel(model, vocab_size)) is None
 
 
 def _may_join(model: PreTrainedModel) -> bool:
-    """Whether packed passes make sense: on a CPU, for plain attention over the whole row."""
+    """Whether packed passes pay and are possible: on a CPU, with plain attention over a row."""
     config = model.config.get_text_config()
     plain = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
     return plain and input_device(model).type == "cpu"
 
 
 @torch.inference_mode()
-def _why_not(cached: CachedModel) -> str | None:
-    """Why a `CachedModel` would not give its model's logits; None where it does."""
+def _refusal(cached: CachedModel) -> str | None:
+    """The reason why a `CachedModel` does not give its model's logits; None if it does."""
     model, vocab_size = cached.model, cached.vocab_size
     config = model.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -63,27 +68,12 @@ def _why_not(cached: CachedModel) -> str | None:
     generator = torch.Generator().manual_seed(0)
     short, long = (torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (9, 14))
     try:
-        got = [cached.prefill([short[:4], long[:9]]).logits]
-        got.append(cached.step(torch.tensor([short[4], long[9]])).logits)
-        cached.extend(torch.tensor([[short[5], 0, 0], [long[10], long[11], 0]]))
-        cached.rollback([2, 1])
-        block = cached.extend(torch.tensor([short[6:8], long[12:14]])).logits
-        got += [block[:, 0], block[:, 1]]
-        got.append(cached.join(torch.tensor([short[8], long[0]]), [long[:5], short[:1]]).logits)
-        cached.clear()
+        got = _cached_logits(cached, short, long)
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a foreign forward pass raises means: not this way
+    except Exception as error:  # a foreign forward pass may raise anything
         return f"its forward pass does not take the cache ({type(error).__name__}: {error})"
-    plain = RecomputedModel(model, vocab_size)
-    want = [plain.prefill([short[:4], long[:9]]).logits]
-    want.append(plain.step(torch.tensor([short[4], long[9]])).logits)
-    plain.clear()
-    plain.prefill([short[:6], long[:12]])
-    block = plain.extend(torch.tensor([short[6:8], long[12:14]])).logits
-    want += [block[:, 0], block[:, 1]]
-    stepped = plain.step(torch.tensor([short[8], long[0]])).logits
-    want.append(torch.cat([stepped, plain.prefill([long[:5], short[:1]]).logits]))
+    want = _plain_logits(RecomputedModel(model, vocab_size), short, long)
     if [g.shape for g in got] != [w.shape for w in want]:
         return "its cached logits have another shape than the plain ones"
     worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
@@ -91,3 +81,35 @@ def _why_not(cached: CachedModel) -> str | None:
     if worst <= tolerance(model.dtype) * scale:
         return None
     return f"its cached logits differ from the plain ones by {worst:.2g} of {scale:.2g}"
+
+
+def _cached_logits(cached: CachedModel, short: list[int], long: list[int]) -> list[torch.Tensor]:
+    """Logits of every kind of pass over two rows: prefill, step, block after a rollback, join.
+
+    Args:
+        cached: an idle member.
+        short: 9 tokens for the first row, which reads 4 of them as its prompt.
+        long: 14 tokens for the second row, which reads 9 of them as its prompt.
+    """
+    logits = [cached.prefill([short[:4], long[:9]]).logits]
+    logits.append(cached.step(torch.tensor([short[4], long[9]])).logits)
+    cached.extend(torch.tensor([[short[5], 0, 0], [long[10], long[11], 0]]))
+    cached.rollback([2, 1])
+    block = cached.extend(torch.tensor([short[6:8], long[12:14]])).logits
+    logits += [block[:, 0], block[:, 1]]
+    logits.append(cached.join(torch.tensor([short[8], long[0]]), [long[:5], short[:1]]).logits)
+    cached.clear()
+    return logits
+
+
+def _plain_logits(plain: RecomputedModel, short: list[int], long: list[int]) -> list[torch.Tensor]:
+    """The logits that `_cached_logits` should give, from passes that start from nothing."""
+    logits = [plain.prefill([short[:4], long[:9]]).logits]
+    logits.append(plain.step(torch.tensor([short[4], long[9]])).logits)
+    plain.clear()
+    plain.prefill([short[:6], long[:12]])
+    block = plain.extend(torch.tensor([short[6:8], long[12:14]])).logits
+    logits += [block[:, 0], block[:, 1]]
+    stepped = plain.step(torch.tensor([short[8], long[0]])).logits
+    logits.append(torch.cat([stepped, plain.prefill([long[:5], short[:1]]).logits]))
+    return logits

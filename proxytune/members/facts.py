@@ -1,14 +1,14 @@
-"""What every member asks of its model."""
+"""Facts about a loaded model: its longest row, its device, the tolerance of its logits."""
 
 import torch
 from transformers import PreTrainedModel
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest row that a model reads; None for no limit that it names.
+    """The longest row in tokens that a model reads; None where its configuration names no limit.
 
-    Where the rotary embedding of all rows changes once one row passes a length (dynamic NTK,
-    longrope), that length is the limit: beyond it a row would depend on its neighbours.
+    Some rotary embeddings (dynamic NTK, longrope) change for the whole batch once one row exceeds
+    a length. That length is then the limit: beyond it, a row would depend on its neighbours.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -20,10 +20,10 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids."""
+    """The device on which a model takes its token ids."""
     return next(model.get_input_embeddings().parameters()).device
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far logits of one pass, computed in two ways, may lie apart, by the largest of them."""
+    """How far the logits of two ways to compute one pass may differ, relative to the largest."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

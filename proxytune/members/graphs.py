@@ -1,10 +1,10 @@
 """Decode steps recorded once and replayed: CUDA graphs.
 
-A step of a small batch is over before the GPU has been told all of it: a 7B model is some
-thousand kernels, and Python launches them one by one. Recorded, they are launched together. A
-recording repeats the very same kernels on the very same memory, so everything that changes from
-step to step stands in buffers: the tokens, their positions, and the cache, of which it reads a
-round number of positions under a mask.
+Python launches the kernels of a step one by one, some thousand for a 7B model, and for a small
+batch the launches take longer than the kernels. A recording launches all of them at once. It
+repeats the same kernels on the same memory, so everything that changes from step to step is kept
+in buffers: the tokens, their positions, and the cache, of which a recording reads a fixed number
+of positions under a mask.
 """
 
 import logging
@@ -20,24 +20,24 @@ from proxytune.members.facts import tolerance
 
 log = logging.getLogger(__name__)
 
-WARM = 3  # steps run as they are before one is recorded: in them, libraries choose their kernels
-STRIDE = 256  # cache positions that a recording reads: a multiple of this
+WARM = 3  # steps of a shape before one is recorded; during them, libraries choose their kernels
+STRIDE = 256  # a recording reads a multiple of so many cache positions
 KEPT = 8  # recordings at a time
 
 Run = Callable[[], torch.Tensor]
 
 
 class FixedWrite(Write):
-    """A `Write` whose positions are a buffer: the code of a pass stays, the numbers change."""
+    """A `Write` whose positions are a buffer: a replay repeats the pass with new numbers in it."""
 
     @property
     def uniform(self) -> bool:
-        """False: where the rows start is not known when the pass is recorded."""
+        """False: the positions are not known when the pass is recorded."""
         return False
 
     @classmethod
     def make(cls, rows: int, width: int, length: int, device: torch.device) -> "FixedWrite":
-        """A write of `width` tokens to the first `rows` rows, which reads `length` positions."""
+        """A write of `width` tokens to each of the first `rows` rows; reads `length` positions."""
         row_ids = torch.arange(rows, device=device).unsqueeze(1)
         positions = torch.zeros(rows, width, dtype=torch.long, device=device)
         starts = [length - width] * rows
@@ -45,16 +45,20 @@ class FixedWrite(Write):
 
 
 class RecordedSteps:
-    """The passes over a block of tokens for every row, recorded by shape.
+    """The passes over a block of tokens for every row, with a recording for each shape.
 
-    A shape runs as it is a few times, is then recorded, and its first replay is compared with the
-    pass itself; what cannot be recorded, or comes out otherwise, switches this off with a warning.
+    A shape first runs unrecorded a few times. It is then recorded, and the first replay is compared
+    with the pass itself. If recording fails or the logits differ, no pass is replayed any more, and
+    a warning says why.
 
     Args:
-        forward: token ids [rows, width] to logits [rows, width, vocab], as `cache.write` says.
-        cache: that of the model.
+        forward: token ids [rows, width] -> logits [rows, width, vocab]; writes to `cache.write`.
+        cache: the model's cache.
         device: of the model and the cache.
-        record: makes a replay of a pass; a test may give its own.
+        record: turns a pass into its replay; tests give their own. None records CUDA graphs.
+
+    Attributes:
+        usable: False after a failure.
     """
 
     def __init__(
@@ -73,11 +77,11 @@ class RecordedSteps:
         self._epoch = cache.epoch
 
     def extend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends a block of tokens [rows, width] to all rows; logits [rows, width, vocab]."""
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         cache = self._cache
         rows, width = tokens.shape
         step = self._step(rows, width)
-        # the rows that fill up the shape write to the beginning of slots that nobody uses
+        # Padding rows write to position 0 of unused slots.
         starts = torch.tensor([*cache.lengths, *[0] * (len(step.write.rows) - rows)])
         _, positions = step.write.indices(self._device)
         positions.copy_(starts.unsqueeze(1) + torch.arange(width), non_blocking=True)
@@ -85,12 +89,12 @@ class RecordedSteps:
         if step.checked and step.replay is not None:
             logits = step.replay().clone()  # the next replay writes to the same memory
         else:
-            logits = self._try(step)
+            logits = self._run(step)
         cache.lengths[:] = [length + width for length in cache.lengths]
         return logits[:rows]
 
     def _step(self, rows: int, width: int) -> "_Step":
-        """What is known of this shape; of none, once the cache has moved in memory."""
+        """The `_Step` of this shape; all are new after the cache has moved in memory."""
         cache = self._cache
         needed = max(cache.lengths) + width
         cache.reserve(rows, needed)
@@ -107,8 +111,8 @@ class RecordedSteps:
         self._steps.move_to_end(shape)
         return self._steps[shape]
 
-    def _try(self, step: "_Step") -> torch.Tensor:
-        """The pass itself; then, when it is time, its recording or the check of that."""
+    def _run(self, step: "_Step") -> torch.Tensor:
+        """Runs the pass itself; then, when it is time, records it or checks its recording."""
         self._cache.write = step.write
         run = partial(self._forward, step.ids)
         logits = run()
@@ -128,13 +132,22 @@ class RecordedSteps:
         return logits
 
     def _give_up(self, reason: str) -> None:
+        """Drops all recordings and makes no more."""
         log.warning("decodes without CUDA graphs: %s", reason)
         self.usable = False
         self._steps.clear()
 
 
 class _Step:
-    """One shape: its buffers, and its recording once there is one."""
+    """One shape of a pass: its buffers and its recording.
+
+    Attributes:
+        ids: the buffer of the tokens, [rows, width].
+        write: the buffer of the positions.
+        seen: how often the shape has run unrecorded.
+        replay: the recording; None before it is made.
+        checked: whether the recording gives the logits of the pass itself.
+    """
 
     def __init__(self, rows: int, width: int, length: int, device: torch.device) -> None:
         self.ids = torch.zeros(rows, width, dtype=torch.long, device=device)
@@ -153,12 +166,16 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of its own: cuBLAS keeps a workspace per stream, and the members' graphs run at once.
+        # A stream of its own: cuBLAS has one workspace per stream, and members run at once.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """The replay of a pass; its result is overwritten by the next replay of any."""
+        """Records a pass.
+
+        Returns:
+            Its replay. The next replay of any pass overwrites the result.
+        """
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
@@ -174,15 +191,16 @@ class CudaRecorder:
 
 
 def may_record(model: PreTrainedModel) -> bool:
-    """Whether a model stands on one CUDA device, as a recording must."""
+    """Whether all of a model is on one CUDA device; only then can its passes be recorded."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 def _round(rows: int) -> int:
-    """Rows of a recording: a power of two up to 8, then a multiple of 8."""
+    """The rows of the recording for so many rows: a power of two up to 8, then a multiple of 8."""
     return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
 
 
 def _difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """The largest difference of two tensors, and the largest value of the second."""
     return float((got - want).abs().max()), float(want.abs().max())

@@ -1,9 +1,9 @@
 """One pass over rows of different lengths, and over new prompts, without any padding.
 
-All tokens of the pass stand behind each other as one long row: the next tokens of the running
-rows, then whole prompts. Matrix products do not care whose token is whose; attention does, and is
-computed here for every row over what that row has written. So a prompt joins a running batch for
-the price of its own tokens, and a short row does not wait for its long neighbour's.
+The model reads all tokens of the pass as one long row: the next tokens of the running rows, then
+whole prompts. Matrix products treat every token alike. Attention does not, so it is computed here,
+for each row over that row's own tokens. A prompt that joins a running batch costs its own tokens
+alone, and a short row costs nothing extra beside a long one.
 
 This is for CPUs, where a call costs microseconds and a padded position as much as a real one.
 """
@@ -17,18 +17,19 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-NAME = "proxytune_packed"  # under which transformers finds `attend`
-CALL = 250  # what a call costs, in padded positions times heads
-_SETTING = "_attn_implementation_internal"  # where configurations keep the attention's name
+NAME = "proxytune_packed"  # of `attend`, for transformers
+CALL = 250  # the cost of a call, in padded positions times heads
+_SETTING = "_attn_implementation_internal"  # the attribute of a configuration for that name
 _Call = tuple[slice, int, torch.Tensor | None]  # rows, positions, mask
 
 
 class Pack:
-    """Where the tokens of one pass belong; the `write` of a `RowCache`.
+    """Where the tokens of a packed pass belong in the cache; the `write` of a `RowCache`.
+
+    The running rows are the cache's first ones; their tokens come first in the pass.
 
     Args:
-        starts: the position of the next token in each running row; the running rows are the
-            cache's first ones.
+        starts: the position of the next token in each running row.
         width: tokens for each running row.
         rows: the cache rows of the prompts.
         prompts: the lengths of the prompts.
@@ -41,7 +42,7 @@ class Pack:
         self.width = width
         self.ends = tuple(start + width for start in starts)
         self.prompts: list[tuple[int, slice]] = []  # cache row, place in the pass
-        first = self.block = len(starts) * width  # tokens of running rows
+        first = self.block = len(starts) * width  # tokens of running rows, together
         positions = [position for end in self.ends for position in range(end - width, end)]
         for row, length in zip(rows, prompts, strict=True):
             self.prompts.append((row, slice(first, first + length)))
@@ -53,12 +54,15 @@ class Pack:
 
     @property
     def length(self) -> int:
-        """Positions that the longest row has after the pass."""
+        """The length of the longest row after the pass."""
         return max([*self.ends, *(place.stop - place.start for _, place in self.prompts)])
 
     @property
     def logits(self) -> int | torch.Tensor:
-        """The places whose logits are wanted, as `logits_to_keep`: 0 for all."""
+        """The places whose logits are wanted, for `logits_to_keep`; 0 keeps all.
+
+        They are all tokens of running rows, and the last token of each prompt.
+        """
         if not self.prompts:
             return 0
         return torch.tensor([*range(self.block), *(place.stop - 1 for _, place in self.prompts)])
@@ -87,7 +91,7 @@ class Pack:
             query: [1, heads, tokens, head size].
             keys: the cache of one layer, [slots, key heads, capacity, head size].
             values: the same.
-            scale: of the products; None is one over the root of the head size.
+            scale: factor on the products; None is one over the root of the head size.
 
         Returns:
             [1, tokens, heads, head size].
@@ -115,10 +119,19 @@ class Pack:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
     def _plan(self, heads: int, dtype: torch.dtype) -> list[_Call]:
-        """Which running rows share a call, how far they look, and the mask where it takes one."""
+        """The attention calls for the running rows.
+
+        Args:
+            heads: key heads.
+            dtype: of the mask.
+
+        Returns:
+            For each call: its rows, the positions that it reads, and its mask, [rows, 1, width,
+            positions]; None where every position counts.
+        """
         if (heads, dtype) in self._calls:
             return self._calls[heads, dtype]
-        # added to the products; from booleans each layer would make its own
+        # Numbers to add, made once: given booleans, every layer would convert them again.
         seen = torch.arange(max(self.ends)) <= self.positions[0, : self.block].unsqueeze(1)
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
         mask = mask.view(len(self.ends), 1, self.width, -1)
@@ -135,7 +148,7 @@ class Pack:
 def make_pack(
     starts: tuple[int, ...], width: int, rows: tuple[int, ...], prompts: tuple[int, ...]
 ) -> Pack:
-    """A `Pack`; the members of a triple, whose rows mostly have the same lengths, share it."""
+    """A `Pack`, shared by the members of a triple, whose rows mostly have the same lengths."""
     return Pack(starts, width, rows, prompts)
 
 
@@ -144,7 +157,7 @@ def _neighbours(ends: Sequence[int], most: int) -> Iterator[slice]:
 
     Args:
         ends: the length of each row.
-        most: padded positions that one more row may bring into a run.
+        most: how many padded positions one more row may add to a run.
     """
     first = longest = 0
     for row, end in enumerate(ends):
@@ -163,7 +176,7 @@ def _attention(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention`; heads that share keys read them once.
+    """`scaled_dot_product_attention` that reads shared keys once for all heads that share them.
 
     Args:
         query: [rows, heads, width, head size].
@@ -194,10 +207,10 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What a model's attention layers call during a packed pass.
+    """The attention function of a model's layers during a packed pass.
 
     Raises:
-        ValueError: the model wants what is not computed here.
+        ValueError: the model's attention has a part that is not computed here.
     """
     if position_bias is not None or softcap is not None:
         raise ValueError(f"{type(module).__name__} needs more than plain attention")
@@ -209,8 +222,8 @@ AttentionInterface.register(NAME, attend)
 
 @contextmanager
 def packed_attention(config: Any) -> Iterator[None]:
-    """Has the model of a configuration call `attend`, for the time of one pass."""
-    own = vars(config)  # the property's setter goes through every part of the configuration
+    """Makes the model of a configuration call `attend` during one pass."""
+    own = vars(config)  # the property's setter visits every part of the configuration
     before = own[_SETTING]
     own[_SETTING] = NAME
     try:

@@ -10,9 +10,9 @@ from proxytune.members.facts import input_device, max_positions, tolerance
 
 
 class RecomputedModel(Member):
-    """A causal LM without a usable cache: every call reads all rows again from their start.
+    """A causal LM without a usable cache: every pass reads all rows again from their start.
 
-    Exact for any architecture, and slow: the cost of a token grows with the length of its row.
+    It is exact for any architecture, and slow: a token costs as much as its whole row.
 
     Args:
         model: any causal LM.
@@ -64,7 +64,7 @@ class RecomputedModel(Member):
 
     @torch.inference_mode()
     def check_causal(self) -> None:
-        """Compares a token's logits with and without tokens behind it.
+        """Compares a token's logits with and without tokens after it.
 
         Raises:
             ValueError: they differ, so the model cannot write from left to right.

@@ -35,26 +35,27 @@ def load(
     tokenizer: Any | None = None,
     cuda_graphs: bool = False,
 ) -> Generator:
-    """Loads a single model, or a triple to be proxy-tuned.
+    """Loads a single model, or a triple for proxy-tuning: base + alpha * (expert - antiexpert).
 
     Args:
-        base: a path, a hub id, a `ModelSpec`, a loaded Hugging Face model, or what
-            `loading.load.load_member` returned.
-        expert: the small tuned model; with `antiexpert`, or not at all.
+        base: the large untuned model, or the single one: a path, a hub id, a `ModelSpec`, a
+            loaded Hugging Face model, or a `LoadedModel` (from `loading.load.load_member`).
+        expert: the small tuned model; give both `expert` and `antiexpert`, or neither.
         antiexpert: the small untuned model.
         alpha: scale on (expert - antiexpert).
-        draft: a small model that drafts for a single `base`; changes the speed alone. A triple
-            is drafted for by its expert.
-        dtype: for paths and ids: "auto" (the checkpoint's), float32, bfloat16 or float16.
-        device: for paths and ids: "cpu", "cuda:1", "auto" (all GPUs); None is the first GPU, or
-            the CPU.
-        tokenizer: for models that were loaded by the caller.
+        draft: a small model that drafts for a single `base`; it changes the speed alone. In a
+            triple, the expert drafts.
+        dtype: of models given by path or id: "auto" (the checkpoint's), float32, bfloat16 or
+            float16.
+        device: of models given by path or id: "cpu", "cuda:1", "auto" (all GPUs); None takes the
+            first GPU or, without one, the CPU.
+        tokenizer: of models that the caller has loaded; None takes the one named in the model.
         cuda_graphs: records the steps of each model that is on one GPU, and replays them
             (`members.graphs.RecordedSteps`).
 
     Raises:
-        ValueError: a model that cannot be found, or vocabularies that differ; before any weights
-            are loaded.
+        ValueError: a model cannot be found, or vocabularies differ; raised before any weights are
+            loaded.
     """
     if (expert is None) != (antiexpert is None):
         raise ValueError("a triple needs both an expert and an antiexpert (or neither)")
@@ -78,7 +79,7 @@ def load(
         check_triple(specs)
         check_endpoints(specs)
     members: dict[str, LoadedModel] = {}
-    # The small ones first: what is wrong with them shows before the big one is read.
+    # The small models first, so that their errors show before the large one is read.
     for role in ("antiexpert", "expert", "draft", "base"):
         if role in sources:
             members[role] = _loaded(sources[role], members.get("antiexpert"), tokenizer)
@@ -87,6 +88,16 @@ def load(
 
 
 def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> LoadedModel:
+    """Loads a source if need be.
+
+    Args:
+        source: see `Source`.
+        share: see `load_member`.
+        tokenizer: of a model that the caller has loaded.
+
+    Raises:
+        ValueError: it is no source, or it cannot be found.
+    """
     if isinstance(source, LoadedModel):
         return source
     if isinstance(source, ModelSpec):

@@ -1,4 +1,4 @@
-"""What `load` returns: a generator of completions, logits and log-likelihoods."""
+"""`Generator`, the result of `proxytune.load`: it gives completions, logits and likelihoods."""
 
 import hashlib
 from collections import Counter
@@ -37,13 +37,13 @@ class Generation:
         text: the completion, cut before the first stop string.
         raw_text: the completion as generated.
         token_ids: the generated tokens, the end-of-sequence token left out.
-        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (no allowed token was
-            within reach of a base behind an API).
-        extra: "trace", when `generate` was asked to record: one entry per generated token
-            {"id", "p": {role: probability}, "top": {role: [[id, probability], ...]}}, before
-            temperature and filters; the role "system" is what decodes. The end-of-sequence token
-            has an entry, too. "api", where a base behind an API shows log-probabilities in part:
-            see `truncation.TruncationRecord`.
+        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (a base behind an API
+            listed no token that is allowed).
+        extra: "trace", where `generate` was asked to record: one entry per generated token,
+            {"id", "p": {role: probability}, "top": {role: [[id, probability], ...]}}. The
+            probabilities are those before temperature and filters; the role "system" is the whole
+            system. The end-of-sequence token has an entry, too. "api", where a base behind an API
+            lists only some tokens: see `truncation.TruncationRecord`.
     """
 
     prompt_index: int
@@ -59,10 +59,13 @@ class Generator:
     """A loaded system: a single model, or a triple.
 
     Attributes:
+        members: role -> loaded model.
+        system: the members as a system, which the decode loop drives.
         roles: ("base",) or ("base", "expert", "antiexpert"); the keys of per-role prompts.
-        vocab_size: token ids that all members share.
-        tokenizer: the base's; None for models that came without one.
-        system: what the decode loop drives.
+        vocab_size: how many token ids all members share.
+        tokenizer: the base's; None for a model that came without one.
+        max_positions: the longest row in tokens that all members can read; None for no limit.
+        eos_ids: tokens that end a completion.
     """
 
     def __init__(self, members: Mapping[str, LoadedModel], system: System) -> None:
@@ -78,7 +81,7 @@ class Generator:
         self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in members.values()))
 
     def sibling(self) -> "Generator":
-        """The same models with rows of their own: both may run at the same time."""
+        """A generator of the same models with rows of its own: both can decode at the same time."""
         return Generator(self.members, build(self.members, self.system.alpha))
 
     def generate(
@@ -105,33 +108,34 @@ class Generator:
 
         Args:
             prompts: each a string (the same text for every member), token ids (the same for
-                every member), chat messages (each member renders them for itself), or a mapping
-                role -> token ids.
-            max_new_tokens: upper limit per sample; less where the context of a member ends.
+                every member), chat messages (each member renders them with its own template), or a
+                mapping role -> token ids.
+            max_new_tokens: upper limit per sample; less where a member's context ends before.
             temperature: 0 is greedy.
             top_p: nucleus mass, applied after the temperature.
             top_k: 0 keeps the whole vocabulary.
             stop: strings that end a completion.
             n: samples per prompt.
-            seed: of sampling. A sample depends on seed, key and sample number alone, not on the
-                batch or the strategy.
-            speculative: "auto" drafts blocks where measurements say that it pays; False is
-                lockstep; a number drafts so many tokens each time. The text is the same.
-            banned: strings whose single tokens are never chosen (compared with what a token
-                decodes to, also without the spaces around it).
+            seed: of sampling. A sample depends on the seed, the prompt's key and its own number
+                alone, not on the batch or the strategy.
+            speculative: "auto" drafts blocks if measurements show that this is faster; False
+                decodes in lockstep; a number drafts so many tokens each time. The text is the same.
+            banned: strings whose single tokens are never chosen (a token's text is compared with
+                and without the spaces around it).
             banned_first: the same, for the first token alone.
-            choices: when given, only the single tokens of these strings are chosen.
-            batch_size: rows at once; "auto" goes by the free memory.
-            sample_keys: names of the prompts in the random streams; by default a hash of each.
+            choices: if given, only the single tokens of these strings are chosen.
+            batch_size: how many rows run at once; "auto" goes by the free memory.
+            sample_keys: the prompts' names in the random streams; by default a hash of each prompt.
             on_finish: called with every generation as soon as it ends.
-            record: True or a number of top tokens: fills `Generation.extra["trace"]`; decodes in
-                lockstep.
+            record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;
+                decodes in lockstep.
 
         Returns:
-            One generation per prompt and sample: all samples of the first prompt, then the next.
+            One generation per prompt and sample: all samples of the first prompt, then those of
+            the next.
 
         Raises:
-            ValueError: a setting or a prompt that cannot be; nothing has been generated then.
+            ValueError: a setting or a prompt is impossible; nothing has been generated then.
         """
         settings = {
             "max_new_tokens": max_new_tokens,
@@ -208,10 +212,17 @@ class Generator:
         sample_keys: Sequence[str] | None = None,
         record: bool | int | None = None,
     ) -> list[Request]:
-        """Checks and encodes prompts for a `DecodeLoop`; see `generate` for the arguments.
+        """Checks and encodes prompts for a `DecodeLoop`.
+
+        Args:
+            prompts: as for `generate`.
+            decoding: the settings of all prompts.
+            seed: as for `generate`.
+            sample_keys: as for `generate`.
+            record: as for `generate`.
 
         Raises:
-            ValueError: a prompt that cannot be continued.
+            ValueError: a prompt cannot be continued.
         """
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list; for one prompt, give [prompt]")
@@ -254,9 +265,13 @@ class Generator:
     def loop(
         self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"
     ) -> DecodeLoop:
-        """A fresh decode loop on this system, for callers that feed it themselves (a server).
+        """A new decode loop on this system, for callers that add requests themselves (a server).
 
         Only one loop may run on a generator at a time.
+
+        Args:
+            batch_size: as for `generate`.
+            speculative: as for `generate`.
         """
         if batch_size != "auto":
             batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
@@ -268,6 +283,10 @@ class Generator:
 
         Args:
             token_ids: the same for every member, or role -> ids of equal length.
+
+        Raises:
+            ValueError: the base is behind an API that lists only some tokens, or the members'
+                ids differ after the first.
         """
         self._refuse_partial()
         ids = self.encode(token_ids)
@@ -283,12 +302,16 @@ class Generator:
         """Log-likelihoods of continuations.
 
         Args:
-            pairs: (context, continuation token ids); a context as a prompt of `generate`.
-            batch_size: rows at once.
+            pairs: (context, continuation token ids); contexts as the prompts of `generate`.
+            batch_size: as for `generate`.
 
         Returns:
-            For each: the sum of the continuation's log-probabilities, and whether each of its
+            For each pair: the sum of the continuation's log-probabilities, and whether each of its
             tokens is the likeliest one.
+
+        Raises:
+            ValueError: the base is behind an API that lists only some tokens, or a pair is too
+                long.
         """
         self._refuse_partial()
         contexts = [self.encode(context) for context, _ in pairs]
@@ -302,7 +325,7 @@ class Generator:
         """A prompt as each member reads it: role -> token ids.
 
         Raises:
-            ValueError: an empty prompt, unknown token ids, or roles that do not fit.
+            ValueError: the prompt is empty, has unknown token ids, or lacks a role.
         """
         if isinstance(prompt, Mapping):
             if not prompt.keys() >= set(self.roles):
@@ -330,6 +353,7 @@ class Generator:
         return ids
 
     def _refuse_partial(self) -> None:
+        """Raises a ValueError if the base does not give the logit of every token."""
         if not self.system.members["base"].complete:
             raise ValueError(
                 "log-likelihoods need the log-probability of every token, and the API of the base "
@@ -338,7 +362,16 @@ class Generator:
             )
 
     def _room(self, index: int, ids: Mapping[str, Sequence[int]], need: int = 1) -> int:
-        """Tokens that still fit after a prompt."""
+        """How many tokens still fit after a prompt.
+
+        Args:
+            index: the prompt's number, for the message.
+            ids: role -> token ids.
+            need: how many must fit.
+
+        Raises:
+            ValueError: fewer than that fit.
+        """
         length = longest(ids)
         room = (self.max_positions or length + 2**31) - length
         if room < need:
@@ -349,6 +382,7 @@ class Generator:
         return room
 
     def _sampler(self, decoding: Decoding) -> Sampler:
+        """The sampler of these settings: their strings become token ids."""
         lists = (decoding.banned, decoding.banned_first, decoding.choices)
         if not any(lists):
             return Sampler(decoding)
@@ -360,12 +394,13 @@ class Generator:
         return Sampler(decoding, sorted(banned), sorted(first), sorted(choices))
 
     def _pace(self, speculative: Speculative) -> Pace | None:
+        """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""
         if speculative is False or not isinstance(self.system, DraftingSystem):
             return None
         adapts = speculative is True or speculative == "auto"  # 1 == True, but drafts one token
         name = "speculative, where it is neither 'auto' nor a truth value,"
         fixed = None if adapts else whole_number(name, speculative, 1)
-        if fixed not in self._paces:  # what an earlier call has measured holds for the next one
+        if fixed not in self._paces:
             pace = self.system.members["base"].pace(fixed)
             if pace is None:
                 return None
@@ -374,7 +409,11 @@ class Generator:
 
 
 def make_decoding(**settings: Any) -> Decoding:
-    """A `Decoding` from the keywords of `generate`; lists and single strings become tuples."""
+    """A `Decoding` from the keywords of `generate`; lists and single strings become tuples.
+
+    Raises:
+        ValueError: an unknown setting, or an impossible value.
+    """
     unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")

@@ -1,6 +1,6 @@
-"""The records that flow through an experiment.
+"""The records of an experiment: prompts, examples, completions, scores, metrics.
 
-Everything here is plain data: it knows no model, no task and no configuration.
+All are plain data; they know no model, no task and no configuration.
 """
 
 import math
@@ -14,14 +14,14 @@ FinishReason = Literal["eos", "stop", "length", "nothing"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example's prompt in the parts from which each role's bytes are made.
+    """One example's prompt, in the parts from which each member's text is rendered.
 
     Attributes:
-        raw: the whole text that a member without a chat template reads.
-        user: the user's turn for a member with a chat template.
-        system: the system turn for a member with a chat template; None for none.
+        raw: the whole text, for a member without a chat template.
+        user: the user's turn, for a member with a chat template.
+        system: the system turn, for a member with a chat template; None for none.
         response_prefix: text that begins the assistant's turn ("Answer:").
-        plain: every member reads `raw`, chat models too (the paper's code benchmarks).
+        plain: makes every member read `raw`, chat models too (the paper's code benchmarks).
     """
 
     raw: str
@@ -33,13 +33,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """One dataset item: how to ask it, and what a right answer is.
+    """One dataset item: a prompt and the right answer.
 
     Attributes:
         id: unique in its task and stable between runs; resuming relies on it.
-        prompt: what the members are asked.
+        prompt: the prompt that the members read.
         target: the gold value, in the task's own form.
-        row: whatever else scoring needs (a test program, a group's name).
+        row: everything else that scoring needs (a test program, a group's name).
     """
 
     id: str
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a task wants its completions drawn (the paper's setting, by default).
+    """How a task's completions are drawn; the defaults are the paper's.
 
     Attributes:
         max_new_tokens: upper limit on generated tokens per sample.
@@ -60,8 +60,8 @@ class Decoding:
         n: samples per prompt.
         stop: generation ends when one of these appears in the completion.
         banned: strings whose single tokens may never be chosen.
-        banned_first: strings whose single tokens may not be chosen at the first step.
-        choices: when given, only the tokens of these strings may be chosen.
+        banned_first: strings whose single tokens may not be chosen as the first token.
+        choices: if given, only the single tokens of these strings may be chosen.
     """
 
     max_new_tokens: int = 512
@@ -92,10 +92,15 @@ class Decoding:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """The value of a setting that counts something: Python's integer or another library's.
+    """The value of a setting that counts something, as a Python integer.
+
+    Args:
+        name: of the setting, for the message.
+        value: an integer of Python or of another library.
+        least: the smallest number allowed.
 
     Raises:
-        ValueError: another type (truth values, too), or a number below `least`.
+        ValueError: the value is of another type (a truth value, too), or smaller.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -103,10 +108,14 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """The value of a setting that measures something.
+    """The value of a setting that measures something, as a Python float.
+
+    Args:
+        name: of the setting, for the message.
+        value: a number of Python or of another library.
 
     Raises:
-        ValueError: another type (truth values, too), an infinity, or not a number.
+        ValueError: the value is of another type (a truth value, too), infinite or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
@@ -115,18 +124,18 @@ def finite(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one system wrote for one sample of one example.
+    """The text that one system wrote for one sample of one example.
 
     Attributes:
         example_id: the example's id.
-        sample: 0 to n-1.
+        sample: 0 to n - 1.
         text: the decoded completion, cut before the first stop string.
         raw_text: the decoded completion as generated, nothing cut.
         token_ids: every generated token, the end-of-sequence token left out.
-        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (no token that was
-            allowed was within reach: a base behind an API lists a few only).
-        prompt_sha256: role -> hash of the prompt text that the role read.
-        extra: what a strategy wants recorded (truncated log-probs of an API base, say).
+        finish_reason: "eos", "stop" (a stop string), "length", or "nothing" (a base behind an API
+            listed no token that is allowed).
+        prompt_sha256: role -> hash of the prompt text that this member read.
+        extra: further records of the decoding, as in `Generation.extra`.
     """
 
     example_id: str
@@ -141,16 +150,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """How one example went.
+    """The grading of one example.
 
     Attributes:
         example_id: the example's id.
         values: metric -> this example's value. Every metric is the mean of its values; None
             leaves the example out of that metric's denominator.
-        answer: what was extracted from the completion (of the first sample).
+        answer: the answer extracted from the completion (of the first sample).
         target: the gold value that it was compared with, for people to read.
         parsed: False where no answer could be extracted.
-        explanation: why, for people to read (an exception of the sandbox, a judge's words).
+        explanation: the reason, for people to read (an exception of the sandbox, a judge's words).
     """
 
     example_id: str
@@ -166,7 +175,7 @@ class Metric:
     """One number of one system on one task, with its uncertainty.
 
     Attributes:
-        task, system, metric: where it belongs.
+        task, system, metric: names of what was measured.
         value: in the metric's own unit: a share in 0..1 unless the task says otherwise.
         n: examples in the denominator.
         n_examples: examples of the run.

@@ -1,9 +1,9 @@
-"""The names of a comparison's rows, and which models play in each."""
+"""The systems of a comparison, and the models that each of them uses."""
 
 SYSTEMS = ("base", "expert", "antiexpert", "proxy", "tuned")  # in the order of a table's columns
-ROLES = ("base", "expert", "antiexpert", "tuned")  # the models of a triple's file
+ROLES = ("base", "expert", "antiexpert", "tuned")  # the models that a file of conf/triple names
 
-# Which model plays which role of the engine: a single model is a base without helpers.
+# system -> {the engine's role: the triple's model}. A single model is a base without helpers.
 MEMBERS = {
     "base": {"base": "base"},
     "expert": {"base": "expert"},
@@ -11,5 +11,5 @@ MEMBERS = {
     "tuned": {"base": "tuned"},
     "proxy": {"base": "base", "expert": "expert", "antiexpert": "antiexpert"},
 }
-# One after the other so that neighbours share their models and the peak is the triple.
+# The order of running: neighbours share models, so that at most the triple is in memory.
 ORDER = ("expert", "antiexpert", "base", "proxy", "tuned")

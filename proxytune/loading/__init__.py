@@ -1,9 +1,9 @@
-"""From names to a system: what is loaded, whether it fits together, how prompts are read.
+"""From the names of models to a system: which are loaded, whether they fit, how they read prompts.
 
 spec.py        a model before it is loaded, and after
 vocabulary.py  whether models share a vocabulary
 prompting.py   one example -> the text and the ids that each member reads
-load.py        refusals without weights; weights
+load.py        checks before any weights are read; then the weights
 build.py       loaded models -> a system
-templates/     chat templates that are shipped
+templates/     shipped chat templates
 """

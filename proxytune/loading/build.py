@@ -1,4 +1,4 @@
-"""Loaded models as a system: who shares weights, who keeps a cache, which rows share a pass."""
+"""Builds a system from loaded models."""
 
 from collections.abc import Mapping
 
@@ -14,15 +14,15 @@ from proxytune.single import DraftedModel, Single
 def build(
     models: Mapping[str, LoadedModel], alpha: float = 1.0, cuda_graphs: bool = False
 ) -> System:
-    """The system of these models, with rows of its own.
+    """A system of these models. Two systems of the same models have separate rows.
 
     Args:
         models: role -> model; "base" alone, with "draft", or with "expert" and "antiexpert".
         alpha: scale on (expert - antiexpert).
-        cuda_graphs: see `load`.
+        cuda_graphs: see `proxytune.load`.
 
     Raises:
-        ValueError: their vocabularies differ, or a model looks ahead.
+        ValueError: the vocabularies differ, or a model looks ahead.
     """
     vocab_size = common_vocabulary(
         {role: model.tokenizer for role, model in models.items()},
@@ -38,7 +38,7 @@ def build(
 
 
 def _pair(expert: LoadedModel, antiexpert: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Pair:
-    """Expert and antiexpert: one model where the expert is an adapter on the antiexpert."""
+    """Expert and antiexpert; they share a member if the expert is an adapter on the antiexpert."""
     adapted = antiexpert.adapted
     if adapted is not None and expert.model is adapted and can_cache(adapted, vocab_size):
         return AdapterPair(AdapterModel(adapted, vocab_size))
@@ -46,6 +46,7 @@ def _pair(expert: LoadedModel, antiexpert: LoadedModel, vocab_size: int, cuda_gr
 
 
 def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:
+    """The member of one loaded model."""
     if loaded.member is not None:
         return loaded.member
     if loaded.model is None:
@@ -56,7 +57,7 @@ def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:
 
 
 def shares_weights(spec: ModelSpec, other: ModelSpec | None) -> bool:
-    """Whether `spec` is an adapter on the very checkpoint that `other` loads."""
+    """Whether `spec` is an adapter on the checkpoint of `other`, loaded in the same way."""
     if other is None or spec.adapter is None or other.adapter is not None:
         return False
     names = ("id", "revision", "dtype", "device", "quantization", "attn_implementation")

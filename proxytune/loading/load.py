@@ -1,7 +1,7 @@
-"""Loading: whether a triple fits together, and its weights.
+"""Loading: checks whether models fit together, then reads their weights.
 
-Everything that can be refused is refused from configurations and tokenizers alone, before the
-first weight is read.
+The checks need only configurations and tokenizers, so a mistake shows before the first weight is
+read.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ from proxytune.loading.vocabulary import common_vocabulary
 
 
 def check_triple(specs: Mapping[str, ModelSpec]) -> int:
-    """Checks, before any weights are loaded, that models can be combined.
+    """Checks that models can be combined, before any weights are loaded.
 
     Args:
         specs: role -> model; any set of roles.
 
     Returns:
-        The length of the vocabulary that all of them share; logits are cut to it.
+        The length of the vocabulary that all of them share. Logits are cut to it.
 
     Raises:
         ValueError: a device, a model or an adapter cannot be found, or two vocabularies differ
@@ -58,10 +58,14 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
 
 
 def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
-    """Asks every endpoint once, and cheaply, whether it can serve its model.
+    """Sends every endpoint a cheap request, to check that it can serve its model.
+
+    Args:
+        specs: role -> model; models without an endpoint are skipped.
 
     Raises:
-        ValueError: it is not there, does not know the key or the model, or shows too little.
+        ValueError: an endpoint cannot be reached, refuses the key, does not know the model, or
+            lists too few log-probabilities.
     """
     for role, spec in specs.items():
         if spec.api is not None:
@@ -71,8 +75,12 @@ def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
 def load_tokenizer(spec: ModelSpec, role: str = "model") -> Any:
     """The tokenizer of a model.
 
+    Args:
+        spec: the model.
+        role: names the model in the message.
+
     Raises:
-        ValueError: there is none, in one line with the way out.
+        ValueError: there is none; one line with the way out.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -87,11 +95,11 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
 
     Args:
         spec: what to load.
-        share: a loaded model of the same checkpoint; an adapter is then put on its weights, of
-            which there stays one copy.
+        share: a loaded model. If `spec` is an adapter on its checkpoint, the adapter uses these
+            weights instead of a second copy.
 
     Raises:
-        ValueError: it cannot be found or read, in one line with the way out.
+        ValueError: it cannot be found or read; one line with the way out.
     """
     tokenizer = load_tokenizer(spec)
     if spec.api is not None:
@@ -104,6 +112,7 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
 
 
 def _open(spec: ModelSpec, tokenizer: Any) -> Member:
+    """A member behind an API; the import is here because only such members need a client."""
     from proxytune.members.api.member import open_api
 
     return open_api(spec, tokenizer)
@@ -177,7 +186,14 @@ def _check_adapter(role: str, spec: ModelSpec) -> None:
 
 
 def _not_found(role: str, name: str, what: str, error: BaseException) -> str:
-    """One line: what is missing, and what to do about it."""
+    """One line that names the missing file and the way out.
+
+    Args:
+        role: of the model.
+        name: a hub id or a folder.
+        what: the missing part ("tokenizer", "weights", ...).
+        error: the error of transformers or PEFT.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
 """One example -> the text and the token ids that each member of a triple reads.
 
-A member reads the raw prompt, or the same parts through a chat template: that is a setting of the
-member (`PromptFormat`), never something read from its name.
+A member reads the raw prompt, or the same parts through a chat template. A setting of the member
+decides that (`PromptFormat`), never its name.
 """
 
 import operator
@@ -23,13 +23,13 @@ PromptLike = str | Sequence[int] | Sequence[Message]
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How one model wants its prompts.
+    """How one model's prompts are rendered.
 
     Attributes:
-        kind: "raw" (the text as it stands) or "chat" (through a chat template).
-        chat_template: None is the tokenizer's own; else the name of a template in
+        kind: "raw" (the text unchanged) or "chat" (through a chat template).
+        chat_template: None takes the tokenizer's own; otherwise the name of a template in
             proxytune/loading/templates ("llama2") or the path of a Jinja file.
-        use_system: False drops system turns, for templates that have none.
+        use_system: False drops system turns, for templates that do not accept them.
     """
 
     kind: str = "raw"
@@ -49,8 +49,8 @@ class Rendered:
 
     Attributes:
         text: the whole text.
-        add_special_tokens: whether the tokenizer may put its own BOS in front; a chat template
-            writes that itself.
+        add_special_tokens: whether the tokenizer adds its special tokens (a BOS); False after a
+            chat template, which writes them itself.
     """
 
     text: str
@@ -58,10 +58,15 @@ class Rendered:
 
 
 def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
-    """Renders one example's prompt for a member with this format.
+    """Renders one example's prompt for one member.
+
+    Args:
+        prompt: the prompt's parts.
+        fmt: the member's format.
+        tokenizer: the member's; not used by raw formats.
 
     Raises:
-        ValueError: a chat format without any template.
+        ValueError: the format is chat, and there is no template.
     """
     if fmt.kind == "raw" or prompt.plain:
         return Rendered(prompt.raw, add_special_tokens=True)
@@ -74,15 +79,16 @@ def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
 
 
 def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: Any) -> Rendered:
-    """Renders a conversation; a last message of the assistant is the beginning of its answer.
+    """Renders a conversation. If the last turn is the assistant's, the model continues it.
 
     Args:
         messages: {"role", "content"} turns.
-        fmt: a raw member reads the contents, a blank line between them.
-        tokenizer: of the member; unused by raw members.
+        fmt: the member's format; a raw one reads the contents with blank lines between them.
+        tokenizer: the member's; not used by raw formats.
 
     Raises:
-        ValueError: no messages, or a chat format without any template.
+        ValueError: there are no messages, no turn of the user comes before the assistant's, or
+            the format is chat and there is no template.
     """
     if not messages:
         raise ValueError("a conversation needs at least one message")
@@ -109,15 +115,15 @@ def encode(rendered: Rendered, tokenizer: Any) -> list[int]:
 
 
 def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> list[int]:
-    """A prompt as one member reads it.
+    """The token ids of a prompt, as one member reads it.
 
     Args:
         prompt: a text, token ids, or chat messages.
-        fmt: of the member; a text goes as it stands.
-        tokenizer: of the member; None will do for token ids.
+        fmt: the member's format; it applies to chat messages alone.
+        tokenizer: the member's; None is enough for token ids.
 
     Raises:
-        ValueError: it is none of these, or there is no tokenizer for it.
+        ValueError: the prompt is none of these, or it needs a tokenizer and there is none.
     """
     messages = as_messages(prompt)
     if messages is None and not isinstance(prompt, str):
@@ -132,7 +138,7 @@ def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> l
 
 
 def as_messages(prompt: Any) -> Sequence[Message] | None:
-    """The prompt, if it is a conversation; else None.
+    """The prompt itself if it is a conversation, else None.
 
     Raises:
         ValueError: a turn lacks its role or its content.
@@ -147,9 +153,14 @@ def as_messages(prompt: Any) -> Sequence[Message] | None:
 
 
 def _as_ids(prompt: Any) -> list[int]:
+    """Token ids from a tensor, an array or a list.
+
+    Raises:
+        ValueError: it is no sequence of integers.
+    """
     try:
         tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        if any(isinstance(token, bool) for token in tokens):  # True == 1, but is no token
+        if any(isinstance(token, bool) for token in tokens):  # True == 1, but it is no token id
             raise TypeError("truth values")
         return [operator.index(token) for token in tokens]
     except TypeError as error:
@@ -177,6 +188,11 @@ def read_template(name: str) -> str:
 
 
 def _template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
+    """The chat template's text; None for the tokenizer's own.
+
+    Raises:
+        ValueError: there is no template.
+    """
     if fmt.chat_template is not None:
         return read_template(fmt.chat_template)
     if getattr(tokenizer, "chat_template", None) is None:
@@ -185,4 +201,4 @@ def _template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
             "own: set format.chat_template to a shipped name (llama2) or a Jinja file, or "
             "format.kind=raw"
         )
-    return None  # apply_chat_template then takes the tokenizer's own
+    return None

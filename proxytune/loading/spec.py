@@ -1,4 +1,4 @@
-"""What a model is before it is loaded (`ModelSpec`), and after (`LoadedModel`)."""
+"""A model before it is loaded (`ModelSpec`), and after (`LoadedModel`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,15 +66,15 @@ class ModelSpec:
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model in memory with what belongs to it.
+    """A model in memory, with its tokenizer and its origin.
 
     Attributes:
-        model: the weights; None for a model that is elsewhere (behind an API).
-        tokenizer: None where token ids are all that is needed.
-        spec: where it came from; None for a model that the caller brought.
-        member: what decodes, where that is not `model` itself.
-        adapted: the PEFT model that was later put around `model`: its adapter now works inside
-            `model`, too, so whoever uses `model` alone must switch it off.
+        model: the weights; None for a model behind an API.
+        tokenizer: None where prompts are token ids alone.
+        spec: where it came from; None for a model that the caller loaded.
+        member: the member of a model behind an API; else None.
+        adapted: the PEFT model that wraps `model` for an expert. Its adapter acts inside `model`,
+            too, so a user of `model` alone must switch it off.
     """
 
     model: PreTrainedModel | None
@@ -90,12 +90,12 @@ class LoadedModel:
 
     @property
     def output_size(self) -> int | None:
-        """Entries of its logits; None where unknown."""
+        """How many entries its logits have; None where that is unknown."""
         return self.model.config.get_text_config().vocab_size if self.model is not None else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every token that ends a completion: the generation config's and the tokenizer's."""
+        """Every token that ends a completion, by the configurations, the tokenizer, the server."""
         configs = [] if self.model is None else [self.model.generation_config, self.model.config]
         found = [getattr(config, "eos_token_id", None) for config in configs]
         found.append(getattr(self.tokenizer, "eos_token_id", None))

@@ -7,16 +7,17 @@ from typing import Any
 def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
     """The number of token ids that mean the same to every member.
 
-    Logits are often padded beyond the tokenizer, and a tuned model may have tokens of its own
-    behind the shared ones (CodeLlama's infilling tokens behind Llama-2's 32,000): both are cut.
+    Logits are often padded beyond the tokenizer's vocabulary, and a tuned model may have tokens of
+    its own after the shared ones (CodeLlama's infilling tokens after Llama-2's 32,000). Both are
+    cut.
 
     Args:
-        tokenizers: role -> tokenizer; None for unknown.
-        sizes: role -> rows of the model's output; a role may be missing.
+        tokenizers: role -> tokenizer; None where it is unknown.
+        sizes: role -> entries of the model's logits; a role may be missing.
 
     Raises:
-        ValueError: a token id below the common length means different things to two members, or
-            text that the base can write lies above it.
+        ValueError: a token id below that number is another token to two members, or the cut would
+            take ordinary tokens from the base (or from the first role, where there is no base).
     """
     known = {role: tokenizer for role, tokenizer in tokenizers.items() if tokenizer is not None}
     tables = {role: tokenizer.get_vocab() for role, tokenizer in known.items()}
@@ -50,6 +51,7 @@ def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -
 
 
 def _by_id(table: Mapping[str, int], length: int) -> list[str | None]:
+    """The token of each id below `length`; None for an id without one."""
     words: list[str | None] = [None] * length
     for word, token_id in table.items():
         if token_id < length:

@@ -1,5 +1,4 @@
-# Targets for people; everything they do is a command that can be typed by hand.
-# `make help` lists them.
+# Shortcuts; each runs a command that you can also type by hand. `make help` lists them.
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -15,7 +14,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # wheel (Hydra's parser does). Older pips read the first for that, newer ones the second.
 LOCKED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-# The stamp is newer than what it was installed from, so a second `make` installs nothing.
+# This file's time is that of the last installation: make installs again only after pyproject.toml
+# or constraints.txt has changed.
 # tests/test_packaging.py takes it as the sign that the environment is the lock's.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -104,10 +104,10 @@ paper: install ## every table and figure, on the real models
 pocket-paper: install ## every table and figure, on the pocket family (minutes, CPU)
 	$(REPRODUCE) --all --pocket
 
-# they are commands, not files
+# None of these targets is a file.
 .PHONY: $(TARGETS) paper pocket-paper
 
-# The 7B experts that tables 5 and 15 need first, weights and moments sharded over the GPUs.
+# The 7B experts, which tables 5 and 15 need first. Weights and moments are sharded over the GPUs.
 NUM_GPUS ?= 4
 SHARDED = --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
 TRAIN_7B = $(BIN)/accelerate launch $(SHARDED) --num_processes $(NUM_GPUS) \

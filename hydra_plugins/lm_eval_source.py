@@ -1,7 +1,7 @@
 """Hydra config source `lm-eval://`: `task=[lm_eval/arc_easy]` composes without a file.
 
-Every name below task/lm_eval is a configuration; whether lm-eval knows the task is checked when
-the run starts (tasks/lm_eval_task.py), because reading lm-eval's index takes seconds. The entry's
+Every name in task/lm_eval is accepted as a configuration. The run checks later whether lm-eval
+knows the task (tasks/lm_eval_task.py), because lm-eval takes seconds to read its index. The entry's
 key has no slash, so that the command line can change it: task.lm_eval_arc_easy.num_fewshot=5.
 """
 
@@ -13,33 +13,33 @@ _GROUP = "task/lm_eval"
 
 
 class LmEvalSource(ConfigSource):
-    """Makes up conf/task/lm_eval/<any task of lm-eval>.yaml."""
+    """Composes conf/task/lm_eval/NAME.yaml, which is no file, for any NAME."""
 
     @staticmethod
     def scheme() -> str:
-        """What stands before :// in hydra.searchpath."""
+        """The part before :// in hydra.searchpath."""
         return "lm-eval"
 
     def available(self) -> bool:
-        """Always: nothing is read."""
+        """True: this source reads nothing."""
         return True
 
     def is_group(self, config_path: str) -> bool:
-        """Whether it is one of the folders above the tasks."""
+        """Whether a path is one of the folders above the tasks."""
         return config_path.strip("/") in ("", "task", _GROUP)
 
     def is_config(self, config_path: str) -> bool:
-        """Whether it is a task below task/lm_eval."""
+        """Whether a path is a task in task/lm_eval."""
         folder, _, name = config_path.strip("/").removesuffix(".yaml").rpartition("/")
         return folder == _GROUP and bool(name)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """The folders alone; the tasks are too many to be an answer to a misspelt name."""
+        """The folders alone; the tasks are too many to list after a misspelt name."""
         inside = {"": ["task"], "task": ["lm_eval"]}.get(config_path.strip("/"), [])
         return [] if results_filter == ObjectType.CONFIG else inside
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The entry of one task, with lm-eval's own settings."""
+        """The entry of one task; its settings are lm-eval's defaults."""
         name = config_path.removesuffix(".yaml").rpartition("/")[2]
         entry = {
             "_target_": "tasks.lm_eval_task.LmEvalTask",

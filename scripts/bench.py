@@ -1,10 +1,10 @@
-"""Measures the decode engine: ratios of things timed in one run, with hardware and versions.
+"""Measures the decode engine: ratios of times from one run, with hardware and versions.
 
     python scripts/bench.py                        everything, at the machine's size
     python scripts/bench.py --only decode --only memory --json out.json
-    python scripts/bench.py --size tiny            a look at the code's health, in seconds
+    python scripts/bench.py --size tiny            a check that the code works, in seconds
 
-docs/performance.md says what is measured and what the figures mean.
+docs/performance.md describes the measurements and the figures.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.scale:
         size = replace(size, scale=options.scale)
     if options.clock == "cpu":
-        # the engine, too, has to choose its blocks by the clock that judges it
+        # The engine must choose its blocks by the same clock that measures it.
         time.perf_counter = time.process_time
         size = replace(size, clock=time.process_time)
     report: dict[str, Any] = {
@@ -97,13 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for key, value in results.items():
             _show(key, value)
         report |= results
-        if options.json:  # after each, so that an interrupted run keeps what it has
+        if options.json:  # after each case, so that an interrupted run keeps the finished ones
             write_json(options.json, report)
             options.json.with_suffix(".md").write_text(markdown(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The ratios of a report as a table, with the bar that each was built to pass."""
+    """The ratios of a report as a table, each with the bar that it should pass."""
     hardware = report["hardware"]
     where = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
     lines = [

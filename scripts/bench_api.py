@@ -2,8 +2,8 @@
 
     python scripts/bench_api.py [--prompts 24] [--json results/bench/api.json]
 
-The pocket family's base is served over HTTP by this process and shows 20 tokens per position.
-Both ways write the same text, which is checked. docs/black_box.md says what follows from it.
+This process serves the pocket family's base over HTTP; the server lists 20 tokens per position.
+Both ways write the same text, which is checked. docs/black_box.md discusses the result.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(prompts: int) -> list[dict[str, Any]]:
-    """One row per task: tokens written, and requests and tokens read in both ways.
+    """One row per task: the tokens written, and for both ways the requests and tokens read.
 
     Raises:
         ValueError: the pocket models are not there, or the two ways write different texts.
@@ -81,7 +81,7 @@ def measure(prompts: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"task": str(name)}
         texts = []
         for way, blocks in (("single", False), ("blocks", True)):
-            # answers are kept in memory, for each way anew
+            # No cache file: each way must ask for all of its answers.
             assert specs["base"].api is not None
             api = replace(specs["base"].api, blocks=blocks, cache=None)
             base = replace(specs["base"], api=api)

@@ -1,7 +1,7 @@
 """The benchmarks: each measures its parts in one run and returns their ratios.
 
-Every function takes the size ("tiny" to try the code, "cpu", "gpu") and the number of rounds, and
-returns {key: value} for the JSON file; docs/performance.md says what the keys mean.
+Every function takes a size ("tiny" to try the code, "cpu", "gpu") and the number of rounds, and
+returns {key: value} for the JSON file. docs/performance.md describes the keys.
 """
 
 import multiprocessing
@@ -70,10 +70,10 @@ class Size:
         steps: tokens per row where the length is free.
         rows: prompts of a mixed workload.
         batch: rows at once in a mixed workload.
-        scale: of the lengths.
+        scale: factor on the lengths of the mixed workloads.
         memory: rows and tokens per row of the memory benchmark.
-        device, dtype: where and in what.
-        clock: what times are read from.
+        device, dtype: of the models.
+        clock: the function that tells the time, in seconds.
     """
 
     base: Shape
@@ -114,7 +114,8 @@ SIZES = {
         mixed_small=SHAPE_3M,
         pair=(SHAPE_30M, SHAPE_15M),
         steps=128,
-        # with fewer prompts the end, where rows stay empty, decides: 128 leave 0.90 of the bound
+        # At the end of a workload rows stay empty; with few prompts this counts too much (with
+        # 128, at most 0.90 of the bound can be reached).
         rows=512,
         batch=8,
         scale=0.25,
@@ -168,7 +169,7 @@ def _generate(
 
 
 def decode(size: Size, rounds: int) -> Results:
-    """A decoded token against the members' bare forwards: their sum, and the largest alone."""
+    """A decoded token against the members' bare forward passes: all three, and the largest."""
     triple = random_triple(size.base, size.small, size.device, size.dtype)
     generator = _load(triple)
     over_sum, over_largest, over_lockstep, each = {}, {}, {}, {}
@@ -215,7 +216,7 @@ def mixed(size: Size, rounds: int) -> Results:
             "engine": partial(_generate, generator, work, size.batch),
             "static": partial(static_batches, triple.members, work, size.batch),
             "generate_of_base": partial(generate_batches, triple.base, work, size.batch),
-            # the bound is the faster of both, so that a slow loop cannot flatter the engine
+            # The bound is the faster of both: a slow loop must not make the engine look good.
             "bound_static": partial(static_batches, triple.members, even, size.batch),
             "bound_engine": partial(_generate, generator, even, size.batch),
         }
@@ -223,7 +224,7 @@ def mixed(size: Size, rounds: int) -> Results:
         once = interleaved(runs, 1, size.clock)
         speedup[kind] = median_ratio(once["static"], once["engine"])
         over_generate[kind] = median_ratio(once["engine"], once["generate_of_base"])
-        # what the bar is about in every round, the slow loops in the first alone
+        # The runs that the bar compares take part in every round, the slow ones in the first.
         again = {name: runs[name] for name in ("engine", "bound_static", "bound_engine")}
         more = interleaved(again, rounds - 1, size.clock)
         times = {name: values + more.get(name, []) for name, values in once.items()}
@@ -245,75 +246,87 @@ def mixed(size: Size, rounds: int) -> Results:
 def speculative(size: Size, rounds: int) -> Results:
     """Speculative against lockstep and against `generate` of a tuned model of the base's size.
 
-    The base stands for the tuned model: they are of one size, and cost is all that is asked.
+    The base stands for the tuned model: it has the same size, and only the cost is measured.
     """
-    found: dict[str, dict[str, float]] = {
-        "speculative_speedup": {},
-        "speculative_over_tuned": {},
-        "lockstep_over_tuned": {},
-        "speculative_acceptance": {},
-        "speculative_cost_ratio": {},
-    }
+    names = (
+        "speculative_speedup",
+        "speculative_over_tuned",
+        "lockstep_over_tuned",
+        "speculative_acceptance",
+        "speculative_cost_ratio",
+    )
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
     for acceptance in ACCEPTANCES:
-        triple = agreeing_triple(*size.draft_pair, acceptance, size.device, size.dtype)
-        generator = _load(triple)
-        prompts = _prompts(rounds, 16, size.draft_pair[0].vocab, seed=5)
-        _generate(generator, Workload(prompts[:1], [max(8, size.steps // 2)]), 1, "auto")
-        plain_generate(triple.base, prompts[:1], 4)
-        texts: list[list[int]] = []
-        times: dict[str, list[float]] = {"lockstep": [], "auto": [], "tuned": []}
-        for prompt in prompts:
-            work = Workload([prompt], [size.steps])
-            kept: dict[str, list[list[int]]] = {}
+        for name, ratio in _at_acceptance(size, rounds, acceptance).items():
+            found[name][str(acceptance)] = ratio
+    return found | {"speculative_speedup_at_batch_8": {"0.8": _speedup_at_batch_8(size, rounds)}}
 
-            def run(name: str, how: Any, work: Workload = work, kept: Any = kept) -> None:
-                kept[name] = _generate(generator, work, 1, how)  # noqa: B023
 
-            once = interleaved(
-                {
-                    "lockstep": partial(run, "lockstep", False),
-                    "auto": partial(run, "auto", "auto"),
-                    "tuned": partial(plain_generate, triple.base, work.prompts, size.steps),
-                },
-                1,
-                size.clock,
-            )
-            for name, values in once.items():
-                times[name] += values
-            if size.dtype == torch.float32:
-                assert kept["auto"] == kept["lockstep"], "speculation changed the text"
-            texts.append(prompt + kept["lockstep"][0])
-        forwards = interleaved(
-            {
-                "base": partial(bare_forwards, triple.base, 1, 16, 16),
-                "expert": partial(bare_forwards, triple.expert, 1, 16, 16),
-            },
-            rounds,
-            size.clock,
-        )
-        name = str(acceptance)
-        found["speculative_cost_ratio"][name] = median_ratio(forwards["base"], forwards["expert"])
-        found["speculative_speedup"][name] = median_ratio(times["lockstep"], times["auto"])
-        found["speculative_over_tuned"][name] = median_ratio(times["auto"], times["tuned"])
-        found["lockstep_over_tuned"][name] = median_ratio(times["lockstep"], times["tuned"])
-        found["speculative_acceptance"][name] = _agreement(triple.expert, texts, 16)
+def _at_acceptance(size: Size, rounds: int, acceptance: float) -> dict[str, float]:
+    """The ratios of `speculative` at one acceptance."""
+    triple = agreeing_triple(*size.draft_pair, acceptance, size.device, size.dtype)
+    generator = _load(triple)
+    prompts = _prompts(rounds, 16, size.draft_pair[0].vocab, seed=5)
+    _generate(generator, Workload(prompts[:1], [max(8, size.steps // 2)]), 1, "auto")
+    plain_generate(triple.base, prompts[:1], 4)
+    kept: dict[str, list[list[int]]] = {}
+
+    def run(name: str, how: Literal["auto", False], work: Workload) -> None:
+        kept[name] = _generate(generator, work, 1, how)
+
+    texts: list[list[int]] = []
+    times: dict[str, list[float]] = {"lockstep": [], "auto": [], "tuned": []}
+    for prompt in prompts:
+        work = Workload([prompt], [size.steps])
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(run, name, how, work) for name, how in _STRATEGIES
+        }
+        runs["tuned"] = partial(plain_generate, triple.base, work.prompts, size.steps)
+        for name, values in interleaved(runs, 1, size.clock).items():
+            times[name] += values
+        if size.dtype == torch.float32:
+            assert kept["auto"] == kept["lockstep"], "speculation changed the text"
+        texts.append(prompt + kept["lockstep"][0])
+    forwards = interleaved(
+        {
+            "base": partial(bare_forwards, triple.base, 1, 16, 16),
+            "expert": partial(bare_forwards, triple.expert, 1, 16, 16),
+        },
+        rounds,
+        size.clock,
+    )
+    return {
+        "speculative_speedup": median_ratio(times["lockstep"], times["auto"]),
+        "speculative_over_tuned": median_ratio(times["auto"], times["tuned"]),
+        "lockstep_over_tuned": median_ratio(times["lockstep"], times["tuned"]),
+        "speculative_acceptance": _agreement(triple.expert, texts, 16),
+        "speculative_cost_ratio": median_ratio(forwards["base"], forwards["expert"]),
+    }
+
+
+def _speedup_at_batch_8(size: Size, rounds: int) -> float:
+    """Lockstep over speculative for 8 rows, at an acceptance of 0.8."""
     triple = agreeing_triple(*size.draft_pair, 0.8, size.device, size.dtype)
     work = Workload(_prompts(8, 16, size.draft_pair[0].vocab, seed=5), [size.steps] * 8)
     generator = _load(triple)
     _generate(generator, Workload(work.prompts, [max(8, size.steps // 2)] * 8), 8, "auto")
-    batch = interleaved(
+    times = interleaved(
         {name: partial(_generate, generator, work, 8, how) for name, how in _STRATEGIES},
         rounds,
         size.clock,
     )
-    return found | {
-        "speculative_speedup_at_batch_8": {"0.8": median_ratio(batch["lockstep"], batch["auto"])}
-    }
+    return median_ratio(times["lockstep"], times["auto"])
 
 
 @torch.inference_mode()
 def _agreement(expert: Any, texts: list[list[int]], prompt: int) -> float:
-    """How often the expert's greedy token is what the triple wrote, over the generated part."""
+    """How often the expert's greedy token is the one that the triple wrote.
+
+    Args:
+        expert: the model.
+        texts: prompts and completions, of one length.
+        prompt: tokens of each prompt; they are not counted.
+    """
     ids = torch.tensor(texts, device=expert.device)
     guess = expert(ids).logits[:, prompt - 1 : -1].argmax(-1)
     return float((guess == ids[:, prompt:]).float().mean())
@@ -325,7 +338,7 @@ def table12(size: Size, rounds: int) -> Results:
     generator = _load(triple)
     ratios, seconds = {}, {}
     for name, (prompt, output) in TABLE12.items():
-        if size.scale < 0.1:  # only to try the code: the paper's lengths are the benchmark
+        if size.scale < 0.1:  # to try the code; the benchmark has the paper's lengths
             prompt, output = (max(2, round(n * size.scale)) for n in (prompt, output))
         prompts = _prompts(1, prompt, size.pair[0].vocab)
         runs: dict[str, Callable[[], object]] = {
@@ -375,9 +388,9 @@ def _measure_memory(size: Size) -> dict[str, int]:
 
 
 def _resident(field: str, device: str) -> int:
-    """Bytes in use now (VmRSS) or at most so far (VmHWM).
+    """Bytes in use now (VmRSS) or the most so far (VmHWM).
 
-    Linux's ru_maxrss would not do: a new process inherits its parent's.
+    Not Linux's ru_maxrss: a new process inherits its parent's.
     """
     if device != "cpu":
         peak = torch.cuda.max_memory_allocated() if field == "VmHWM" else 0
@@ -389,7 +402,7 @@ def _resident(field: str, device: str) -> int:
 
 
 def pocket(size: Size, rounds: int) -> Results:
-    """Acceptance on the pocket family, per task; a count, the same at every size."""
+    """Acceptance on the pocket family, per task. It is a count, the same at every size."""
     import bench_pocket
 
     return {"pocket_acceptance": bench_pocket.acceptance()}

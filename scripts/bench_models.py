@@ -1,8 +1,8 @@
-"""Models to measure with: random Llamas of any size, and triples whose agreement can be set.
+"""Models for benchmarks: random Llamas of any size, and triples whose agreement can be set.
 
-No weights can be downloaded where benchmarks must run, and a decoding step costs the same whatever
-its weights are. What does depend on weights is how often the expert's guess is the triple's choice
-(the acceptance of speculative decoding); `agreeing_triple` builds it in.
+Benchmarks must run where no weights can be downloaded, and the cost of a decoding step does not
+depend on the weights. The acceptance of speculative decoding does (how often the triple chooses
+the expert's guess); `agreeing_triple` makes models with a given acceptance.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's size; heads are 64 wide in every shape of ours, 128 in Llama-2's.
+    """A Llama's size. Heads are 64 wide in our own shapes and 128 in those of Llama-2.
 
     Attributes:
         hidden, layers, heads, inner: width, depth, attention heads, width of the MLP.
@@ -28,7 +28,7 @@ class Shape:
     vocab: int = 8192
 
     def config(self, **more: object) -> LlamaConfig:
-        """The transformers configuration; no token ends a text."""
+        """The transformers configuration, without an end-of-sequence token."""
         settings: dict[str, object] = {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -59,7 +59,7 @@ SHAPE_TINIER = Shape(64, 1, 1, 48, 2048)
 
 @dataclass(frozen=True)
 class Triple:
-    """Three loaded models, and the base's noise that sets how often base and expert agree."""
+    """Three loaded models."""
 
     base: LlamaForCausalLM
     expert: LlamaForCausalLM
@@ -89,7 +89,7 @@ def random_llama(
 def random_triple(
     base: Shape, small: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Triple:
-    """A triple of random models, for costs that do not depend on what they say."""
+    """A triple of random models, to measure costs that do not depend on the text."""
     return Triple(
         random_llama(base, 0, device, dtype),
         random_llama(small, 1, device, dtype),
@@ -104,11 +104,18 @@ def agreeing_triple(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Triple:
-    """A triple at realistic cost whose expert guesses the triple's greedy token that often.
+    """A triple of realistic cost whose expert guesses the triple's greedy token with `acceptance`.
 
-    The base computes the antiexpert's function in its first dimensions and layers, while the rest
-    costs what it costs and writes nothing to the residual stream; noise on its output layer then
-    makes base - antiexpert, and so proxy - expert, as large as the acceptance asks for.
+    The base computes the antiexpert's function in its first dimensions and layers. Its other
+    weights take their time and write nothing to the residual stream. Noise on its output layer
+    sets the size of base - antiexpert, and so of proxy - expert.
+
+    Args:
+        base: the base's shape.
+        small: the shape of expert and antiexpert.
+        acceptance: the share of right guesses.
+        device: of the models.
+        dtype: of the models.
     """
     antiexpert = random_llama(small, 1, device, dtype)
     _speak_clearly(antiexpert)
@@ -126,14 +133,14 @@ def agreeing_triple(
 
 
 def widened(narrow: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
-    """A model of `shape` that computes what `narrow` does, to rounding."""
+    """A model of `shape` with the logits of `narrow`, up to rounding."""
     small = narrow.config
     hidden, inner = small.hidden_size, small.intermediate_size
-    share = hidden / shape.hidden  # of the dimensions, that are not zero
+    share = hidden / shape.hidden  # of the dimensions that are not zero
     if shape.hidden // shape.heads != hidden // small.num_attention_heads:
         raise ValueError("both models must have heads of the same width")
     wide = random_llama(replace(shape, vocab=small.vocab_size), 3, str(narrow.device), narrow.dtype)
-    # the mean square over all dimensions is `share` times that over the first ones
+    # The mean square over all dimensions is `share` times that over the first ones.
     for module in wide.modules():
         norm: Any = module
         if hasattr(norm, "variance_epsilon"):
@@ -170,10 +177,11 @@ def widened(narrow: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
 
 
 def _speak_clearly(model: LlamaForCausalLM) -> None:
-    """Gives a random model one clear favourite per context, and a text that does not go in circles.
+    """Changes a random model so that each token has one clear successor, without short cycles.
 
-    Greedy text of plain random weights soon repeats three or four tokens, and the acceptance with
-    it. So each token favours another one, all of them on one long cycle, over logits of std 3.
+    The greedy text of plain random weights soon repeats three or four tokens, and so does the
+    acceptance. Here each token favours another one; all tokens form one long cycle. The other
+    logits have a standard deviation of 3.
     """
     width = model.config.hidden_size
     embeddings = model.model.embed_tokens.weight
@@ -192,9 +200,9 @@ def _noise_for(
     antiexpert: LlamaForCausalLM,
     noise: torch.Tensor,
 ) -> float:
-    """The size of the noise at which the expert's greedy token is the triple's that often.
+    """The size of the noise at which expert and triple agree on the greedy token with `acceptance`.
 
-    Bisection over a text that a noisy expert wrote, so that contexts are such as decoding meets.
+    Found by bisection over a text that the expert wrote, so that the contexts are realistic.
     """
     from bench_workloads import lockstep  # plain decoding, used here to write that text
 

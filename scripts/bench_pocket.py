@@ -1,4 +1,4 @@
-"""How often the expert's guess is the triple's choice on real, if small, models."""
+"""How often the triple chooses the expert's guess, on the pocket models, which are trained."""
 
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,7 @@ def acceptance() -> dict[str, float]:
         for _ in loop.run(generator.requests(prompts, replace(task.decoding, n=1))):
             pass
         drafted = loop.pace.drafted - before[1]
-        if drafted:  # a single chosen token leaves nothing to draft
+        if drafted:  # a task whose completions are one token long drafts nothing
             found[str(name)] = (loop.pace.accepted - before[0]) / drafted
     return found
 

@@ -1,4 +1,4 @@
-"""What the engine is measured against: plain decoding loops, workloads, and fair timing."""
+"""Plain decoding loops to compare the engine with, workloads, and fair timing."""
 
 import statistics
 import time
@@ -11,18 +11,18 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts in arrival order and how many tokens each gets, as an end-of-sequence would decide.
+    """Prompts in arrival order, and the number of tokens that each is continued by.
 
     Attributes:
         prompts: token ids per prompt.
-        lengths: generated tokens per prompt.
+        lengths: generated tokens per prompt, as if an end-of-sequence token came then.
     """
 
     prompts: list[list[int]]
     lengths: list[int]
 
     def equalized(self, batch: int) -> "Workload":
-        """As many prompt tokens and row-steps, evenly spread over full batches: no padding."""
+        """As many prompt and generated tokens, spread evenly over full batches: no padding."""
         rows = -(-len(self.prompts) // batch) * batch
         prompt = -(-sum(map(len, self.prompts)) // rows)
         length = -(-sum(self.lengths) // rows)
@@ -36,8 +36,8 @@ def workload(kind: str, rows: int, vocab: int, scale: float = 1.0) -> Workload:
         kind: "uniform" (outputs of 1 to 256 tokens) or "heavy_tailed" (log-normal with median 60
             and sigma 1.3, cut at 1,024).
         rows: prompts.
-        vocab: token ids are below it.
-        scale: shrinks all lengths, for a quick look.
+        vocab: token ids are below this number.
+        scale: factor on all lengths; below 1 for a quick look.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +59,7 @@ def workload(kind: str, rows: int, vocab: int, scale: float = 1.0) -> Workload:
 def lockstep(
     models: Sequence[PreTrainedModel], prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> torch.Tensor:
-    """Proxy-tuning as one writes it first: a padded batch, three forwards, greedy, to the end.
+    """Proxy-tuning in its simplest form: a padded batch, three forward passes per token, greedy.
 
     Args:
         models: base, expert, antiexpert; or one model alone.
@@ -104,7 +104,7 @@ def static_batches(models: Sequence[PreTrainedModel], work: Workload, batch: int
 
 @torch.inference_mode()
 def bare_forwards(model: PreTrainedModel, rows: int, prompt: int, steps: int) -> None:
-    """A prompt and then single tokens through one model, nothing else: what a step must cost."""
+    """One model reads a prompt and then single tokens, and nothing else: the cost of its passes."""
     cache = DynamicCache(config=model.config)
     ids = torch.ones(rows, prompt, dtype=torch.long, device=model.device)
     for _ in range(steps):
@@ -138,7 +138,7 @@ def generate_batches(model: PreTrainedModel, work: Workload, batch: int) -> None
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Time of one call by `clock`, the GPU's work included."""
+    """Seconds of one call by `clock`, with the GPU's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = clock()
@@ -153,7 +153,7 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round: A B C A B C, so that a noisy minute hits all of them."""
+    """Seconds of every run in every round. Runs alternate (A B C A B C): noise hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -7,9 +7,9 @@
     python scripts/reproduce.py table5 --dry-run     only says and checks
     python scripts/reproduce.py table2 limit=20      more settings for every run.py
 
-The targets stand in conf/paper.yaml. A target that a check or a step stops does not stop the
-others; the end says what was made and what was not. Every step resumes, so the same command goes
-on after a crash.
+The targets are in conf/paper.yaml. If a check or a step fails, its target is skipped and the others
+go on; a summary at the end lists what was made. Every step resumes, so after a crash the same
+command continues.
 """
 
 import argparse
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from reproduce_checks import Step
 
 TARGETS = ROOT / "conf" / "paper.yaml"
-# full tuning shards weights and moments over the GPUs (docs/training.md)
+# Full tuning shards weights and moments over the GPUs (docs/training.md).
 _SHARDED = shlex.split("--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP")
-_PATIENCE_S = 20
+_PATIENCE_S = 20  # for a step to end after an interrupt
 _CODE = "task.{}.allow_code_execution=true"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line; says and checks, then runs and renders each target."""
+    """Parses the command line, describes and checks each target, then runs and renders it."""
     targets: dict[str, Any] = yaml.safe_load(TARGETS.read_text())
     options = _parse(arguments, targets)
     names = list(targets) if options.all else [n for n in options.words if "=" not in n]
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wrong = f"unknown target {', '.join(unknown)}" if unknown else "no target given"
         raise ValueError(f"{wrong}; targets are {', '.join(targets)} (or --all)")
     online = not options.pocket and hub_answers()
-    if not online:  # known before the libraries are imported, so that they do not wait for it
+    if not online:  # set before the libraries are imported, so that they do not wait for the hub
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if options.pocket:  # a second thread gains such small models nothing, and waits for others
+    if options.pocket:  # a second thread does not speed up such small models
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     plan, outcome = _plan(targets, names, options, online)
     if not options.dry_run:
@@ -104,7 +104,12 @@ def hub_answers(seconds: float = 5) -> bool:
 def _plan(
     targets: Mapping[str, Any], names: Sequence[str], options: argparse.Namespace, online: bool
 ) -> tuple[dict[str, list["Step"]], dict[str, tuple[bool, str]]]:
-    """Says and checks every target: the steps of those that may run, the fate of the others."""
+    """Describes and checks every target.
+
+    Returns:
+        The steps of each target that may run, and for every other one its outcome: whether that
+        is bad, and the reason.
+    """
     from reproduce_checks import Checker
 
     settings = [word for word in options.words if "=" in word]
@@ -132,17 +137,23 @@ def _plan(
 
 
 def steps_of(target: Mapping[str, Any], *, pocket: bool, size: str | None = None) -> list["Step"]:
-    """A target's steps; `size` leaves those of the other sizes out."""
+    """A target's steps.
+
+    Args:
+        target: its entry in conf/paper.yaml.
+        pocket: takes the steps on the pocket family.
+        size: takes the steps of this size alone; None takes all.
+    """
     from reproduce_checks import Step
 
     groups = {"all": target["pocket"]} if pocket else target["steps"]
     chosen = [s for name, group in groups.items() if pocket or size in (None, name) for s in group]
     steps = [Step(**s) if isinstance(s, dict) else Step(s) for s in chosen]
-    return list(dict.fromkeys(steps))  # both sizes rest on one small expert
+    return list(dict.fromkeys(steps))  # both sizes need the same small expert, trained once
 
 
 def _with_settings(step: "Step", settings: Sequence[str], *, code: bool) -> "Step":
-    """The command with the user's settings: they are for run.py alone."""
+    """Adds the user's settings to a command of run.py; other commands stay unchanged."""
     script, *given = shlex.split(step.command)
     if script != "run.py":
         return step
@@ -158,7 +169,14 @@ def _run_all(
     *,
     pocket: bool,
 ) -> None:
-    """Runs and renders what may run; several targets rest on one step, which is run once."""
+    """Runs and renders the planned targets; a step that several of them need runs once.
+
+    Args:
+        targets: conf/paper.yaml.
+        plan: target -> steps.
+        outcome: filled with the outcome of each target.
+        pocket: renders the results of the pocket family.
+    """
     results: dict[str, bool] = {}
     for name, steps in plan.items():
         start = time.time()
@@ -178,6 +196,7 @@ def _run_all(
 
 
 def _made(name: str, *, pocket: bool) -> list[Path]:
+    """The files that a target's rendering writes."""
     prefix = "pocket_" if pocket else ""
     if name.startswith("fig"):
         stem = ROOT / "results" / "figures" / f"{prefix}{name}"
@@ -186,7 +205,7 @@ def _made(name: str, *, pocket: bool) -> list[Path]:
 
 
 def _command(step: "Step") -> list[str]:
-    """The step as a command; training takes as many GPUs as its batch can be dealt out to."""
+    """The step as a command; training runs on as many GPUs as can share its batch evenly."""
     from reproduce_checks import TRAIN, memory_gb, training_cards
 
     script, *given = shlex.split(step.command)
@@ -199,12 +218,13 @@ def _command(step: "Step") -> list[str]:
 
 
 def _run(command: Sequence[str]) -> bool:
+    """Runs a command; returns whether it succeeded."""
     print(f"\n$ {shlex.join(command)}", flush=True)
     start = time.time()
     with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT) as step:
         try:
             status = step.wait()
-        except KeyboardInterrupt:  # the step ends as orderly as we do, and before us
+        except KeyboardInterrupt:  # let the step end in good order, before we do
             step.terminate()
             with suppress(subprocess.TimeoutExpired):
                 step.wait(_PATIENCE_S)
@@ -215,6 +235,7 @@ def _run(command: Sequence[str]) -> bool:
 
 
 def _summary(outcome: Mapping[str, tuple[bool, str]]) -> None:
+    """Prints the outcome of each target."""
     print()
     for name, (bad, text) in outcome.items():
         print(f"{'NO ' if bad else 'ok '} {name:<8} {text}", flush=True)

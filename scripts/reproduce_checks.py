@@ -1,4 +1,4 @@
-"""What stands in the way of a step of scripts/reproduce.py, found out before anything runs."""
+"""Checks the steps of scripts/reproduce.py before anything runs."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ TRAIN = "scripts/train_expert.py"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a target, and what it takes (estimates).
+    """One command of a target, and estimates of the hardware and time that it needs.
 
     Attributes:
         command: a script of this repository and its arguments.
@@ -46,7 +46,7 @@ class Step:
     gpu_hours: float = 0
 
     def needs(self) -> str:
-        """What it takes, in words; "" for nothing worth saying."""
+        """The estimates in words; "" where there are none."""
         if not (self.gpu_memory_gb or self.disk_gb or self.gpu_hours):
             return ""
         return (
@@ -57,18 +57,22 @@ class Step:
 
 @dataclass
 class Checker:
-    """Checks targets in the order in which they would run.
+    """Checks targets in the order in which they will run.
 
     Attributes:
         online: whether the model hub can be reached.
-        made: folders that the steps checked so far will make.
+        made: the folders that the steps checked so far will make.
     """
 
     online: bool
     made: set[Path] = field(default_factory=set)
 
     def check(self, steps: Sequence[Step]) -> tuple[list[Step], list[str]]:
-        """A target's steps with their needs filled in, and what stands in its way, a line each."""
+        """Checks one target.
+
+        Returns:
+            Its steps, with the estimates of their experiments, and one line for each problem.
+        """
         found = _Found()
         filled = []
         for step in steps:
@@ -99,7 +103,7 @@ class Checker:
         return step
 
     def _run(self, step: Step, overrides: list[str], found: "_Found") -> Step:
-        # a sweep's points differ in values that need no check: its first one stands for all
+        # The points of a sweep differ in values that need no check, so only the first is checked.
         cfg = _compose("config", [o if "=[" in o else o.split(",")[0] for o in overrides])
         need = cfg.needs
         step = Step(step.command, need.gpu_memory_gb, need.disk_gb, need.gpu_hours)
@@ -114,7 +118,7 @@ class Checker:
             for role, member in members.items()
             if not self._to_be_made(member) and not self._absent(member.id, member.revision, found)
         ]
-        # each model for itself, so that every missing licence is named; then their vocabulary
+        # Each model alone, so that every missing licence is named; then their common vocabulary.
         good = [not found.refusal(_check, cfg, [role]) for role in there]
         if all(good) and len(there) == len(roles):
             found.refusal(_check, cfg, list(cfg.systems))
@@ -125,22 +129,23 @@ class Checker:
         return step
 
     def _of_task(self, check: Any, cfg: DictConfig, name: str, what: str, found: "_Found") -> None:
-        """Notes what a task lacks; without the hub, all that only it could give in one line."""
+        """Notes what a task lacks. Without the hub, all missing downloads share one line."""
         try:
             check(cfg, name)
         except (ValueError, OSError) as error:
-            # a key or a leave that is missing has no cause; a failed download has
+            # A failed download has a cause; a missing key or permission has none.
             if self.online or error.__cause__ is None:
                 found.problems.append(explain(error))
             else:
                 found.absent.append(what)
 
     def _to_be_made(self, member: DictConfig) -> bool:
+        """Whether an earlier step will make a model or its adapter."""
         places = [Path(ROOT, str(place)) for place in (member.id, member.adapter) if place]
         return any(place in self.made and not place.exists() for place in places)
 
     def _absent(self, model: str, revision: str | None, found: "_Found") -> bool:
-        """Whether a model is on the hub alone, and that cannot be reached; notes it."""
+        """Whether a model is only on the hub, which cannot be reached; notes it."""
         if self.online or model.count("/") != 1 or Path(ROOT, model).exists():
             return False
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
@@ -151,7 +156,7 @@ class Checker:
 
 @dataclass
 class _Found:
-    """What stands in the way of one target; the largest need speaks for the smaller ones."""
+    """The problems of one target; of all its steps' needs, the largest counts."""
 
     problems: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -161,7 +166,14 @@ class _Found:
     def needs(
         self, step: Step, folder: Path, models: Sequence[str] = (), *, cards: int | None = None
     ) -> None:
-        """Notes a step's memory on so many cards (all), and what a disk lacks of these models."""
+        """Notes the memory that a step needs, and the disk space for models not in the cache.
+
+        Args:
+            step: with its estimates.
+            folder: the disk's.
+            models: hub ids.
+            cards: how many GPUs share the memory; None for all.
+        """
         if cards is None:
             cards = torch.cuda.device_count()
         self.gpu_memory_gb[cards] = max(self.gpu_memory_gb.get(cards, 0), step.gpu_memory_gb)
@@ -169,7 +181,7 @@ class _Found:
         self.disk_gb[folder] = max(self.disk_gb.get(folder, 0), need)
 
     def refusal(self, check: Any, *arguments: Any) -> bool:
-        """Notes what a check refuses; returns whether it did."""
+        """Runs a check and notes its error; returns whether there was one."""
         try:
             check(*arguments)
         except (ValueError, OSError) as error:
@@ -178,7 +190,7 @@ class _Found:
         return False
 
     def lines(self) -> list[str]:
-        """Everything, each once."""
+        """All problems, each once, a line each."""
         lines = []
         for cards, need in self.gpu_memory_gb.items():
             here = sum(memory_gb(card) for card in range(cards))
@@ -198,12 +210,12 @@ class _Found:
 
 
 def memory_gb(card: int) -> float:
-    """A GPU's memory."""
+    """A GPU's memory, in GB."""
     return torch.cuda.get_device_properties(card).total_memory / 1e9
 
 
 def training_cards() -> int:
-    """How many of the GPUs share out the paper's batch of 128, four examples at a time."""
+    """How many of the GPUs can share the paper's batch of 128 evenly, four examples at a time."""
     cards = torch.cuda.device_count()
     return max((n for n in (1, 2, 4, 8, 16, 32) if n <= cards), default=0)
 
@@ -216,21 +228,21 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _check(cfg: DictConfig, systems: list[str]) -> None:
-    """The settings and models of some systems."""
+    """Checks the settings and models of some systems."""
     part = cfg.copy()
     part.systems, part.stage = systems, "generate"
     check_before_models(part)
 
 
 def _check_task(cfg: DictConfig, name: str) -> None:
-    """The judge, the key, the leave to run programs that one task needs."""
+    """Checks what one task needs: its judge, its key, the permission to run programs."""
     part = cfg.copy()
     part.stage, part.task = "score", {name: cfg.task[name]}
     check_before_models(part)
 
 
 def _load_data(cfg: DictConfig, name: str) -> None:
-    """One task's data."""
+    """Loads one task's data."""
     instantiate(cfg.task[name], _convert_="all").examples()
 
 

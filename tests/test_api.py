@@ -1,4 +1,4 @@
-"""The Python API: prompts of every kind, streaming, callbacks, and what it refuses."""
+"""The Python API: prompts of every kind, streaming, callbacks, refusals."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark script: that it measures what it says, on models too small to time."""
+"""The benchmark script: its measurements are right, on models too small to time."""
 
 import json
 import sys

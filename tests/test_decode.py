@@ -23,7 +23,7 @@ TRIPLE = (tiny_model("llama", 1, hidden=48), tiny_model("llama", 2), tiny_model(
 
 
 class Watched:
-    """A member that counts what is asked of it, and may run out of memory."""
+    """A system that counts its calls and may run out of memory."""
 
     def __init__(self, member, most_rows=None):
         self.member = member
@@ -165,7 +165,7 @@ def test_other_errors_are_not_taken_for_missing_memory():
 
 
 def test_requests_are_taken_as_they_are_needed():
-    """Many prompts need no more rows, waiting or running, than few."""
+    """A long list of prompts has as few rows, waiting or running, as a short one."""
     generator, system = watched()
     taken = 0
     decoding = proxytune.api.make_decoding(max_new_tokens=3)
@@ -182,7 +182,7 @@ def test_requests_are_taken_as_they_are_needed():
         ahead = max(ahead, taken - done)
     assert taken == 100
     assert ahead <= 4 + 4 + 4
-    assert system.member.member.cache.slots == 0  # given back at the end
+    assert system.member.member.cache.slots == 0  # the memory is freed at the end
 
 
 def test_eos_ids_are_those_of_every_source():
@@ -325,9 +325,9 @@ def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_t
         assert tokens == sum(2 + i % 3 for i in range(count))
         return peak, system
 
-    measure(20)  # what is loaded at the first use is no row's memory
+    measure(20)  # memory that the first use loads does not count
     few, of_few = measure(100)
     many, of_many = measure(10_000)
-    assert many < few + 200_000  # bytes: 20 a prompt would show
+    assert many < few + 200_000  # 20 bytes per prompt would be too many
     assert of_many.most_tokens <= 16 * 5 and of_few.most_tokens <= 16 * 5
     assert of_many.steps == pytest.approx(100 * of_few.steps, rel=0.3)

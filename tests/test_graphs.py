@@ -20,7 +20,7 @@ PROMPTS = [list(range(3, 3 + length)) for length in (4, 9, 20, 5, 30)]
 
 
 class Tracer:
-    """Counts recordings and replays; refuses what a CUDA graph could not record."""
+    """Counts recordings and replays; refuses operations that a CUDA graph cannot record."""
 
     def __init__(self):
         self.recordings = self.replays = 0

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the top down. Rooms on one floor may import each other, as long as no circle comes about.
+# From the top down. Rooms on one floor may import each other, but not in a circle.
 FLOORS = (
     ("harness", "cli"),
     ("experiment", "training"),
@@ -106,7 +106,7 @@ def test_the_core_imports_torch_transformers_and_numpy_alone():
     heavy = {}
     for module in core:
         if module.startswith("proxytune.members.api."):
-            continue  # loaded for a base behind an API only
+            continue  # imported only for a base behind an API
         for node in ast.parse(modules()[module].read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,4 +1,4 @@
-"""Loading: what is refused before any weights are read, adapters, members without a cache."""
+"""Loading: refusals before any weights are read, adapters, members without a cache."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_surplus_tokens_behind_the_shared_ones_are_cut():
     sizes = {"base": 304, "expert": 302}
     assert len(expert) == 302
     assert common_vocabulary({"base": base, "expert": expert}, sizes) == 300
-    # Also the other way round, for what was added behind the vocabulary ...
+    # Also the other way round, for tokens added after the vocabulary ...
     assert common_vocabulary({"base": expert, "expert": base}, sizes) == 300
     # ... and where a model has fewer rows than its tokenizer has tokens.
     assert common_vocabulary({"base": expert}, {"base": 301}) == 301

@@ -43,7 +43,7 @@ def test_first_prompt_is_the_releases(name, task, tokenizer):
 
 def test_every_example_prompt_of_the_release(shared, tokenizer):
     files = sorted((shared / "published").glob("*/*/example*prompt.txt"))
-    files = [f for f in files if f.parent.parent.name != "ds1000"]  # tests of its own
+    files = [f for f in files if f.parent.parent.name != "ds1000"]  # has tests of its own
     assert len(files) == 27
     made = {}
     for file in files:

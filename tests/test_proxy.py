@@ -20,7 +20,7 @@ def triple(arch: str, **base_more):
 
 
 def brute_force(models, prompts, count, alpha=1.0, banned=()):
-    """Greedy tokens by the formula, every model reading everything again for every token."""
+    """Greedy tokens by the formula; every model reads everything again for every token."""
     read = {role: list(prompts[role]) for role in ROLES}
     out = []
     with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_equal_base_and_antiexpert_leave_the_expert():
 def test_padded_logits_are_cut_to_what_all_members_share():
     base = tiny_model("llama", 1, vocab=320)
     expert, antiexpert = tiny_model("llama", 2, vocab=304), tiny_model("llama", 3, vocab=300)
-    with torch.no_grad():  # the rows behind the tokenizer's must not win
+    with torch.no_grad():  # tokens that the tokenizer does not have must not win
         base.lm_head.weight[300:] = 50 * base.lm_head.weight[5]
         expert.lm_head.weight[300:] = -50 * expert.lm_head.weight[5]
     generator = proxytune.load(base, expert, antiexpert, tokenizer=TOKENIZER)

@@ -105,7 +105,7 @@ def test_a_triples_samples_follow_the_formula(speculative):
     for generation in got:
         counts[tuple(generation.token_ids)] += 1
     assert float(counts[exact == 0].sum()) == 0
-    # Cells with few expected draws are put together, as the test asks for.
+    # Cells with few expected draws are merged: the chi-square test requires that.
     small = (exact > 0) & (exact * count < 10)
     observed = [*counts[exact * count >= 10].tolist(), float(counts[small].sum())]
     expected = [*(exact[exact * count >= 10] * count).tolist(), float(exact[small].sum()) * count]
@@ -120,7 +120,7 @@ def test_noise_is_standard_gumbel_and_the_same_everywhere():
     streams = torch.tensor([position_stream(sample_stream(0, "a", 0), p) for p in range(40)])
     noise = gumbel_noise(streams, torch.arange(500))
     assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
-    # Neighbouring positions and neighbouring tokens have nothing to do with each other.
+    # Neighbouring positions and neighbouring tokens are uncorrelated.
     for one, other in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):
         correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
         assert abs(float(correlation)) < 4 / math.sqrt(one.numel())

@@ -55,7 +55,7 @@ def test_a_single_model_with_a_draft_model_writes_its_own_text():
             assert [each.token_ids for each in got] == [each.token_ids for each in want]
         pace = generator._pace(5)
         assert pace.accepted <= pace.drafted
-        if draft is base:  # only what was drafted beyond a completion's end can be wrong
+        if draft is base:  # only tokens drafted beyond a completion's end can be wrong
             assert pace.accepted == pace.drafted
 
 
@@ -82,7 +82,7 @@ def test_recording_forces_lockstep_and_keeps_the_text():
 
 
 def simulate(pace: Pace, acceptance: float, small: float, tokens: int, rows: int = 1) -> float:
-    """Seconds per token, of a base that costs 1 per pass and 0.04 per further token of a block."""
+    """Seconds per token; a pass of the base takes 1, and 0.04 for each further token of a block."""
     rng = random.Random(0)
     clock, made = 0.0, 0
     while made < tokens * rows:

@@ -18,7 +18,7 @@ from proxytune.files import folder_name, shipped
 
 def run() -> None:
     """Composes conf/config.yaml and runs the experiment."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before we can explain
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # without it, Hydra exits before we can explain
     guarded(lambda: _compose(_run))
 
 
@@ -37,7 +37,7 @@ def _compose(main: Callable[[], object]) -> None:
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def _run(cfg: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        # each point of a sweep is a configuration of its own, so it gets a folder of its own
+        # Each point of a sweep is another configuration, so it gets another folder.
         point = HydraConfig.get().job.override_dirname
         cfg.output_dir = f"{cfg.output_dir}/{folder_name(point)}" if point else cfg.output_dir
 
@@ -47,7 +47,7 @@ def _run(cfg: DictConfig) -> None:
 
         run_experiment(cfg)
 
-    # inside of Hydra's own handler, which would print a line of its own before ours
+    # Called inside of Hydra's own handler, which would otherwise print a line before ours.
     guarded(experiment)
 
 

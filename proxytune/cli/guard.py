@@ -43,15 +43,15 @@ def guarded(
     Ctrl-C, SIGTERM and SIGHUP end in one line, too, and exit code 130, 143 or 129.
 
     Args:
-        command: what to call.
-        again: what to know about starting it again, for the line after an interrupt.
+        command: the function to call.
+        again: what the same command does if it is started again; said after an interrupt.
     """
-    if sys.stderr is None or not sys.stderr.isatty():  # bars of downloads would fill a log file
+    if sys.stderr is None or not sys.stderr.isatty():  # progress bars would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with interruptible():
             command()
-            sys.stdout.flush()  # here, where an error of it is explained
+            sys.stdout.flush()  # its errors are explained here, too
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         _say(f"{stopped.said}; {again}" if again else stopped.said)
@@ -127,7 +127,7 @@ def explain(error: BaseException) -> str:
 
 
 def _no_such_key(full_key: str, parent: Any) -> str:
-    """A key that a task's file does not have: misspelt, or one that `+` adds."""
+    """One line for a key that a task's file does not have: it is misspelt, or needs a `+`."""
     where, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
     if where == "task":
@@ -138,5 +138,6 @@ def _no_such_key(full_key: str, parent: Any) -> str:
 
 
 def _close(name: str, known: Sequence[str]) -> str:
+    """A question that names the known word most like `name`; "" if there is none."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# `timeout`, make and shells send a signal to a process and to its group; that is one interrupt
+# `timeout`, make and shells may send a signal twice: to a process and to its group. Signals within
+# this time are one interrupt.
 _ONE_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asks this process to end; everything between closes what it has open.
+    """A signal asked this process to end. It is raised so that open files and sockets are closed.
 
     Attributes:
-        exit_code: what a shell reports of a process that the signal ended (130 for Ctrl-C).
+        exit_code: a shell's code for a process that the signal ended (130 for Ctrl-C).
+        said: the signal, for people.
     """
 
     def __init__(self, number: int) -> None:
@@ -28,19 +30,19 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises `Interrupted` in the block when the process is told to end.
+    """Raises `Interrupted` in the block when SIGINT, SIGTERM or SIGHUP arrives.
 
-    A signal that is ignored (`nohup`) or has a handler already stays as it is.
+    A signal that is ignored (`nohup`) or already has a handler keeps its handling.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python hands signals to the main thread only
+        yield  # Python delivers signals to the main thread only
         return
     process = os.getpid()
     first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if os.getpid() != process:  # a forked child dies of it as ever
+        if os.getpid() != process:  # a forked child ends by the signal, as it would without us
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         now = time.monotonic()

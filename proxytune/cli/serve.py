@@ -1,4 +1,4 @@
-"""`proxytune serve`: loads a system, binds the port, and runs the app by uvicorn."""
+"""`proxytune serve`: binds the port, loads a system, and runs the app with uvicorn."""
 
 import ipaddress
 import logging
@@ -25,13 +25,14 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         triple: the chosen file of conf/triple, for the model's name.
 
     Raises:
-        ValueError: the configuration asks for something that cannot be; a port that is taken.
+        ValueError: the configuration is impossible, or the port is taken.
     """
     settings = ServerSettings(**{each.name: cfg[each.name] for each in fields(ServerSettings)})
     if cfg.system not in SYSTEMS:
         raise ValueError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
     name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
-    with _bind(cfg.host, cfg.port) as listener:  # what takes seconds comes behind a taken port
+    # Bind first: a taken port must fail before models load.
+    with _bind(cfg.host, cfg.port) as listener:
         host, port = listener.getsockname()[:2]
         if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
             log.warning("%s: others can reach this server, and it asks for no api_key", host)
@@ -45,14 +46,18 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
             timeout_graceful_shutdown=5,
         )
         server = _Server(config, f"{name} on http://{shown}:{port}/v1")
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(signal.SIGHUP, server.handle_exit)
-        with suppress(KeyboardInterrupt):  # how a server ends; uvicorn has closed everything
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; uvicorn has closed all
             server.run([listener])
 
 
 def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
-    """The app with the system's models in memory."""
+    """Loads the system's models; the app that serves them.
+
+    Raises:
+        ValueError: the triple lacks a model, or the models do not fit.
+    """
     import torch
 
     from proxytune.api import load
@@ -70,7 +75,7 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
             )
     if cfg.machine.threads:
         torch.set_num_threads(cfg.machine.threads)
-    # A prompt that is too long is the client's mistake, and the client hears of it.
+    # No warning about a prompt that is too long: the client gets an error.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     specs = model_specs(cfg)
     members: dict[str, Any] = check_models({role: specs[each] for role, each in roles.items()})
@@ -81,7 +86,11 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; it begins to listen when the models are there."""
+    """A socket bound to the address; it does not listen before the models are loaded.
+
+    Raises:
+        ValueError: there is no such address, or the port is taken.
+    """
     if not 0 <= port < 2**16:
         raise ValueError(f"port={port}: a port is a number up to 65535; 0 takes a free one")
     try:
@@ -103,7 +112,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Says where it is once it can be reached."""
+    """A uvicorn server that prints its address once it can be reached."""
 
     def __init__(self, config: uvicorn.Config, place: str) -> None:
         super().__init__(config)

@@ -54,7 +54,7 @@ def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
         if only and name not in only:
             continue
         task = instantiate(settings, _convert_="all")
-        if not hasattr(task, "score_all"):
+        if task.runs_itself:
             reason = "lm-evaluation-harness scores while it asks; its numbers stand in result.json"
             to.skipped.append((name, "all", reason))
             continue

@@ -1,11 +1,16 @@
-"""What a benchmark is: examples to ask, and a way to score the completions."""
+"""What a benchmark is.
+
+`Task`         its examples are asked by us; it scores the completions.
+`SelfRunTask`  it asks and scores by itself (another harness).
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
-from proxytune.records import Decoding, Example, Score
+from proxytune.records import Decoding, Example, Metric, Score
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Task(ABC):
         metrics: metric -> how it is shown; the first one is the task's headline.
         decoding: how the paper draws completions for this task, as the field's default. A
             mapping (from a configuration file) replaces single settings of that default.
+        runs_itself: False; tells the runner that this is no `SelfRunTask`.
     """
 
+    runs_itself: ClassVar[bool] = False
     name: str
     metrics: ClassVar[dict[str, MetricInfo]]
     decoding: Decoding
@@ -79,6 +86,82 @@ class Task(ABC):
             texts: [example][sample]
         """
         return [self.score(e, t) for e, t in zip(examples, texts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The numbers that a `SelfRunTask` found for one system.
+
+    Attributes:
+        metrics: its aggregates, with its standard errors.
+        scores: per document, the metrics that are means over documents; for paired tests.
+        infos: metric -> how it is shown.
+    """
+
+    metrics: list[Metric]
+    scores: list[Score]
+    infos: dict[str, MetricInfo]
+
+
+class SelfRunTask(ABC):
+    """A benchmark that asks a system and scores its answers by itself.
+
+    Attributes:
+        runs_itself: True; tells the runner to call `run` instead of asking examples.
+    """
+
+    runs_itself: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The task's name in tables and folders."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuses, before a model is loaded, a run that could not be finished.
+
+        Raises:
+            ValueError: the message names the mistake and the way out.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The settings and versions that the answers depend on besides the system, as JSON."""
+
+    @abstractmethod
+    def finished(self, folder: Path, limit: int | None) -> bool:
+        """Whether the folder of one system holds the result for this limit."""
+
+    @abstractmethod
+    def run(
+        self,
+        generator: Any,
+        folder: Path,
+        system: str,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        batch_size: int | str = "auto",
+    ) -> Outcome:
+        """Asks one system, scores its answers, and stores the result in its folder.
+
+        Args:
+            generator: a `proxytune.api.Generator`.
+            folder: of this system and task; a killed run goes on from what it kept there.
+            system: the system's name, for the metrics.
+            limit: first documents only; None is all of them.
+            seed: of everything that is drawn at random.
+            batch_size: rows at once, or "auto".
+        """
+
+    @abstractmethod
+    def result(self, folder: Path) -> Outcome:
+        """The stored result of one system.
+
+        Raises:
+            ValueError: there is none yet.
+        """
 
 
 def _override(decoding: Decoding, changes: Mapping[str, Any]) -> Decoding:

@@ -17,29 +17,14 @@ from typing import Any
 from proxytune.files import write_json, write_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt, Score
 from proxytune.results import stats
-from tasks.base import MetricInfo
+from tasks.base import MetricInfo, Outcome, SelfRunTask
 
 _RESULT = "result.json"
 _Z95 = 1.959963984540054  # lm-eval gives standard errors; the interval is the normal one
 
 
 @dataclass(frozen=True)
-class LmEvalResult:
-    """What lm-eval found for one system.
-
-    Attributes:
-        metrics: lm-eval's aggregates, with its standard errors.
-        scores: per document, the metrics that are means over documents; for paired tests.
-        infos: metric -> how it is shown.
-    """
-
-    metrics: list[Metric]
-    scores: list[Score]
-    infos: dict[str, MetricInfo]
-
-
-@dataclass(frozen=True)
-class LmEvalTask:
+class LmEvalTask(SelfRunTask):
     """One name as in `lm_eval --tasks`. The runner calls `run` instead of `examples` and `score`.
 
     A cell's folder gets lm-eval's answers as they come (`answers*`) and, at the end, result.json:
@@ -89,7 +74,7 @@ class LmEvalTask:
         path = folder / _RESULT
         return path.exists() and json.loads(path.read_text())["limit"] == limit
 
-    def result(self, folder: Path) -> LmEvalResult:
+    def result(self, folder: Path) -> Outcome:
         """The stored result of a cell.
 
         Raises:
@@ -99,7 +84,7 @@ class LmEvalTask:
         if not path.exists():
             raise ValueError(f"{folder} holds no {_RESULT} of lm-eval; run with stage=all first")
         stored = json.loads(path.read_text())
-        return LmEvalResult(
+        return Outcome(
             metrics=[Metric(**row) for row in stored["metrics"]],
             scores=[Score(**row) for row in stored["scores"]],
             infos={name: MetricInfo(**row) for name, row in stored["infos"].items()},
@@ -114,7 +99,7 @@ class LmEvalTask:
         limit: int | None = None,
         seed: int = 0,
         batch_size: int | str = "auto",
-    ) -> LmEvalResult:
+    ) -> Outcome:
         """Evaluates one system and stores what lm-eval found.
 
         Args:
@@ -194,7 +179,7 @@ def _answer(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> str:
 
 def _result(
     results: Mapping[str, Any], documents: Mapping[str, _Document], task_name: str, system: str
-) -> LmEvalResult:
+) -> Outcome:
     """lm-eval's results in our records."""
     samples: dict[str, list[dict[str, Any]]] = results["samples"]
     groups, better = results.get("groups") or {}, results["higher_is_better"]
@@ -239,7 +224,7 @@ def _result(
         else m
         for m in metrics
     ]
-    return LmEvalResult(metrics, scores, infos)
+    return Outcome(metrics, scores, infos)
 
 
 def _metric(task: str, system: str, name: str, value: float, stderr: Any, count: int) -> Metric:

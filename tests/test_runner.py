@@ -5,15 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from proxytune.experiment import runner
-from proxytune.experiment.cells import Cell
+from proxytune.experiment.cells import CellScores, TaskCell
 from proxytune.files import read_jsonl
 from proxytune.records import Decoding, Metric, Score
 
 
-class ScoredCell(Cell):
+class ScoredCell(TaskCell):
     def score(self):
         metric = Metric("open", self.system, "true", value=1.0, n=1, n_examples=1)
-        return [metric], [Score("0", {"true": 1.0})]
+        return CellScores([metric], [Score("0", {"true": 1.0})])
 
 
 def cells(folder, judge, systems) -> list[Any]:

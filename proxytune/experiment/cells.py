@@ -1,30 +1,41 @@
-"""One (system, task) cell of an experiment: what to generate, where, and what it rests on."""
+"""The cells of an experiment: one system on one task, what it still lacks, and its scores.
+
+A cell's identity (cell.json) holds everything that its completions depend on. A results folder is
+resumed only where the identities agree.
+"""
 
 import copy
 import dataclasses
 import fcntl
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterator
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config.schema import to_dict
-from proxytune.files import read_jsonl, write_json, write_jsonl
-from proxytune.records import (
-    Completion,
-    Decoding,
-    Example,
-    Metric,
-    Score,
+from proxytune.experiment.completions import (
+    CompletionStore,
+    RenderedPrompt,
+    Stored,
+    read_completions,
+    render_prompts,
 )
+from proxytune.experiment.progress import CellProgress
+from proxytune.files import JsonlWriter, write_json, write_jsonl
+from proxytune.records import Decoding, Example, Metric, Score
+from proxytune.results import stats
 from proxytune.roles import MEMBERS, ORDER
+
+if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
+    from proxytune.generator import Generator
 
 log = logging.getLogger(__name__)
 
@@ -33,162 +44,349 @@ DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How a run generates, whatever the task; each as in `config.schema.DecodingConfig`.
+
+    Attributes:
+        seed: of sampling.
+        batch_size: rows decoded at once, or "auto".
+        speculative: "auto", False, or a fixed number of drafted tokens.
+        trace: record each token's probabilities under the proxy system's members.
+    """
+
+    seed: int = 0
+    batch_size: Any = "auto"
+    speculative: Any = "auto"
+    trace: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CellScores:
+    """The scores of one cell.
+
+    Attributes:
+        metrics: one for each metric of the task.
+        scores: one for each scored example.
+        unfinished: "3 of 5" where only three of five examples have all their completions;
+            "" where all have.
+    """
+
+    metrics: list[Metric]
+    scores: list[Score]
+    unfinished: str = ""
+
+
 @dataclasses.dataclass
-class Cell:
-    """One system on one task: what to generate, and where it is kept."""
+class Cell(ABC):
+    """One system on one task.
+
+    Attributes:
+        task: the benchmark: a `tasks.base.Task` or `tasks.base.SelfRunTask`.
+        task_name: its name in folders and tables.
+        system: one of `roles.SYSTEMS`.
+        folder: where everything about this cell is kept.
+        identity: everything that the completions depend on, as in cell.json.
+    """
 
     task: Any
     task_name: str
     system: str
-    examples: list[Example]
-    decoding: Decoding
     folder: Path
     identity: dict[str, Any]
 
     @property
+    @abstractmethod
     def total(self) -> int:
-        """How many steps its progress bar has."""
+        """The number of steps that its progress bar has."""
+
+    @property
+    @abstractmethod
+    def infos(self) -> Mapping[str, Any]:
+        """Metric -> how it is shown (`tasks.base.MetricInfo`)."""
+
+    @property
+    @abstractmethod
+    def dataset_sha256(self) -> str | None:
+        """The hash of the examples, for run.json; None where the task does not show them."""
+
+    @abstractmethod
+    def missing(self) -> Sequence[Any]:
+        """The steps of `total` that are still to be generated."""
+
+    @abstractmethod
+    def generate(
+        self, generator: "Generator", settings: GenerationSettings, progress: CellProgress
+    ) -> dict[str, float] | None:
+        """Generates what is missing and stores it in the cell's folder.
+
+        Returns:
+            {"tokens": ..., "seconds": ...} of this session; None where tokens are not counted.
+
+        Raises:
+            OSError: the disk is full; everything finished is kept.
+        """
+
+    @abstractmethod
+    def score(self) -> CellScores:
+        """Scores the completions that the folder holds.
+
+        Raises:
+            ValueError: the judge failed, or there is nothing that could be scored.
+        """
+
+    @abstractmethod
+    def judged_by(self) -> dict[str, Any]:
+        """The judges that the scores depend on, as JSON; {} without any."""
+
+
+@dataclasses.dataclass
+class TaskCell(Cell):
+    """One system on a `tasks.base.Task`: we ask the examples, the task scores the completions.
+
+    Attributes:
+        examples: those that are asked, in the dataset's order.
+        decoding: how their completions are drawn.
+    """
+
+    examples: list[Example]
+    decoding: Decoding
+
+    @property
+    def total(self) -> int:
+        """The number of examples."""
         return len(self.examples)
 
     @property
-    def infos(self) -> Any:
-        """Metric -> how it is shown."""
+    def infos(self) -> Mapping[str, Any]:
+        """The task's metrics."""
         return self.task.metrics
 
     @property
+    def dataset_sha256(self) -> str | None:
+        """The hash of the whole dataset, whatever the limit."""
+        return self.identity["dataset"]["sha256"]
+
+    @property
     def completions_path(self) -> Path:
-        """Where finished completions are appended."""
+        """The file to which finished completions are appended."""
         return self.folder / "completions.jsonl"
 
-    def completions(self) -> dict[str, dict[int, Completion]]:
-        """The stored completions: example id -> sample -> completion."""
-        found: dict[str, dict[int, Completion]] = defaultdict(dict)
-        for completion in read_jsonl(self.completions_path, Completion):
-            found[completion.example_id][completion.sample] = completion
-        return found
-
     def missing(self) -> list[Example]:
-        """Examples that still lack a sample."""
-        done = self.completions()
-        return [e for e in self.examples if len(done.get(e.id, ())) < self.decoding.n]
+        """The examples that still lack a sample."""
+        return self._lacking(read_completions(self.completions_path))
 
-    def score(self) -> tuple[list[Metric], list[Score]]:
-        """Scores the examples that have all their completions."""
-        from proxytune.results import stats
+    def generate(
+        self, generator: "Generator", settings: GenerationSettings, progress: CellProgress
+    ) -> dict[str, float]:
+        """Asks the missing examples; each completion is on disk as soon as it is finished."""
+        stored = read_completions(self.completions_path)
+        missing = self._lacking(stored)
+        members = {role: generator.members[role] for role in generator.roles}
+        prompts = render_prompts(missing, members)
+        base = generator.system.members["base"]
+        self._log(base.estimate(_lengths(prompts), self.decoding, self._drafted(settings)))
+        start = time.perf_counter()
+        with JsonlWriter(self.completions_path) as writer:
+            store = CompletionStore(
+                writer,
+                missing,
+                prompts,
+                stored=stored,
+                samples=self.decoding.n,
+                progress=progress,
+            )
+            generator.generate(
+                [prompt.token_ids for prompt in prompts],
+                **dataclasses.asdict(self.decoding),
+                seed=settings.seed,
+                sample_keys=[example.id for example in missing],
+                speculative=settings.speculative,
+                batch_size=settings.batch_size,
+                record=settings.trace and self.system == "proxy",
+                on_finish=store.add,
+            )
+        self._log(base.spending())
+        return {"tokens": store.tokens, "seconds": round(time.perf_counter() - start, 2)}
 
-        done = self.completions()
-        complete = [e for e in self.examples if len(done.get(e.id, ())) >= self.decoding.n]
-        if len(complete) < len(self.examples):
+    def score(self) -> CellScores:
+        """Scores the examples that have all their completions; warns if some lack theirs."""
+        done = read_completions(self.completions_path)
+        lacking = {example.id for example in self._lacking(done)}
+        complete = [example for example in self.examples if example.id not in lacking]
+        if lacking:
             log.warning(
                 "%s/%s: %d of %d examples have their completions; only they are scored",
                 self.task_name,
                 self.system,
                 len(complete),
-                len(self.examples),
+                self.total,
             )
         texts = [[done[e.id][i].text for i in range(self.decoding.n)] for e in complete]
         scores: list[Score] = self.task.score_all(complete, texts)
-        return stats.metrics(self.task_name, self.system, scores), scores
+        return CellScores(
+            stats.metrics(self.task_name, self.system, scores),
+            scores,
+            f"{len(complete)} of {self.total}" if lacking else "",
+        )
+
+    def judged_by(self) -> dict[str, Any]:
+        """The task's judges."""
+        return self.task.judged_by()
+
+    def _lacking(self, stored: Stored) -> list[Example]:
+        return [e for e in self.examples if len(stored.get(e.id, ())) < self.decoding.n]
+
+    def _drafted(self, settings: GenerationSettings) -> bool:
+        """Whether the expert drafts tokens that the base verifies."""
+        lockstep = settings.speculative is False or settings.trace
+        return self.system == "proxy" and not lockstep
+
+    def _log(self, cost: str | None) -> None:
+        if cost:
+            log.info("%s, %s: %s", self.task_name, self.system, cost)
 
 
 @dataclasses.dataclass
-class HarnessCell:
-    """One system on a task that asks and scores by itself (lm-evaluation-harness).
+class HarnessCell(Cell):
+    """One system on a `tasks.base.SelfRunTask`, which asks and scores by itself.
 
-    The task has `identity()`, `finished(folder, limit)`, `run(generator, folder, system, ...)`
-    and `result(folder)`; see `tasks.lm_eval_task.LmEvalTask`.
+    Attributes:
+        limit: first documents of the task only; None is all of them.
     """
 
-    task: Any
-    task_name: str
-    system: str
     limit: int | None
-    folder: Path
-    identity: dict[str, Any]
-    total: int = 1
 
     @cached_property
-    def _result(self) -> Any:
+    def _outcome(self) -> Any:
         return self.task.result(self.folder)
 
     @property
-    def infos(self) -> Any:
-        """Metric -> how it is shown."""
-        return self._result.infos
+    def total(self) -> int:
+        """One: the task is run as a whole."""
+        return 1
+
+    @property
+    def infos(self) -> Mapping[str, Any]:
+        """The metrics that the stored result names."""
+        return self._outcome.infos
+
+    @property
+    def dataset_sha256(self) -> str | None:
+        """None: the other harness loads the documents."""
+        return None
 
     def missing(self) -> list[str]:
         """The task's name, unless its result is there."""
         return [] if self.task.finished(self.folder, self.limit) else [self.task_name]
 
-    def score(self) -> tuple[list[Metric], list[Score]]:
-        """What the task itself found."""
-        return self._result.metrics, self._result.scores
+    def generate(
+        self, generator: "Generator", settings: GenerationSettings, progress: CellProgress
+    ) -> None:
+        """Lets the task ask its documents and store its result."""
+        self.task.run(
+            generator,
+            self.folder,
+            self.system,
+            limit=self.limit,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+        )
+        progress.tokens(0)  # shows the bar
+        progress.advance()
+
+    def score(self) -> CellScores:
+        """The metrics and scores that the task itself computed."""
+        return CellScores(self._outcome.metrics, self._outcome.scores)
+
+    def judged_by(self) -> dict[str, Any]:
+        """{}: no judge of ours scores it."""
+        return {}
 
 
-def make_cells(cfg: DictConfig, tasks: dict[str, Any], output: Path) -> list[Cell | HarnessCell]:
-    """Every cell of a run: systems in the order in which they share models.
+def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[Cell]:
+    """Every cell of a run: task by task, systems in the order in which they share models.
+
+    Args:
+        cfg: a resolved `RunConfig`.
+        tasks: name -> benchmark.
+        output: the results folder; the examples are written to it.
 
     Raises:
-        ValueError: a dataset cannot be had, or names two examples alike.
+        ValueError: a dataset cannot be had, or two of its examples have the same id.
     """
-    cells: list[Cell | HarnessCell] = []
-    systems = sorted(cfg.systems, key=ORDER.index)
+    cells: list[Cell] = []
     for name, task in tasks.items():
-        if hasattr(task, "run"):
-            seed = {"seed": cfg.decoding.seed}
-            cells += [
-                HarnessCell(
-                    task=task,
-                    task_name=name,
-                    system=system,
-                    limit=cfg.limit,
-                    folder=output / name / system,
-                    identity=task.identity() | seed | _system_identity(cfg, system),
-                )
-                for system in systems
-            ]
-            continue
-        examples = task.examples()
-        if len({e.id for e in examples}) != len(examples):
-            raise ValueError(f"task {name}: two examples share an id")
-        dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
-        overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
-        decoding = dataclasses.replace(task.decoding, **overrides)
-        shown = examples[: cfg.limit]
-        write_jsonl(output / name / "examples.jsonl", shown)
-        for system in systems:
-            cells.append(
-                Cell(
-                    task=task,
-                    task_name=name,
-                    system=system,
-                    examples=shown,
-                    decoding=decoding,
-                    folder=output / name / system,
-                    identity={"dataset": dataset}
-                    | _system_identity(cfg, system)
-                    | {"decoding": _decoding_identity(decoding, cfg.decoding.seed)},
-                )
-            )
+        make = _harness_cells if task.runs_itself else _task_cells
+        cells += make(cfg, name, task, output / name)
     return cells
 
 
+def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[TaskCell]:
+    examples = task.examples()
+    if len({e.id for e in examples}) != len(examples):
+        raise ValueError(f"task {name}: two examples share an id")
+    dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
+    overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
+    decoding = dataclasses.replace(task.decoding, **overrides)
+    asked = examples[: cfg.limit]
+    write_jsonl(folder / "examples.jsonl", asked)
+    return [
+        TaskCell(
+            task=task,
+            task_name=name,
+            system=system,
+            folder=folder / system,
+            identity={"dataset": dataset}
+            | _system_identity(cfg, system)
+            | {"decoding": _decoding_identity(decoding, cfg.decoding.seed)},
+            examples=asked,
+            decoding=decoding,
+        )
+        for system in _in_order(cfg.systems)
+    ]
+
+
+def _harness_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[HarnessCell]:
+    seed = {"seed": cfg.decoding.seed}
+    return [
+        HarnessCell(
+            task=task,
+            task_name=name,
+            system=system,
+            folder=folder / system,
+            identity=task.identity() | seed | _system_identity(cfg, system),
+            limit=cfg.limit,
+        )
+        for system in _in_order(cfg.systems)
+    ]
+
+
+def _in_order(systems: Sequence[str]) -> list[str]:
+    return sorted(systems, key=ORDER.index)
+
+
+def _lengths(prompts: Sequence[RenderedPrompt]) -> list[int]:
+    """Tokens of each prompt as the base reads it."""
+    return [len(prompt.token_ids["base"]) for prompt in prompts]
+
+
 def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
-    """Everything that a system's completions depend on, and nothing else.
+    """Everything of a system that its completions depend on, and nothing else.
 
     The device, the batch size, the decoding strategy and the limit are left out: they change
-    which completions are made first, not what they say.
+    which completions are made first, not their text.
     """
     members = {}
     for role, name in MEMBERS[system].items():
         member = to_dict(cfg.triple[name])
         del member["device"]
-        member["quantization"] = member["quantization"] or None  # two ways to say none
+        member["quantization"] = member["quantization"] or None  # {} is none, too
         member |= provenance.model_facts(member)
-        for key in ("id", "adapter"):  # a local folder may move; its weights say what it is
+        for key in ("id", "adapter"):  # a local folder may move: its weights' hash identifies it
             if member[key] and (Path(member[key]).is_dir() or Path(member[key]).is_absolute()):
                 member[key] = Path(member[key]).name
-        if member["api"]:  # where it is and what it costs changes no answer
+        if member["api"]:  # its address and its prices change no answer
             member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
         members[role] = member
     identity: dict[str, Any] = {"system": system, "members": members}
@@ -202,11 +400,16 @@ def _decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
     return identity | ({"seed": seed} if decoding.temperature > 0 else {})
 
 
-def claim(cell: Cell | HarnessCell, stage: str) -> None:
+def claim(cell: Cell, stage: str) -> None:
     """Takes the cell's folder, or refuses it when it holds another configuration's completions.
 
+    Args:
+        cell: its folder gets cell.json, unless that is there already.
+        stage: "score" makes no new folder.
+
     Raises:
-        ValueError: the folder's completions depend on something else; nothing was changed.
+        ValueError: the folder's completions were made with another identity, or stage is "score"
+            and there are none; nothing was changed.
     """
     path = cell.folder / "cell.json"
     if path.exists():
@@ -229,14 +432,14 @@ def _comparable(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two identities without the facts of their models that only one of them knows.
 
-    Scoring needs no model, so it may be done where the models are not.
+    Scoring needs no model, so it may be done on a machine that does not have them.
     """
     one, other = copy.deepcopy(stored), copy.deepcopy(identity)
     for role in one["members"].keys() & other["members"].keys():
         pair = one["members"][role], other["members"][role]
         for fact, name in provenance.FACTS.items():
             known = [member.get(fact) is not None for member in pair]
-            # of a commit that both know, the name by which it was asked for says nothing more
+            # If both recorded the resolved commit, ignore the branch or tag it came from.
             unused = name if all(known) else fact
             for member in pair:
                 member.pop(unused, None)
@@ -245,10 +448,12 @@ def _comparable(
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes from generating into a results folder; a killed one frees it.
+    """Keeps other processes from generating into a results folder while the block runs.
+
+    The operating system frees the lock of a process that is killed.
 
     Raises:
-        ValueError: another process is at it.
+        ValueError: another process is generating into it.
     """
     with (folder / ".lock").open("w") as file:
         try:
@@ -263,6 +468,6 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def models_of(cell: Cell | HarnessCell) -> dict[str, Any]:
+def models_of(cell: Cell) -> dict[str, Any]:
     """Role of the triple -> the model that plays it in this cell."""
     return {MEMBERS[cell.system][role]: member for role, member in cell.identity["members"].items()}

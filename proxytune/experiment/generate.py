@@ -1,178 +1,138 @@
-"""Generating what the cells of a run still lack."""
+"""Generates the completions that a run's cells still lack, one system after the other."""
 
-import dataclasses
-import logging
-import time
-from collections import defaultdict
+import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from omegaconf import DictConfig
 
-from proxytune import provenance
-from proxytune.experiment.cells import Cell, HarnessCell
-from proxytune.experiment.progress import GenerationProgress, generation_progress
-from proxytune.files import JsonlWriter
-from proxytune.records import Completion
+from proxytune.experiment.cells import Cell, GenerationSettings
+from proxytune.experiment.progress import CellProgress, generation_progress
 from proxytune.roles import MEMBERS
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
+    from proxytune.generator import Generator
+    from proxytune.loading.spec import LoadedModel, ModelSpec
+
+
+class Pool(Protocol):
+    """Gives a run its systems; the place where a run is spread over several machines."""
+
+    def open(self, system: str) -> "Generator":
+        """Loads the system.
+
+        Of the generator, cells use `generate(prompts, sample_keys=..., on_finish=..., ...)`,
+        `members` (role -> prompt format and tokenizer) and the base's `estimate` and `spending`.
+        """
+        ...
 
 
 def generate(
-    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell | HarnessCell]
-) -> dict[str, Any]:
-    """Generates what is missing; returns system/task -> tokens and seconds of this session."""
-    throughput: dict[str, Any] = {}
-    by_system: dict[str, list[Cell | HarnessCell]] = defaultdict(list)
-    for cell in cells:
-        by_system[cell.system].append(cell)
-    pool = _Pool(cfg, specs)
-    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as progress:
-        for position, (system, group) in enumerate(by_system.items()):
-            todo = []
-            for cell in group:
-                missing = len(cell.missing())
-                progress.done(cell.system, cell.task_name, cell.total - missing)
-                todo += [cell] if missing else []
-            if not todo:
-                continue
-            later = list(by_system)[position + 1 :]
-            generator = pool.open(system, keep_for=later)
-            for cell in todo:
-                if isinstance(cell, HarnessCell):
-                    _run_harness(cfg, cell, generator, progress)
-                else:
-                    key = f"{cell.system}/{cell.task_name}"
-                    throughput[key] = _generate_cell(cfg, cell, generator, pool, progress)
-    pool.close()
+    cells: Sequence[Cell], pool: Pool, settings: GenerationSettings
+) -> dict[str, dict[str, float]]:
+    """Generates every cell's missing completions.
+
+    Args:
+        cells: of all systems and tasks; a system is opened only if one of its cells lacks
+            completions.
+        pool: opens the systems.
+        settings: the run's own settings of generation.
+
+    Returns:
+        "system/task" -> tokens and seconds of this session, for cells that count them.
+    """
+    throughput: dict[str, dict[str, float]] = {}
+    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as bars:
+        todo: dict[str, list[tuple[Cell, CellProgress]]] = {}
+        for cell, progress in zip(cells, bars, strict=True):
+            missing = len(cell.missing())
+            progress.done(cell.total - missing)
+            if missing:
+                todo.setdefault(cell.system, []).append((cell, progress))
+        for system, of_system in todo.items():
+            throughput |= _generate_system(pool.open(system), of_system, settings)
     return throughput
 
 
-def _generate_cell(
-    cfg: DictConfig,
-    cell: Cell,
-    generator: Any,
-    pool: "_Pool",
-    progress: GenerationProgress,
-) -> dict[str, float]:
-    from proxytune.loading.prompting import encode, render
+def _generate_system(
+    generator: "Generator",
+    todo: Sequence[tuple[Cell, CellProgress]],
+    settings: GenerationSettings,
+) -> dict[str, dict[str, float]]:
+    """Generates one system's cells.
 
-    stored, missing = cell.completions(), cell.missing()
-    prompts, hashes = [], []
-    for example in missing:
-        rendered = {
-            role: render(example.prompt, pool.specs[name].format, pool.tokenizer(name))
-            for role, name in MEMBERS[cell.system].items()
-        }
-        prompts.append(
-            {r: encode(p, pool.tokenizer(MEMBERS[cell.system][r])) for r, p in rendered.items()}
-        )
-        hashes.append({r: provenance.sha256_text(p.text) for r, p in rendered.items()})
-    base = generator.system.members["base"]
-    lengths = [len(prompt["base"]) for prompt in prompts]
-    lockstep = cfg.decoding.speculative is False or cfg.decoding.trace
-    drafted = cell.system == "proxy" and not lockstep
-    if estimate := base.estimate(lengths, cell.decoding, drafted):
-        log.info("%s, %s: %s", cell.task_name, cell.system, estimate)
-    tokens = 0
-    unfinished = [cell.decoding.n] * len(missing)
-    start = time.perf_counter()
-    with JsonlWriter(cell.completions_path) as writer:
-
-        def store(generation: Any) -> None:
-            nonlocal tokens
-            example = missing[generation.prompt_index]
-            tokens += len(generation.token_ids)
-            unfinished[generation.prompt_index] -= 1
-            if generation.sample not in stored.get(example.id, ()):
-                writer.write(
-                    Completion(
-                        example_id=example.id,
-                        sample=generation.sample,
-                        text=generation.text,
-                        raw_text=generation.raw_text,
-                        token_ids=list(generation.token_ids),
-                        finish_reason=generation.finish_reason,
-                        prompt_sha256=hashes[generation.prompt_index],
-                        extra=generation.extra,
-                    )
-                )
-            progress.tokens(cell.system, cell.task_name, len(generation.token_ids))
-            if unfinished[generation.prompt_index] == 0:
-                progress.advance(cell.system, cell.task_name)
-
-        generator.generate(
-            prompts,
-            **dataclasses.asdict(cell.decoding),
-            seed=cfg.decoding.seed,
-            sample_keys=[e.id for e in missing],
-            speculative=cfg.decoding.speculative,
-            batch_size=cfg.decoding.batch_size,
-            record=cfg.decoding.trace and cell.system == "proxy",
-            on_finish=store,
-        )
-    if spending := base.spending():
-        log.info("%s, %s: %s", cell.task_name, cell.system, spending)
-    return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
+    The generator lives no longer than this call: were it still referenced when the next system is
+    opened, its models would stay in memory beside the next ones.
+    """
+    throughput = {}
+    for cell, progress in todo:
+        spent = cell.generate(generator, settings, progress)
+        if spent is not None:
+            throughput[f"{cell.system}/{cell.task_name}"] = spent
+    return throughput
 
 
-def _run_harness(
-    cfg: DictConfig, cell: HarnessCell, generator: Any, progress: GenerationProgress
-) -> None:
-    cell.task.run(
-        generator,
-        cell.folder,
-        cell.system,
-        limit=cfg.limit,
-        seed=cfg.decoding.seed,
-        batch_size=cfg.decoding.batch_size,
-    )
-    progress.tokens(cell.system, cell.task_name, 0)
-    progress.advance(cell.system, cell.task_name)
+class ModelPool:
+    """Loads each model of a triple once, and frees it when no later system needs it.
 
+    Use it as a context manager: at its end every model is freed, so that judges find the memory
+    empty.
 
-class _Pool:
-    """Loads each model once, keeps it while a later system needs it, and frees it then."""
+    Args:
+        specs: role of the triple -> what to load.
+        systems: the systems in the order in which they will be opened; some may be left out.
+        alpha: scale on (expert - antiexpert).
+        cuda_graphs: as in `proxytune.api.load`.
+    """
 
-    def __init__(self, cfg: DictConfig, specs: dict[str, Any]) -> None:
-        self.cfg = cfg
-        self.specs = specs
-        self._models: dict[str, Any] = {}
+    def __init__(
+        self,
+        specs: dict[str, "ModelSpec"],
+        systems: Sequence[str],
+        *,
+        alpha: float,
+        cuda_graphs: bool,
+    ) -> None:
+        self._specs = specs
+        self._systems = list(systems)
+        self._alpha = alpha
+        self._cuda_graphs = cuda_graphs
+        self._models: dict[str, LoadedModel] = {}
 
-    def open(self, system: str, keep_for: Sequence[str]) -> Any:
-        """A generator of this system; models that only earlier systems used are freed."""
+    def open(self, system: str) -> "Generator":
+        """Frees the models that only earlier systems used, and loads those that are missing."""
         from proxytune.api import load
         from proxytune.loading.build import shares_weights
-        from proxytune.loading.load import load_member
 
         names = set(MEMBERS[system].values())
-        wanted = names | {name for later in keep_for for name in MEMBERS[later].values()}
-        for name in [n for n in self._models if n not in wanted]:
-            self._free(name)
-        if system == "proxy" and shares_weights(self.specs["expert"], self.specs["antiexpert"]):
-            # one copy of the weights carries both, so an earlier system's copies must go
-            for name in {"expert", "antiexpert"} & self._models.keys():
-                self._free(name)
+        systems = self._systems[self._systems.index(system) :]
+        wanted = {name for each in systems for name in MEMBERS[each].values()}
+        if system == "proxy" and shares_weights(self._specs["expert"], self._specs["antiexpert"]):
+            # One copy of the weights then serves both, so the copies of earlier systems must go.
+            wanted -= {"expert", "antiexpert"}
+        self._free(self._models.keys() - wanted)
         for name in ("antiexpert", "expert", "base", "tuned"):
             if name in names and name not in self._models:
-                share = self._models.get("antiexpert") if system == "proxy" else None
-                self._models[name] = load_member(self.specs[name], share=share)
-        members = {role: self._models[name] for role, name in MEMBERS[system].items()}
-        graphs = self.cfg.machine.cuda_graphs
-        return load(**members, alpha=self.cfg.alpha, cuda_graphs=graphs)
+                self._models[name] = self._load(name, system)
+        members: dict[str, Any] = {role: self._models[n] for role, n in MEMBERS[system].items()}
+        return load(**members, alpha=self._alpha, cuda_graphs=self._cuda_graphs)
 
-    def tokenizer(self, name: str) -> Any:
-        """The tokenizer of a loaded member."""
-        return self._models[name].tokenizer
+    def _load(self, name: str, system: str) -> "LoadedModel":
+        from proxytune.loading.load import load_member
 
-    def _free(self, name: str) -> None:
-        del self._models[name]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        share = self._models.get("antiexpert") if system == "proxy" else None
+        return load_member(self._specs[name], share=share)
 
-    def close(self) -> None:
-        """Frees every model, so that judges find the memory empty."""
-        for name in list(self._models):
-            self._free(name)
+    def _free(self, names: set[str]) -> None:
+        for name in names:
+            del self._models[name]
+        if names:
+            gc.collect()  # a model and its caches may refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> "ModelPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._free(set(self._models))

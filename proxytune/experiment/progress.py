@@ -1,4 +1,4 @@
-"""The progress bars of a run: one line a system and task, with its speed."""
+"""The progress bars of a run: one line for each (system, task), with its speed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,45 +8,47 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 
-class GenerationProgress:
-    """Bars of the (system, task) cells; a bar appears when its cell starts."""
+class CellProgress:
+    """The bar of one (system, task); it appears with the cell's first tokens."""
 
-    def __init__(self, bars: Progress, cells: Sequence[tuple[str, str, int]]) -> None:
+    def __init__(self, bars: Progress, system: str, task: str, total: int) -> None:
         self._bars = bars
-        self._ids: dict[tuple[str, str], TaskID] = {
-            (system, task): bars.add_task(
-                f"{system:<10} {task}", total=total, visible=False, start=False, tokens=0
-            )
-            for system, task, total in cells
-        }
-        self._tokens = dict.fromkeys(self._ids, 0)
+        self._bar = bars.add_task(
+            f"{system:<10} {task}", total=total, visible=False, start=False, tokens=0
+        )
+        self._tokens = 0
 
-    def done(self, system: str, task: str, examples: int) -> None:
-        """Shows what an earlier session finished."""
-        self._bars.update(self._ids[system, task], completed=examples)
+    def done(self, examples: int) -> None:
+        """Shows how many examples an earlier session finished."""
+        self._bars.update(self._bar, completed=examples)
 
-    def tokens(self, system: str, task: str, count: int) -> None:
+    def tokens(self, count: int) -> None:
         """Counts generated tokens for the speed column."""
-        bar = self._ids[system, task]
-        self._bars.start_task(bar)
-        self._tokens[system, task] += count
-        self._bars.update(bar, visible=True, tokens=self._tokens[system, task])
+        self._bars.start_task(self._bar)
+        self._tokens += count
+        self._bars.update(self._bar, visible=True, tokens=self._tokens)
 
-    def advance(self, system: str, task: str) -> None:
-        """One more example has all its samples."""
-        self._bars.advance(self._ids[system, task])
+    def advance(self) -> None:
+        """Counts one more example that has all its samples."""
+        self._bars.advance(self._bar)
 
 
 @contextmanager
-def generation_progress(cells: Sequence[tuple[str, str, int]]) -> Iterator[GenerationProgress]:
-    """Shows bars for cells of (system, task, examples) while the block runs."""
+def generation_progress(cells: Sequence[tuple[str, str, int]]) -> Iterator[list[CellProgress]]:
+    """Shows a bar for each cell while the block runs.
+
+    Args:
+        cells: (system, task, number of examples) of each.
+
+    Yields:
+        The bars, in the order of `cells`.
+    """
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -56,4 +58,4 @@ def generation_progress(cells: Sequence[tuple[str, str, int]]) -> Iterator[Gener
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bars:
-        yield GenerationProgress(bars, cells)
+        yield [CellProgress(bars, system, task, total) for system, task, total in cells]

@@ -25,14 +25,14 @@ from proxytune.config.schema import to_dict
 from proxytune.experiment.cells import (
     DECODING_OVERRIDES,
     Cell,
-    HarnessCell,
+    GenerationSettings,
     claim,
     make_cells,
     models_of,
     sole_writer,
 )
 from proxytune.experiment.checks import check_before_models, check_machine, check_writable
-from proxytune.experiment.generate import generate
+from proxytune.experiment.generate import ModelPool, generate
 from proxytune.files import read_jsonl, write_json, write_jsonl
 from proxytune.records import Metric
 from proxytune.results import paper
@@ -73,7 +73,7 @@ def _run(
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
-            session["generation"] = generate(cfg, specs, cells)
+            session["generation"] = _generate(cfg, specs, cells)
             tracker.log_throughput(session["generation"])
         metrics = []
         if cfg.stage != "generate":
@@ -91,19 +91,34 @@ def _run(
     return metrics
 
 
+def _generate(
+    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell]
+) -> dict[str, dict[str, float]]:
+    settings = GenerationSettings(
+        seed=cfg.decoding.seed,
+        batch_size=cfg.decoding.batch_size,
+        speculative=cfg.decoding.speculative,
+        trace=cfg.decoding.trace,
+    )
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    graphs = cfg.machine.cuda_graphs
+    with ModelPool(specs, systems, alpha=cfg.alpha, cuda_graphs=graphs) as pool:
+        return generate(cells, pool, settings)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _begin_run_json(
-    output: Path, cfg: DictConfig, cells: Sequence[Cell | HarnessCell], session: dict[str, Any]
+    output: Path, cfg: DictConfig, cells: Sequence[Cell], session: dict[str, Any]
 ) -> dict[str, Any]:
     path = output / "run.json"
     resolved = to_dict(cfg)
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
         run_json = json.loads(path.read_text())
-    datasets = {c.task_name: c.identity["dataset"]["sha256"] for c in cells if isinstance(c, Cell)}
+    datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
     models = {role: member for c in cells for role, member in models_of(c).items()}
     if cfg.stage == "score":  # which may be done where the models are not
         models |= run_json.get("models", {})
@@ -121,9 +136,7 @@ def _begin_run_json(
     return run_json
 
 
-def _score(
-    cells: Sequence[Cell | HarnessCell], output: Path
-) -> tuple[list[Metric], dict[str, str]]:
+def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str, str]]:
     """Writes every cell's scores, and the metrics; those of the folder's other cells are kept.
 
     Returns:
@@ -135,13 +148,13 @@ def _score(
     metrics: list[Metric] = []
     lacking: dict[str, list[str]] = defaultdict(list)
     for cell in cells:
-        found, scores = cell.score()
-        write_jsonl(cell.folder / "scores.jsonl", scores)
-        if isinstance(cell, Cell) and (judges := cell.task.judged_by()):
+        found = cell.score()
+        write_jsonl(cell.folder / "scores.jsonl", found.scores)
+        if judges := cell.judged_by():
             write_json(cell.folder / _JUDGES, judges)
-        metrics += found
-        if isinstance(cell, Cell) and len(scores) < cell.total:
-            lacking[cell.task_name].append(f"{cell.system} {len(scores)} of {cell.total}")
+        metrics += found.metrics
+        if found.unfinished:
+            lacking[cell.task_name].append(f"{cell.system} {found.unfinished}")
     if not metrics:
         raise ValueError(
             f"no example in {output} has all its completions yet; run with stage=all to go on"
@@ -155,10 +168,10 @@ def _score(
 
 
 def _judged_otherwise(
-    cells: Sequence[Cell | HarnessCell], others: set[tuple[str, str]], output: Path
+    cells: Sequence[Cell], others: set[tuple[str, str]], output: Path
 ) -> set[tuple[str, str]]:
     """Which other systems of these tasks had another judge: no table may compare them."""
-    judges = {cell.task_name: cell.task.judged_by() for cell in cells if isinstance(cell, Cell)}
+    judges = {cell.task_name: cell.judged_by() for cell in cells}
     odd = set()
     for task, system in sorted(others):
         path = output / task / system / _JUDGES
@@ -175,7 +188,7 @@ def _judged_otherwise(
 
 def _show(
     cfg: DictConfig,
-    cells: Sequence[Cell | HarnessCell],
+    cells: Sequence[Cell],
     metrics: list[Metric],
     unfinished: dict[str, str],
     tracker: Any,

@@ -76,11 +76,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
-    """Yields the records of a JSON Lines file; a line cut short by a crash ends it.
+    """Yields the records of a JSON Lines file; stops at a line that a crash cut short.
 
     Args:
         path: the file; a missing one holds no records.
-        record: the dataclass of a line; fields that it does not know are an error.
+        record: the dataclass of a line; an unknown field is an error.
 
     Raises:
         ValueError: a line before the last is not JSON, or does not fit the record.
@@ -104,8 +104,8 @@ def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
 class JsonlWriter:
     """Appends records (dataclasses) to a JSON Lines file, each on disk before the next.
 
-    A half line left by a killed writer is cut off first, so that a file never holds a broken line
-    in its middle. Use it as a context manager.
+    Opening the file cuts off the half line that a killed writer left, so a file never holds a
+    broken line in its middle. Use the writer as a context manager.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class JsonlWriter:
             self._file.truncate(kept)
 
     def write(self, record: Any) -> None:
-        """Appends one record; it survives a killed process, though not a power cut.
+        """Appends one record. It survives if the process is killed, but not a power cut.
 
         Raises:
             OSError: the disk is full; the half line is removed first.
@@ -126,7 +126,7 @@ class JsonlWriter:
         line = _dump(record)
         start = self._file.seek(0, os.SEEK_END)
         try:
-            # a raw file may write less than it is given when the disk is nearly full
+            # When the disk is nearly full, one write may write only a part of the line.
             while line:
                 line = line[self._file.write(line) or 0 :]
         except OSError as error:
@@ -151,7 +151,8 @@ def replace_file(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a crash leaves the old file or the new one, never half of one.
 
     Raises:
-        OSError: it cannot be written (the disk is full, say); the old file stays, and no other.
+        OSError: it cannot be written (the disk is full, say); the old file stays, and no partial
+            file is left.
     """
     temporary = path.with_name(path.name + ".part")
     try:

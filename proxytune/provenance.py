@@ -1,4 +1,7 @@
-"""What a number came from: run.json, and the identity of one (task, system) cell."""
+"""Facts that identify a run: versions, hardware, and hashes of models and datasets.
+
+They go into run.json and into the identity of each (system, task).
+"""
 
 import hashlib
 import importlib.metadata
@@ -36,7 +39,7 @@ _PACKAGES = [
 ]
 _HEAD_BYTES = 1 << 16
 
-# what `model_facts` finds -> the setting that it stands in for, where it says all about it
+# Fact that `model_facts` finds -> the setting that it makes redundant, if there is one.
 FACTS = {
     "weights": None,
     "commit": "revision",
@@ -53,12 +56,12 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_text(text: str) -> str:
-    """The SHA-256 of a text; surrogates are allowed, since a dataset may hold them."""
+    """The SHA-256 of a text, which may hold lone surrogates, as some datasets do."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def dataset_sha256(examples: Iterable[Example]) -> str:
-    """A hash of everything that a task asks and expects, in order."""
+    """A hash of all examples (ids, prompts, targets, rows), in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(sha256_json(asdict(example)).encode())
@@ -68,8 +71,8 @@ def dataset_sha256(examples: Iterable[Example]) -> str:
 def weights_fingerprint(model_id: str) -> str | None:
     """A cheap fingerprint of a local model folder; None for a hub id.
 
-    It reads sizes and both ends of every file, so that weights that were trained again under the
-    same name count as another model, without reading 140 GB.
+    It hashes the size and both ends of every file: enough to notice that weights were trained
+    again under the same name, without reading 140 GB.
     """
     folder = Path(model_id)
     if not folder.is_dir():
@@ -86,14 +89,14 @@ def weights_fingerprint(model_id: str) -> str | None:
 
 
 def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
-    """What the names in a member's configuration stand for on this machine.
+    """Resolves the names in a member's configuration to what this machine has under them.
 
     Args:
         member: the fields of a `ModelConfig`.
 
     Returns:
-        Those of `FACTS` that can be known: fingerprints of local folders, commits of hub
-        repositories as they were last fetched, the hash of the chat template that it reads.
+        Those of `FACTS` that this machine knows: fingerprints of local folders, the commits of
+        hub repositories in the cache, and the hash of the member's chat template.
     """
     facts = {
         "weights": weights_fingerprint(member["id"]),
@@ -116,12 +119,12 @@ def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _hub_commit(name: str, revision: str | None, file: str) -> str | None:
-    """The commit of a hub repository in the cache; None for a folder, and where it is not there."""
+    """The cached commit of a hub repository; None for a folder, or if it is not in the cache."""
     if Path(name).is_dir():
         return None
     try:
         found = try_to_load_from_cache(name, file, revision=revision)
-    except HFValidationError:  # a folder of another machine
+    except HFValidationError:  # the path of a folder on another machine
         return None
     return Path(found).parent.name if isinstance(found, str) else None
 
@@ -133,13 +136,13 @@ def _own_template_sha256(name: str, revision: str | None, trust_remote_code: boo
             name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError):
-        return None  # it is not on this machine
+        return None  # the model is not on this machine
     template = tokenizer.chat_template
     return sha256_text(template) if isinstance(template, str) else None
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout; None for both outside of one."""
+    """Commit and dirty flag of the checkout; both None outside of a git checkout."""
 
     def git(*arguments: str) -> str | None:
         if not IN_CHECKOUT:
@@ -157,7 +160,7 @@ def git_state() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package that can move a number."""
+    """The versions of Python and of every package that can change a result."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -168,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, in the words of a benchmark's caption."""
+    """The processor, threads and GPUs of this machine."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "platform": platform.platform(),
@@ -181,7 +184,7 @@ def hardware() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Everything about the process that is not configuration."""
+    """Command, commit, versions and hardware of this process."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_state(),

@@ -1,8 +1,10 @@
-"""Systems x tasks: generate what is missing, score, save. A killed run goes on where it stopped.
+"""Runs an experiment: generates what its cells lack, scores them, and writes the results.
 
-<output_dir>/run.json                        provenance
-<output_dir>/<task>/examples.jsonl           what was asked
-<output_dir>/<task>/<system>/cell.json       what this cell's completions depend on
+A cell is one system on one task. A killed run continues where it stopped.
+
+<output_dir>/run.json                        configuration, models, versions, sessions
+<output_dir>/<task>/examples.jsonl           the examples that were asked
+<output_dir>/<task>/<system>/cell.json       everything that this cell's completions depend on
 <output_dir>/<task>/<system>/completions.jsonl, scores.jsonl, judges.json (who judged)
 <output_dir>/metrics.jsonl, table.md, table.csv, report.html
 """
@@ -40,19 +42,19 @@ from proxytune.results.folder import build_table
 
 log = logging.getLogger(__name__)
 
-_JUDGES = "judges.json"  # beside a cell's scores: who made them
+_JUDGES = "judges.json"  # beside a cell's scores: the judges that they depend on
 
 
 def run_experiment(cfg: DictConfig) -> list[Metric]:
     """Runs the experiment of a resolved `RunConfig` and returns its metrics.
 
     Raises:
-        ValueError: the configuration asks for something that cannot be; nothing was loaded.
+        ValueError: the configuration is wrong; no model has been loaded.
         OSError: the results folder cannot be written; everything finished is kept.
     """
     started = time.time()
     tasks, specs = check_before_models(cfg)
-    output = Path(cfg.output_dir)  # contains the experiment's name, which is checked by now
+    output = Path(cfg.output_dir)  # it may hold cfg.name, which was checked
     check_writable(output)
     if cfg.stage != "score":
         check_machine(cfg)
@@ -120,11 +122,11 @@ def _begin_run_json(
         run_json = json.loads(path.read_text())
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
     models = {role: member for c in cells for role, member in models_of(c).items()}
-    if cfg.stage == "score":  # which may be done where the models are not
+    if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
         models |= run_json.get("models", {})
     run_json |= {
         "name": cfg.name,
-        "config": resolved,  # of the latest session; the folder may hold further tasks and systems
+        "config": resolved,  # of the latest session; the folder may hold other tasks
         "config_sha256": provenance.sha256_json(resolved),
         "tasks": run_json.get("tasks", {}) | resolved["task"],
         "datasets": run_json.get("datasets", {}) | datasets,
@@ -137,13 +139,14 @@ def _begin_run_json(
 
 
 def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str, str]]:
-    """Writes every cell's scores, and the metrics; those of the folder's other cells are kept.
+    """Scores every cell, and writes scores and metrics; other cells' metrics are kept.
 
     Returns:
-        The metrics, and of the tasks that lack completions: which systems have how many.
+        The metrics; and for each task that lacks completions, how many its systems have
+        ("base 3 of 5, proxy 2 of 5").
 
     Raises:
-        ValueError: nothing has been generated that could be scored.
+        ValueError: no example has all its completions.
     """
     metrics: list[Metric] = []
     lacking: dict[str, list[str]] = defaultdict(list)
@@ -170,7 +173,7 @@ def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str,
 def _judged_otherwise(
     cells: Sequence[Cell], others: set[tuple[str, str]], output: Path
 ) -> set[tuple[str, str]]:
-    """Which other systems of these tasks had another judge: no table may compare them."""
+    """The (task, system) pairs of `others` that another judge scored: no table may compare them."""
     judges = {cell.task_name: cell.judged_by() for cell in cells}
     odd = set()
     for task, system in sorted(others):
@@ -193,7 +196,7 @@ def _show(
     unfinished: dict[str, str],
     tracker: Any,
 ) -> None:
-    """Writes the comparison table, prints it, and hands everything to the tracker."""
+    """Writes the comparison table, prints it, and sends everything to the tracker."""
     from rich.console import Console
 
     from proxytune.experiment.tracking import sample_completions
@@ -209,7 +212,10 @@ def _show(
 
 
 def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
-    """Table and size of the paper's cells beside ours; None where the paper ran something else."""
+    """The paper's table and model size to show beside ours.
+
+    None where the paper has no numbers for this setting: another base, alpha or decoding.
+    """
     if not cfg.paper:
         return None
     settings = {f"decoding.{key}": cfg.decoding[key] for key in DECODING_OVERRIDES}

@@ -1,8 +1,7 @@
-"""Experiment tracking, the only importer of wandb.
+"""Experiment tracking with Weights & Biases; no other module imports wandb.
 
-The runner tells a tracker what it has measured; nothing reads anything back from it, so no number
-depends on it. A tracker that fails says so once and is silent from then on: a run is never lost to
-its tracking.
+The runner sends its measurements to a tracker and never reads them back, so no result depends on
+tracking. If wandb fails, the tracker logs one warning and stops; the run goes on.
 """
 
 import json
@@ -23,29 +22,29 @@ SYSTEMS = ("base", "expert", "proxy", "tuned")
 
 
 class Tracker:
-    """Tracks nothing: the default, and the interface."""
+    """The interface of a tracker. This one, the default, tracks nothing."""
 
     def log_metrics(self, metrics: Sequence[Metric]) -> None:
-        """Every metric of the run, under task/system/metric."""
+        """Logs every metric of the run under "task/system/metric"."""
 
     def log_table(self, table: pd.DataFrame) -> None:
-        """The comparison table (`comparison.comparison`)."""
+        """Logs the comparison table (`results.comparison.comparison`)."""
 
     def log_completions(self, table: pd.DataFrame) -> None:
-        """Sample completions, the systems side by side (`sample_completions`)."""
+        """Logs sample completions, the systems side by side (`sample_completions`)."""
 
     def log_throughput(self, throughput: Mapping[str, Mapping[str, float]]) -> None:
-        """What generation took: "system/task" -> tokens and seconds."""
+        """Logs how much was generated: "system/task" -> tokens and seconds."""
 
     def finish(self) -> None:
-        """Ends the tracked run; further calls do nothing."""
+        """Ends the tracked run; later calls do nothing."""
 
 
 class WandbTracker(Tracker):
     """Tracks with Weights & Biases.
 
     Args:
-        project, entity: where the run goes; an entity of None is the user's own.
+        project, entity: where the run is stored; an entity of None is the user's default.
         experiment: the run's name, and the group that collects its repetitions.
         mode: "online", or "offline" (files under `directory`, for `wandb sync`).
         config: the resolved configuration.
@@ -80,7 +79,7 @@ class WandbTracker(Tracker):
         self._guard("start", start)
 
     def log_metrics(self, metrics: Sequence[Metric]) -> None:
-        """Every metric of the run, under task/system/metric, with its interval."""
+        """Logs every metric under "task/system/metric", with the ends of its 95 % interval."""
         values: dict[str, float] = {}
         for m in metrics:
             name = f"{m.task}/{m.system}/{m.metric}"
@@ -90,15 +89,15 @@ class WandbTracker(Tracker):
         self._log("metrics", lambda: values)
 
     def log_table(self, table: pd.DataFrame) -> None:
-        """The comparison table."""
+        """Logs the comparison table."""
         self._log("comparison", lambda: {"comparison": _wandb_table(table)})
 
     def log_completions(self, table: pd.DataFrame) -> None:
-        """Sample completions, side by side."""
+        """Logs sample completions, the systems side by side."""
         self._log("completions", lambda: {"completions": _wandb_table(table)})
 
     def log_throughput(self, throughput: Mapping[str, Mapping[str, float]]) -> None:
-        """Tokens, seconds, and tokens per second of every cell that generated."""
+        """Logs tokens, seconds and tokens per second of every (system, task) that generated."""
         values = {}
         for cell, spent in throughput.items():
             values |= {f"throughput/{cell}/{key}": value for key, value in spent.items()}
@@ -108,7 +107,7 @@ class WandbTracker(Tracker):
         self._log("throughput", lambda: values)
 
     def finish(self) -> None:
-        """Closes the run; wandb's own process may still be writing an offline run's records."""
+        """Ends the run. wandb's own process may still be writing an offline run's records."""
         if self._run is not None:
             self._guard("finish", self._run.finish)
             self._run = None
@@ -118,7 +117,7 @@ class WandbTracker(Tracker):
             self._guard(what, lambda: self._run.log(dict(values())))
 
     def _guard(self, what: str, action: Callable[[], Any]) -> None:
-        """Runs a call into wandb; whatever it raises ends the tracking, never the run."""
+        """Calls wandb. An exception of any kind ends the tracking and is not raised further."""
         try:
             action()
         except Exception as error:
@@ -135,7 +134,7 @@ def make_tracker(
     directory: Path,
     entity: str | None = None,
 ) -> Tracker:
-    """The tracker that a configuration asks for.
+    """Makes the tracker that a configuration asks for.
 
     Raises:
         ValueError: an unknown kind or mode.
@@ -150,12 +149,12 @@ def make_tracker(
 
 
 def sample_completions(folder: Path, tasks: Sequence[str], per_task: int = 50) -> pd.DataFrame:
-    """The first examples of each task with every system's completion and its headline's value.
+    """The first examples of each task with each system's completion and first score.
 
     Args:
         folder: a results folder.
-        tasks: which tasks' folders to read.
-        per_task: examples of each.
+        tasks: the tasks whose folders are read.
+        per_task: number of examples of each task.
     """
     rows = []
     for task in tasks:
@@ -173,7 +172,7 @@ def sample_completions(folder: Path, tasks: Sequence[str], per_task: int = 50) -
             missing = set(by_id)
             for line in _lines(folder / task / system / "completions.jsonl"):
                 if not missing:
-                    break  # a long run's file is not read to its end
+                    break  # the file of a long run is large: read no further than needed
                 if line["example_id"] in missing and line["sample"] == 0:
                     by_id[line["example_id"]][system] = line["text"]
                     missing.discard(line["example_id"])
@@ -186,7 +185,7 @@ def sample_completions(folder: Path, tasks: Sequence[str], per_task: int = 50) -
 
 
 def _text(value: Any) -> Any:
-    """Text without lone surrogates, which a model may write and neither pandas nor wandb takes."""
+    """Replaces lone surrogates: a model may write them, and pandas and wandb reject them."""
     return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
 
 
@@ -208,13 +207,13 @@ def _wandb_table(table: pd.DataFrame) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as wandb takes it: a missing value is None."""
+    """A table's cell for wandb, which takes None for a missing value."""
     missing = value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
     return None if missing else value
 
 
 def logged_in() -> bool:
-    """Whether wandb knows an API key; it asks nobody for one."""
+    """Whether wandb has an API key; the user is not asked for one."""
     import wandb
 
     return bool(wandb.login(prompt=False, verify=False))

@@ -1,6 +1,6 @@
-"""Training an expert.
+"""Fine-tuning of an expert or another model.
 
-config.py  what one training is
-data.py    which tokens carry loss
+config.py  the settings of a training
+data.py    from rows of text to token ids and labels
 train.py   full fine-tuning and LoRA, by transformers' Trainer
 """

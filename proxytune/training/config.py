@@ -1,4 +1,4 @@
-"""What one training is: the schema of conf/train.yaml."""
+"""The settings of a training: the schema of conf/train.yaml."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from proxytune.config import overrides
 from proxytune.config.schema import TrackingConfig
 
-# what may change between a training and its continuation
+# Settings that may differ when an interrupted training is continued.
 VOLATILE = {
     "tracking",
     "threads",
@@ -49,32 +49,32 @@ class TrainConfig:
         revision: branch, tag or commit on the hub.
         data: "gsm8k", "triviaqa", or a JSONL file of {"prompt", "completion"} or {"messages"}.
         data_file: a local JSONL copy of gsm8k or triviaqa.
-        output_dir: gets weights, tokenizer and train.json; resumed if a training was killed.
+        output_dir: gets weights, tokenizer and train.json; a killed training is resumed from it.
         method: "full" or "lora".
         lora: the adapter's settings.
-        epochs: passes over the data; `steps`, when given, wins.
+        epochs: passes over the data; ignored when `steps` is given.
         steps: optimiser steps; null follows `epochs`.
         batch_size: examples per optimiser step, over all devices.
-        per_device_batch_size: examples per forward; the rest is gradient accumulation.
-        learning_rate: at the end of the warm-up.
+        per_device_batch_size: examples per forward pass; gradients are accumulated over the rest.
+        learning_rate: its peak, reached at the end of the warm-up.
         schedule: a name of transformers' schedulers.
-        warmup: share of the steps for a linear warm-up.
+        warmup: share of the steps in which the learning rate rises linearly.
         weight_decay: of AdamW.
         adam_betas: of AdamW.
-        max_grad_norm: gradients are clipped to it; 0 is off.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         max_length: of prompt and answer together, in tokens.
         too_long: "error" or "drop"; see `data.tokenize`.
         order: "random", "sequential", or "group_by_length" (less padding).
-        precision: "auto" is bfloat16 on a GPU that has it, float32 elsewhere.
-        gradient_checkpointing: less memory for about a third more time.
+        precision: "auto" is bfloat16 on a GPU that supports it, float32 elsewhere.
+        gradient_checkpointing: takes less memory and about a third more time.
         attn_implementation: null leaves it to transformers.
-        seed: of the order, dropout and adapter weights.
+        seed: of the order of examples, dropout and the adapter's initial weights.
         save_every: steps between checkpoints; null makes none.
-        keep_checkpoints: how many are kept while training. None is left after it.
-        log_every: steps between points of the loss curve; null logs only at the end.
+        keep_checkpoints: how many are kept during training; a finished training keeps none.
+        log_every: steps between points of the loss curve; null logs at the end only.
         progress: whether to show a progress bar.
         threads: CPU threads; null leaves it to torch.
-        tracking: where the curves go.
+        tracking: where the loss curve is sent.
     """
 
     model: str = MISSING
@@ -116,10 +116,10 @@ def register() -> None:
 
 
 def check_choices(config: TrainConfig) -> None:
-    """Refuses settings that are none of those that exist.
+    """Refuses values that a setting does not have.
 
     Raises:
-        ValueError: one of them, with those that exist.
+        ValueError: the setting, its value, and the values that it may have.
     """
     choices = {
         "method": ("full", "lora"),

@@ -1,7 +1,7 @@
-"""Training examples: rows of text to token ids with a loss on the answer only.
+"""Turns rows of text into token ids and labels; only answers carry loss.
 
-The prompt's ids are those that generation gives a model (the tokenizer's own special tokens, BOS
-for Llama, then the text), so a tuned model meets at test time what it met in training.
+A prompt is tokenised as it is for generation (the tokenizer's own special tokens, BOS for Llama,
+then the text), so a tuned model is asked in the form in which it was trained.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # the label that transformers' loss leaves out
+IGNORE = -100  # transformers' loss ignores positions with this label
 
-Turn = tuple[str, bool]  # a piece of text, and whether the model has to learn it
+Turn = tuple[str, bool]  # a piece of text, and whether it carries loss
 
 _HUB = {
     # name -> dataset, configuration. TriviaQA's unfiltered train split has the paper's 87,622 rows.
@@ -31,8 +31,8 @@ class Tokenized:
     Attributes:
         examples: {"input_ids": [...], "labels": [...]} with IGNORE on everything but answers.
         dropped: examples left out because they were longer than the limit.
-        resplit: examples whose prompt and answer would have shared a token, and were therefore
-            tokenised apart.
+        resplit: examples in which one token would have spanned the end of the prompt and the
+            beginning of the answer; the two were tokenised separately.
     """
 
     examples: list[dict[str, list[int]]]
@@ -41,7 +41,7 @@ class Tokenized:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one epoch, padding not counted."""
+        """Tokens of one epoch, without padding."""
         return sum(len(e["input_ids"]) for e in self.examples)
 
     @property
@@ -51,13 +51,13 @@ class Tokenized:
 
 
 def check_source(data: str, file: str | None = None) -> None:
-    """Makes sure, before a model is loaded, that local training data is there.
+    """Refuses local training data that does not exist, before a model is loaded.
 
     Args:
         data, file: as in `read_rows`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is no such file, or `file` is given without a name that takes one.
     """
     if file and data not in _HUB:
         raise ValueError(f"data_file goes with data=gsm8k or data=triviaqa, not with data={data}")
@@ -76,7 +76,7 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
         file: a local JSONL copy of gsm8k or triviaqa in the dataset's own columns.
 
     Raises:
-        ValueError: the data cannot be had or holds no rows; the message says the way out.
+        ValueError: the data cannot be loaded or holds no rows; the message says what to do.
     """
     check_source(data, file)
     if data in _HUB:
@@ -94,13 +94,14 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
 
 
 def turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-    """The texts of one row in order, each with whether it carries loss.
+    """Splits one row into pieces of text, in order, each with whether it carries loss.
 
-    Chat rows are rendered by the tokenizer's template; every assistant turn carries loss, with
-    whatever the template writes to end it.
+    The tokenizer's template renders chat rows. Every assistant turn carries loss, together with
+    the text with which the template ends it.
 
     Raises:
-        ValueError: the row is neither of the two forms, or the template rewrites earlier turns.
+        ValueError: the row has neither of the two forms, or the template renders earlier turns
+            differently once a conversation goes on.
     """
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return [(row["prompt"], False), (row["completion"], True)]
@@ -133,21 +134,21 @@ def tokenize(
     max_length: int,
     too_long: str = "error",
 ) -> Tokenized:
-    """Turns rows into ids: prompt as in generation, answer, then one end-of-sequence token.
+    """Tokenises rows: the prompt as in generation, the answer, one end-of-sequence token.
 
-    Prompt and answer never share a token. The answer's ids are the natural ones of the joined
-    text wherever the prompt's ids are a prefix of it; where a token would straddle the boundary,
-    the two are tokenised apart, and counted in `resplit`.
+    Prompt and answer never share a token. Where the ids of the joined text begin with those of the
+    prompt, the rest are the answer's; otherwise a token would straddle the boundary, the two are
+    tokenised separately, and the example counts in `resplit`.
 
     Args:
         rows: as `read_rows` returns them.
         tokenizer: the model's.
-        max_length: in tokens, everything included. Nothing is ever truncated: half an answer
-            teaches a model to stop in mid-sentence.
-        too_long: "error" refuses the set, "drop" leaves the long examples out.
+        max_length: the longest allowed example in tokens, everything included. Nothing is
+            truncated: half an answer would teach a model to stop in mid-sentence.
+        too_long: "error" refuses the data, "drop" leaves the long examples out.
 
     Raises:
-        ValueError: a row has no known form, or examples are too long.
+        ValueError: a row has neither of the two forms, or examples are too long.
     """
     examples: list[dict[str, list[int]]] = []
     longest, n_long, resplit = 0, 0, 0
@@ -169,10 +170,10 @@ def tokenize(
 
 
 def collate(examples: Iterable[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pads to the longest example, on the right.
+    """Pads the examples of a batch on the right, to the longest.
 
-    Nothing leaks between examples: each has a row of its own, and a causal model's real tokens
-    come before the padding, which they therefore cannot see. Padding carries no loss.
+    Each example has a row of its own, so no example sees another. The padding comes after the
+    real tokens, which a causal model therefore computes without it. Padding carries no loss.
 
     Returns:
         input_ids, attention_mask, labels: [example, longest]
@@ -213,7 +214,7 @@ def _encode(
         text += piece
         ids = ids + last
         labels += last if learn else [IGNORE] * len(last)
-    # a chat template ends the assistant's turn itself; plain text does not
+    # A chat template ends the assistant's turn itself. Plain text has no end, so add one.
     if not (chat and set(last) & set(tokenizer.all_special_ids)):
         end = tokenizer.eos_token_id
         if not isinstance(end, int):
@@ -230,9 +231,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: 
 
 
 def _gsm8k(row: dict[str, Any]) -> dict[str, str]:
-    """The answer passage stands as in the dataset, <<calculator marks>> and "#### n" included.
+    """Keeps the dataset's answer as it is, with its <<calculator marks>> and "#### n".
 
-    The authors' released generations of their GSM experts write both, so they were trained on.
+    The paper's GSM experts write both in the released generations, so they were trained on both.
     """
     return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
 

@@ -1,8 +1,8 @@
 """Supervised fine-tuning of one model, full or LoRA, through transformers' Trainer.
 
 The Trainer owns the loop, the optimiser, mixed precision, gradient accumulation, checkpoints and
-several GPUs; this module says what is trained on what, refuses mistakes before a model is loaded,
-and records how the weights came about.
+several GPUs. This module chooses model and data, refuses mistakes before a model is loaded, and
+records in train.json how the weights were made.
 """
 
 import json
@@ -30,18 +30,18 @@ from proxytune.training.config import VOLATILE, TrainConfig, check_choices
 from proxytune.training.data import Tokenized, check_source, collate, read_rows, tokenize
 
 RECORD = "train.json"
-_SECONDS = "seconds.json"  # beside a checkpoint's weights: the training time it took
+_SECONDS = "seconds.json"  # beside a checkpoint's weights: the training time up to it
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains, or goes on with, or finds finished, the training that `config` describes.
+    """Runs a training, continues it after an interruption, or finds it finished.
 
     Returns:
-        what train.json holds: configuration, data, steps, tokens, seconds, loss, environment.
+        The content of train.json: configuration, data, steps, tokens, seconds, loss, environment.
 
     Raises:
-        ValueError: a setting, the model's path, the data or the output folder is wrong. All of
-            it is checked before the weights are loaded.
+        ValueError: a setting, the model's path, the data or the output folder is wrong; no
+            weights have been loaded then.
     """
     from transformers import Trainer  # not above: with WANDB_MODE=offline it speaks to any importer
 
@@ -75,14 +75,28 @@ def train(config: TrainConfig) -> dict[str, Any]:
     seconds = clock.elapsed()
     _save(trainer, config, output)
 
+    record = identity | _finished(trainer, config, accumulation, seconds)
+    if trainer.is_world_process_zero():
+        write_json(output / RECORD, record)
+        (output / "training_args.bin").unlink(missing_ok=True)  # train.json has it, too
+        for folder in output.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    return record
+
+
+def _finished(
+    trainer: Trainer, config: TrainConfig, accumulation: int, seconds: float
+) -> dict[str, Any]:
+    """The part of train.json that is known only when the training is finished."""
+    state = trainer.state
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # pyright: ignore
-    record = identity | {
+    return {
         "status": "finished",
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "tokens": state.num_input_tokens_seen,
         "seconds": seconds,
-        "loss_curve": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
+        "loss_curve": [[e["step"], e["loss"]] for e in state.log_history if "loss" in e],
         "trained_parameters": sum(parameters),
         "per_device_batch_size": config.per_device_batch_size,
         "gradient_accumulation": accumulation,
@@ -90,19 +104,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "precision": "bfloat16" if _bf16(config) else "float32",
         "environment": provenance.environment(),
     }
-    if trainer.is_world_process_zero():
-        write_json(output / RECORD, record)
-        (output / "training_args.bin").unlink(missing_ok=True)  # train.json says it readably
-        for folder in output.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-    return record
 
 
 def check(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """Refuses what can be known to fail without weights; returns the model's tokenizer.
+    """Refuses mistakes that show without the weights; returns the model's tokenizer.
 
     Raises:
-        ValueError: a bad setting, or a model or data file that is not there.
+        ValueError: a bad setting, or a model or data file that does not exist.
     """
     check_choices(config)
     check_source(config.data, config.data_file)
@@ -110,7 +118,7 @@ def check(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 class _Clock(TrainerCallback):
-    """Counts training time across interruptions: each checkpoint carries what it took."""
+    """Counts training time across interruptions: each checkpoint stores the time up to it."""
 
     def __init__(self, checkpoint: Path | None) -> None:
         self._before = 0.0
@@ -119,7 +127,7 @@ class _Clock(TrainerCallback):
         self._start = time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Seconds of training, including those before an interruption."""
         return self._before + time.perf_counter() - self._start
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -148,7 +156,7 @@ def _arguments(config: TrainConfig, accumulation: int) -> TrainingArguments:
         gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,  # below 1 it is a share of all steps
+        warmup_steps=config.warmup,  # transformers takes a number below 1 for a share of all steps
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_betas[0],
         adam_beta2=config.adam_betas[1],
@@ -185,7 +193,10 @@ def _load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def _load_model(config: TrainConfig) -> PreTrainedModel:
-    """The model in float32 (under autocast for bfloat16); LoRA's frozen weights in bfloat16."""
+    """Loads the model in float32, which autocast turns into bfloat16 where that is asked for.
+
+    Under LoRA with bfloat16, the frozen weights are loaded in bfloat16.
+    """
     half = config.method == "lora" and _bf16(config)
     model = AutoModelForCausalLM.from_pretrained(
         config.model,
@@ -214,10 +225,10 @@ def _load_model(config: TrainConfig) -> PreTrainedModel:
 
 
 def _save(trainer: Any, config: TrainConfig, output: Path) -> None:
-    """Writes the tuned weights: bfloat16 after bfloat16 training, as the checkpoints one tunes."""
+    """Saves the tuned weights: in bfloat16 after bfloat16 training, else in float32."""
     model: Any = trainer.model
     model.config.use_cache = True
-    if trainer.is_fsdp_enabled:  # sharded weights are no model that one could load
+    if trainer.is_fsdp_enabled:  # from_pretrained cannot load sharded weights
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output))
@@ -249,7 +260,7 @@ def _world_size() -> int:
 
 
 def _accumulation(config: TrainConfig) -> int:
-    """Forwards per optimiser step that make up the effective batch."""
+    """Forward passes per optimiser step, so that together they make up `batch_size`."""
     at_once = config.per_device_batch_size * _world_size()
     if at_once < 1 or config.batch_size % at_once:
         raise ValueError(
@@ -265,7 +276,7 @@ def _accumulation(config: TrainConfig) -> int:
 
 
 def _identity(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
-    """What makes a training this one: two with equal identities give the same weights."""
+    """Everything that the weights depend on: equal identities give the same weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in VOLATILE}
     return {
         "config": settings,
@@ -282,10 +293,10 @@ def _identity(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
 
 
 def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Makes `output` this training's folder; returns its record when it is finished already.
+    """Takes `output` for this training; returns its record if the training is finished.
 
     Raises:
-        ValueError: the folder cannot be written, or belongs to something else.
+        ValueError: the folder cannot be written, or holds something else.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -304,7 +315,7 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             )
         return record if record["status"] == "finished" else None
     if os.environ.get("RANK", "0") != "0":
-        return None  # the first process decides
+        return None  # the first process makes the folder
     if any(output.iterdir()):
         raise ValueError(f"{output} holds files of something else: choose another output_dir")
     try:
@@ -315,10 +326,10 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end.
+    """The newest complete checkpoint; incomplete ones are deleted.
 
-    The Trainer writes trainer_state.json after everything else, so a checkpoint without a whole
-    one was cut short by a kill.
+    The Trainer writes trainer_state.json last, so a checkpoint in which it is missing or broken
+    was cut short.
     """
     whole = {}
     for folder in output.glob("checkpoint-*"):

@@ -3,9 +3,9 @@
     python scripts/rescore.py DIR [--only gsm,truthfulqa] [--json OUT] [--sample-verdicts]
                               [--no-code-execution]
 
-DIR is a results folder of ours (it holds run.json), or a release in the layout of the paper's
-authors: benchmark/system/files, each file gzipped or not. What a file holds is seen from its
-columns, so benchmarks and systems may have any name:
+DIR is a results folder of ours (with a run.json), or a release in the layout of the paper's
+authors: benchmark/system/files, each file gzipped or not. A file's columns say which benchmark it
+is, so benchmarks and systems may have any name:
 
     predictions.jsonl + metrics.json          GSM8K, HumanEval (or DS-1000), ToxiGen
     predictions_results.jsonl                 HumanEval's verdict on every sample
@@ -13,10 +13,10 @@ columns, so benchmarks and systems may have any name:
     open_results.jsonl + open_metrics.json    TruthfulQA, open-ended
     annotations.json + metrics.json           AlpacaFarm
 
-Prints benchmark, system, metric, published, ours, equal (at 1e-12), and what was skipped and why;
-the exit status is 1 if anything differs or a file is malformed. HumanEval runs the stored programs
-in the sandbox, unless --no-code-execution is given; a results folder of ours keeps to its own
-allow_code_execution.
+Prints benchmark, system, metric, published, ours, equal (at 1e-12), and the reason for each skipped
+file. The exit status is 1 if anything differs or a file is malformed. HumanEval runs the stored
+programs in the sandbox, unless --no-code-execution is given; in a results folder of ours, its own
+allow_code_execution decides.
 """
 
 import argparse
@@ -42,7 +42,7 @@ log = logging.getLogger("rescore")
 
 
 def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
-    """Scores the completions of a results folder again, with its own configuration."""
+    """Scores the completions of a results folder again, with the tasks of its run.json."""
     from hydra.utils import instantiate
 
     tasks = json.loads(read_text(folder / "run.json"))["tasks"]
@@ -75,7 +75,7 @@ def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
             try:
                 task.check()
                 scores = task.score_all([examples[e] for e in whole], samples)
-            except ValueError as error:  # a judge that is not here, or no leave to run programs
+            except ValueError as error:  # a judge is missing, or programs may not be run
                 run.skip(str(error))
                 continue
             for metric in sorted({m for s in scores for m, v in s.values.items() if v is not None}):
@@ -99,10 +99,10 @@ def rescore(
     """Scores a release or a results folder again.
 
     Args:
-        folder: see the module.
+        folder: a results folder or a release; see the module.
         only: benchmarks to score; empty is all.
-        samples: compare each published verdict on a sample, too.
-        run_code: run a release's stored programs, in the sandbox.
+        samples: whether to compare the published verdict on each sample, too.
+        run_code: whether to run a release's stored programs in the sandbox.
 
     Raises:
         ValueError: the folder holds nothing to score.

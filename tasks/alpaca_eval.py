@@ -6,11 +6,11 @@ One row of the reference outputs:
      "output": "Some famous actors that started their careers on Broadway are [...]"}
 
 `win_rate` is the mean of 1 for a win, 0.5 for a draw and 0 for a loss against the reference;
-`avg_length` the mean number of characters. What the judge gave no verdict on leaves the
-denominator, as in the alpaca-eval package, and counts as unparsed.
+`avg_length` the mean number of characters. An example without a verdict leaves the denominator, as
+in the alpaca-eval package, and counts as unparsed.
 
-Deviations from the paper: its judge, gpt-4-0314, is retired; conf/task/alpaca_eval.yaml names what
-is asked instead.
+Deviations from the paper: its judge, gpt-4-0314, is retired; conf/task/alpaca_eval.yaml names
+another one.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows
 
 HUB = HubDataset("tatsu-lab/alpaca_eval", file="alpaca_eval.json")
-# The released runs end a completion where a model begins to comment on itself.
+# The released runs end a completion where the model begins to comment on its own answer.
 STOPS = ("\n\nComment:",)
 
 
@@ -32,11 +32,12 @@ class AlpacaEval(Task):
     """The 805 instructions and a judge of pairs.
 
     Attributes:
-        judge: has `annotate(examples, texts)` -> for each 1 for a win, 0.5 for a draw, 0 for a
-            loss, what a weighted judge says between them, or None where it gave no verdict.
+        judge: has `annotate(examples, texts)`, which returns for each example 1 for a win, 0.5
+            for a draw, 0 for a loss, a number in between from a weighted judge, or None for no
+            verdict.
         path: a local file with the columns instruction and output; None takes the hub.
         revision: the hub commit.
-        decoding: the paper's, or changes to it.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     name = "alpaca_eval"
@@ -53,7 +54,7 @@ class AlpacaEval(Task):
         """Refuses a run without a judge.
 
         Raises:
-            ValueError: it is missing or cannot work.
+            ValueError: the judge is missing or cannot work.
         """
         if self.judge is None:
             raise ValueError(
@@ -69,7 +70,7 @@ class AlpacaEval(Task):
         """The instructions in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be had.
+            ValueError: the dataset cannot be loaded.
         """
         rows = load_rows(
             self.path,
@@ -109,10 +110,10 @@ class AlpacaEval(Task):
 
 
 def win_of(preference: float) -> float:
-    """1 for a win, 0 for a loss, 0.5 for a draw, from the preference in alpaca-eval's files.
+    """Converts a preference of alpaca-eval's files: 1 for a win, 0 for a loss, 0.5 for a draw.
 
     Raises:
-        ValueError: it is neither 0 nor within 1..2.
+        ValueError: the preference is neither 0 nor within 1..2.
     """
     if preference == 0:  # how alpaca-eval once wrote a draw
         return 0.5

@@ -1,10 +1,10 @@
 """AlpacaEval's pairwise judge, through the alpaca-eval package.
 
-The package owns what decides the number: the annotator configs (prompt, decoding, parser) and the
-seeded order in which the two outputs are shown. Only the request itself is ours, because the
-package's own client turns a service that fails into an empty answer and drops the example.
+The package decides everything that changes the number: the annotator configs (prompt, decoding,
+parser) and the seeded order in which the two outputs are shown. Only the requests are ours, because
+the package's client turns a failed request into an empty answer and drops the example.
 
-The judge is an OpenAI model, anything behind an OpenAI-compatible URL, or a model that runs here.
+The judge is an OpenAI model, a model behind an OpenAI-compatible URL, or a model on this machine.
 """
 
 import difflib
@@ -28,8 +28,8 @@ from tasks.local_chat import LocalChat
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 16  # prompts between two writes for a decoder of the package, which takes a list
-# What the package's decoder does with these is our client's business, or only its bill's.
+_BLOCK = 16  # prompts per call of a decoder of the package; answers are stored after each call
+# Settings of the package's own decoder, which our client handles itself or does not need.
 _NOT_SENT = (
     "price_per_token",
     "num_procs",
@@ -42,9 +42,9 @@ _NOT_SENT = (
     "sleep_time",
 )
 
-# A refusal of one prompt, however often it is asked: no verdict, rather than the end of scoring.
+# Codes of a permanent refusal of one prompt: it gets no verdict, and scoring goes on.
 _REFUSALS = ("content_filter", "content_policy_violation", "context_length_exceeded")
-_TOO_LONG = "maximum context length"  # servers that send no code
+_TOO_LONG = "maximum context length"  # in the message of servers that send no code
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,19 @@ class AlpacaJudge:
     Attributes:
         annotator: an annotator config of alpaca-eval by name (alpaca_eval_gpt4_0314 is the
             paper's, weighted_alpaca_eval_gpt4_turbo is AlpacaEval 2's), or the folder of one.
-        model: replaces the config's model; the numbers are then that model's, so say so.
+        model: replaces the config's model. The results are then not those of the annotator's
+            name; say so where they are shown.
         base_url: an OpenAI-compatible endpoint; None is OpenAI's own, or OPENAI_BASE_URL.
-        api_key_env: the environment variable that holds the key. It is needed for OpenAI only.
-        local: runs the judge here instead: arguments of `tasks.local_chat.LocalChat`.
-        concurrency: requests under way at once.
-        max_retries: of one request, on rate limits (Retry-After is obeyed up to two minutes),
-            server errors and lost connections, with growing pauses.
+        api_key_env: the environment variable with the key, which only OpenAI needs.
+        local: arguments of `tasks.local_chat.LocalChat`; the judge then runs on this machine.
+        concurrency: requests that are open at once.
+        max_retries: how often one request is repeated, with growing pauses, after rate limits
+            (Retry-After is obeyed up to two minutes), server errors and lost connections.
         timeout: seconds for one request.
-        max_unparsed: the share of answers without a verdict above which the judge counts as
-            broken. Below it such examples leave the denominator, as in the package.
+        max_unparsed: if a larger share of answers has no verdict, the judge counts as broken.
+            Otherwise such examples leave the denominator, as in the package.
         seed: of the order in which the two outputs are shown; the package's own by default.
-        cache: the file that keeps the judge's answers; None keeps none.
+        cache: the file in which the judge's answers are stored; None stores none.
     """
 
     annotator: str = "alpaca_eval_gpt4_0314"
@@ -81,10 +82,10 @@ class AlpacaJudge:
     cache: str | None = DEFAULT_CACHE
 
     def check(self) -> None:
-        """Makes sure, before hours of generation, that the judge can be asked.
+        """Refuses a judge that cannot be asked, before hours of generation.
 
         Raises:
-            ValueError: an unknown annotator, a missing key, a local judge that cannot be had.
+            ValueError: an unknown annotator, a missing key, a local judge that cannot be loaded.
         """
         for setting, low in (("concurrency", 1), ("max_retries", 0), ("timeout", 0.001)):
             if (value := getattr(self, setting)) < low:
@@ -113,19 +114,20 @@ class AlpacaJudge:
             )
 
     def annotate(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float | None]:
-        """How each text fared against its example's reference.
+        """Compares each text with its example's reference.
 
         Args:
             examples: `prompt.user` is the instruction, `target` the reference output.
             texts: one completion per example.
 
         Returns:
-            [example]: 1 is a win of the text, 0 a loss, 0.5 a draw; a weighted annotator gives
-            values in between; None where the judge's answer held no verdict.
+            [example]: 1 if the text wins, 0 if it loses, 0.5 for a draw; values in between from a
+            weighted annotator; None if the judge's answer held no verdict.
 
         Raises:
             ValueError: the key is missing, or the annotator is unknown.
-            JudgeError: the judge failed or spoke nonsense; its answers so far are kept.
+            JudgeError: the judge failed, or too many answers hold no verdict; its answers so far
+                are kept.
         """
         self.check()
         if not examples:
@@ -153,7 +155,7 @@ class AlpacaJudge:
 
     @property
     def _url(self) -> str | None:
-        """The endpoint, wherever it was named; None is OpenAI's own."""
+        """The endpoint, from `base_url` or OPENAI_BASE_URL; None is OpenAI's own."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def _configs(self) -> dict[str, dict[str, Any]]:
@@ -170,14 +172,14 @@ class AlpacaJudge:
         return yaml.safe_load((path / "configs.yaml" if path.is_dir() else path).read_text())
 
     def _annotator(self) -> Any:
-        """The package's annotator with our client in the place of its own."""
+        """The package's annotator, with our client in place of its own."""
         root = logging.getLogger()
         level = root.level
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # not by us
             from alpaca_eval.annotators import PairwiseAnnotator
 
-        root.setLevel(level)  # the import makes every library talkative
+        root.setLevel(level)  # importing the package lowers the level of every library's log
         path = Path(self.annotator)
         try:
             annotator = PairwiseAnnotator(
@@ -194,7 +196,7 @@ class AlpacaJudge:
         return annotator
 
     def _decoder(self, name: str, packages_own: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that alpaca-eval calls with prompts: ours, cached, never silent."""
+        """The function that alpaca-eval calls with prompts: cached, and it raises on failure."""
 
         def complete(prompts: Sequence[str], **settings: Any) -> dict[str, list[Any]]:
             if self.model is not None:
@@ -217,18 +219,18 @@ class AlpacaJudge:
     def _ask_package(
         self, decoder: Callable[..., Any], settings: dict[str, Any]
     ) -> Callable[[list[str]], Iterator[dict[str, Any]]]:
-        """A decoder of alpaca-eval (Anthropic, Cohere, ...), in blocks."""
+        """A decoder of alpaca-eval (Anthropic, Cohere, ...), called with blocks of prompts."""
 
         def judge(prompts: list[str]) -> Iterator[dict[str, Any]]:
             for start in range(0, len(prompts), _BLOCK):
                 block = prompts[start : start + _BLOCK]
                 try:
                     answers = decoder(prompts=block, **settings)
-                except Exception as error:  # every service has its own
+                except Exception as error:  # every service has its own exceptions
                     raise self._failed(error, start, len(prompts)) from error
                 choices = answers.get("completions_all", answers["completions"])
                 texts = answers["completions"]
-                if "" in texts:  # that is how the package reports a failed request
+                if "" in texts:  # the package reports a failed request as an empty answer
                     raise self._failed("it gave up on a request", start, len(prompts))
                 yield {
                     prompt: (choice if isinstance(choice, dict) else {}) | {"text": text}
@@ -238,7 +240,7 @@ class AlpacaJudge:
         return judge
 
     def identity(self) -> dict[str, Any]:
-        """What a verdict depends on besides the answers."""
+        """Everything that a verdict depends on besides the answers."""
         chat = None if self.local is None else LocalChat(**self.local).identity()
         names = {"annotator": self.annotator, "model": self.model, "base_url": self._url}
         return names | {"local": chat, "seed": self.seed}
@@ -256,7 +258,7 @@ class AlpacaJudge:
 
         def judge(prompts: list[str]) -> Iterator[dict[str, Any]]:
             client = openai.OpenAI(
-                api_key=os.environ.get(self.api_key_env) or "none",  # a local server wants no key
+                api_key=os.environ.get(self.api_key_env) or "none",  # the client wants one
                 base_url=self.base_url or client_settings.get("base_url"),
                 max_retries=self.max_retries,
                 timeout=self.timeout,
@@ -271,13 +273,13 @@ class AlpacaJudge:
                         done += 1
                 except (openai.OpenAIError, ValueError, KeyboardInterrupt) as error:
                     pool.shutdown(wait=True, cancel_futures=True)
-                    for future, prompt in futures.items():  # those that came back meanwhile
+                    for future, prompt in futures.items():  # answers that came back meanwhile
                         if future.done() and not future.cancelled() and not future.exception():
                             yield {prompt: future.result()}
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     raise self._failed(error, done, len(prompts)) from error
-                finally:  # what was not sent is not paid for, whoever stops listening
+                finally:  # if the caller stops early, send (and pay) nothing more
                     pool.shutdown(wait=True, cancel_futures=True)
 
         return judge
@@ -290,11 +292,11 @@ class AlpacaJudge:
 
 
 def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """One answer of the endpoint, in the form that alpaca-eval's parsers read.
+    """Asks the endpoint once; returns the answer in the form that alpaca-eval's parsers read.
 
     Raises:
         openai.OpenAIError: the request failed.
-        JudgeError: what came back is no completion.
+        JudgeError: the reply is not a completion.
     """
     reply: Any = None
     try:
@@ -316,13 +318,17 @@ def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict
             raise
         log.warning("no verdict: the judge refuses a prompt (%s)", error)
         return {"text": " ", "logprobs": None, "refusal": str(error)}
-    except (AttributeError, IndexError, TypeError) as error:  # a proxy's page, an error as a 200
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:  # an HTML page, say
         raise JudgeError(f"what it sends is no completion: {str(reply)[:200]!r}") from error
     return reply.choices[0].model_dump() | {"text": text or " "}
 
 
 def _verdict(preference: Any) -> float | None:
-    """alpaca-eval's 1 (the reference is better) to 2 (ours is) as 0 to 1."""
+    """Maps alpaca-eval's preference, 1 (the reference is better) to 2 (ours is), to 0 to 1."""
     if preference is None or preference != preference:  # NaN
         return None
     assert 1 <= preference <= 2

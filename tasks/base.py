@@ -50,7 +50,7 @@ class Task(ABC):
     def __post_init__(self) -> None:
         given: Any = self.decoding
         if not isinstance(given, Decoding):
-            # a dataclass field's default stays readable on the class
+            # The field's default, the paper's setting, is still an attribute of the class.
             merged = _override(type(self).decoding, given or {})
             object.__setattr__(self, "decoding", merged)
 
@@ -58,12 +58,12 @@ class Task(ABC):
         """Refuses, before a model is loaded, a run whose completions could not be scored.
 
         Raises:
-            ValueError: a judge without its key, code execution without its opt-in; the message
-                says how to get it.
+            ValueError: a judge has no key, or code execution is not allowed; the message says
+                what to do.
         """
 
     def judged_by(self) -> dict[str, Any]:
-        """The judges that scores rest on besides the completions, as JSON; {} without any."""
+        """The judges that the scores depend on, as JSON; {} for a task without judges."""
         return {}
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Task(ABC):
         """Loads the dataset and returns its examples in the dataset's order.
 
         Raises:
-            ValueError: the file or the dataset cannot be had; the message says how to get it.
+            ValueError: the file or the dataset cannot be loaded; the message says how to get it.
         """
 
     @abstractmethod

@@ -7,10 +7,10 @@ One row, in the dataset's simplified form (hub: xlangai/DS-1000):
 
 `code_context` defines `test_execution(solution)` and, for some rows, `test_string(solution)`; a
 solution is right when both run without an exception. Metrics: `pass@10` (the paper's), `pass@1`,
-and pass@10 by library. `subset: 200` is the paper's draw of problems, `subset: 1000` all of them,
-under the name ds1000_full.
+and pass@10 by library. `subset: 200` is the paper's random sample of problems; `subset: 1000` is
+all of them, under the name ds1000_full.
 
-The tests need the libraries of the dataset's environment.yml, older ones than this project's;
+The tests need the libraries of the dataset's environment.yml, which are older than this project's;
 `python` names an interpreter that has them.
 
 Deviations from the paper: it ran the dataset's first format, whose tests read pickled answers; the
@@ -34,7 +34,7 @@ from tasks.sandbox import Program, Sandbox, Verdict
 
 HUB = HubDataset("xlangai/DS-1000")
 COLUMNS = ("prompt", "reference_code", "metadata", "code_context")
-# The libraries in the order in which the paper's subset was drawn: problems, modules to load first.
+# Library -> (number of problems, modules to import first), in the order of the paper's sampling.
 LIBRARIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "Pandas": (291, ("numpy.testing", "pandas.testing")),
     "Numpy": (220, ("numpy.testing", "pandas.testing", "scipy")),
@@ -60,13 +60,13 @@ class DS1000(Task):
     Attributes:
         path: a local ds1000.jsonl of the simplified form, gzipped or not; None takes the hub.
         revision: the hub commit.
-        subset: 200, the paper's problems, or 1000, all.
-        allow_code_execution: has to be set, for scoring runs programs that a model wrote.
+        subset: 200 (the paper's problems) or 1000 (all).
+        allow_code_execution: must be set, because scoring runs programs that a model wrote.
         python: the interpreter with the dataset's libraries; None for this one.
-        timeout_s: a program's time.
-        memory_bytes: a program's address space; torch and TensorFlow reserve much.
-        workers: programs at a time; None for one per core.
-        decoding: the paper's, or changes to it.
+        timeout_s: seconds that a program may run.
+        memory_bytes: a program's address space, of which torch and TensorFlow reserve much.
+        workers: programs that run at once; None for one per core.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     metrics = {  # noqa: RUF012 - ClassVar by the base class
@@ -99,11 +99,11 @@ class DS1000(Task):
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The task's name; the subset changes the number, so it changes the name."""
+        """The task's name, which names the subset, because that changes the results."""
         return "ds1000" if self.subset == PAPER_SUBSET else "ds1000_full"
 
     def check(self) -> None:
-        """Refuses to go on without the opt-in, or without the libraries that the tests need.
+        """Refuses a run in which programs may not be executed, or lack a library.
 
         Raises:
             ValueError: `allow_code_execution` is not set, or `python` lacks a library.
@@ -119,10 +119,10 @@ class DS1000(Task):
             )
 
     def examples(self) -> list[Example]:
-        """The problems: the paper's 200 in the order of its draw, or all in the paper's order.
+        """The problems: the paper's 200 in the order of its sampling, or all of them by library.
 
         Raises:
-            ValueError: the dataset cannot be had, or is not the whole one.
+            ValueError: the dataset cannot be loaded, or lacks problems.
         """
         setting = f"task.{self.name}.path"
         rows = load_rows(self.path, HUB, self.revision, setting=setting, columns=COLUMNS)
@@ -131,7 +131,7 @@ class DS1000(Task):
         return [_example(ordered[number]) for number in chosen]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Scores one problem's samples; `score_all` uses the cores better."""
+        """Scores one problem's samples; `score_all` makes better use of the cores."""
         return self.score_all([example], [texts])[0]
 
     def score_all(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Score]:
@@ -176,20 +176,24 @@ class DS1000(Task):
 
 
 def program(example: Example, solution: str) -> Program:
-    """What to run for one solution: the dataset's definitions, then its tests on the text."""
+    """The program to run for one solution: the dataset's definitions, then its tests."""
     context = example.row["code_context"]
     tests = ["test_execution"] + ["test_string"] * ("test_string(" in context)
     return Program(code=context, test="".join(f"{test}({solution!r})\n" for test in tests))
 
 
 def paper_subset() -> list[int]:
-    """The positions of the paper's 200 problems in the library order of LIBRARIES."""
+    """The positions of the paper's 200 problems among all problems, ordered as in LIBRARIES."""
     total = sum(count for count, _ in LIBRARIES.values())
     return np.random.RandomState(42).choice(total, PAPER_SUBSET, replace=False).tolist()
 
 
 def _in_paper_order(rows: Sequence[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """The rows by library as in LIBRARIES, then by number; ValueError if some are missing."""
+    """Sorts the rows by library as in LIBRARIES, then by number.
+
+    Raises:
+        ValueError: some problems are missing.
+    """
     places = {
         (str(row["metadata"]["library"]), int(row["metadata"]["library_problem_id"])): row
         for row in rows
@@ -215,7 +219,7 @@ def _example(row: dict[str, Any]) -> Example:
 
 
 def _by_library(score: Score, library: str) -> Score:
-    """Adds pass@10 under the example's library; the other libraries' metrics leave it out."""
+    """Adds pass@10 for the example's library; it is None for the other libraries."""
     for name in LIBRARIES:
         value = score.values["pass@10"] if name == library else None
         score.values[f"{name.lower()}_pass@10"] = value
@@ -223,7 +227,7 @@ def _by_library(score: Score, library: str) -> Score:
 
 
 def _missing(python: str, modules: Sequence[str]) -> list[str]:
-    """Those of the modules that an interpreter does not have."""
+    """The modules that an interpreter lacks."""
     code = (
         "import sys, importlib.util as u\n"
         "print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"

@@ -5,9 +5,9 @@ One row:
      "answer": "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes [...]\n#### 18"}
 
 `acc` is the paper's number, with the quirks of its rule: the last number of the completion is
-compared with the gold as a string without punctuation, so "57.00" is wrong against 57, "7.5" is
-right against 75, and an integer has no sign. `acc_numeric` parses the last number properly ("$-60"
-is -60, "1,000" is 1000) and compares values. Deviations from the paper: none.
+compared with the gold answer as a string without punctuation, so "57.00" is wrong against 57, "7.5"
+is right against 75, and an integer has no sign. `acc_numeric` parses the last number properly
+("$-60" is -60, "1,000" is 1000) and compares values. Deviations from the paper: none.
 """
 
 import re
@@ -23,12 +23,12 @@ from tasks.loading import HubDataset, load_rows
 
 HUB = HubDataset("openai/gsm8k", "main", "test")
 INSTRUCTION = "Answer the following question."
-# What a model writes when it goes on with another question; the paper cuts there.
+# A model that goes on to another question writes one of these; the paper cuts there.
 STOPS = ("Answer the following question", "Question:", "Comment:")
 
 _THOUSANDS = re.compile(r"(\d),(\d)")
 _PROTOCOL_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
-# A sign counts only where nothing stands before it that it could subtract from.
+# After a letter, digit, ")", "]" or "%", a sign is a subtraction or a hyphen, not a sign.
 _SIGN = r"(?:(?<![\w.)\]%])[-−+])?"
 _NUMBER = re.compile(
     rf"({_SIGN})[$€£]?([0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.[0-9]+|[0-9]+)"
@@ -43,9 +43,9 @@ class GSM8K(Task):
     Attributes:
         path: a local file with the columns question and answer; None takes the hub.
         revision: the hub commit.
-        instruction: whether the prompt begins with the instruction sentence; experts that were
-            trained on "Question: ... Answer:" saw none, and the paper prompts them with it.
-        decoding: the paper's, or changes to it.
+        instruction: whether the prompt begins with the instruction sentence. The paper prompts
+            with it, even experts that were trained on "Question: ... Answer:" alone.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     name = "gsm8k"
@@ -62,7 +62,7 @@ class GSM8K(Task):
         """The questions in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be had, or a row has no "#### number".
+            ValueError: the dataset cannot be loaded, or a row has no "#### number".
         """
         rows = load_rows(
             self.path,
@@ -86,7 +86,7 @@ class GSM8K(Task):
         ]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Compares the last number of the completion with the gold, in both ways."""
+        """Compares the last number of the completion with the gold answer, in both ways."""
         text = cut(texts[0])
         target = str(example.target)
         answer = last_number(text)
@@ -117,28 +117,31 @@ def gold(passage: str) -> str:
 
 
 def cut(text: str) -> str:
-    """The text before a model goes on with another question."""
+    """The text up to the point at which the model goes on to another question."""
     ends = [i for stop in STOPS if (i := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))]
 
 
 def last_number(text: str) -> str:
-    """What the paper's rule takes as the answer; without any number, the whole text.
+    """The answer by the paper's rule: the last number; without any number, the whole text.
 
-    Commas between digits go one pair at a time, left to right, as the published predictions
-    show: "5,3" becomes "53", and "0,0,0" becomes "00,0".
+    A comma between two digits is removed, pair by pair from the left, as in the published
+    predictions: "5,3" becomes "53", and "0,0,0" becomes "00,0".
     """
     found = _PROTOCOL_NUMBER.findall(_THOUSANDS.sub(r"\1\2", text))
     return found[-1] if found else text
 
 
 def as_compared(answer: str) -> str:
-    """Lower case without ASCII punctuation: the form in which the paper compares."""
+    """The form in which the paper compares answers: lower case, no ASCII punctuation."""
     return answer.lower().translate(_NO_PUNCTUATION)
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The value of the last number in a text: sign, currency and thousands understood."""
+    """The value of the last number in a text, with its sign; None if there is no number.
+
+    Currency signs and thousands separators are ignored.
+    """
     found = _NUMBER.findall(text)
     if not found:
         return None

@@ -7,13 +7,14 @@ One row:
 
 A completion is right when prompt + completion, the row's test and `check(entry_point)` run
 without an exception within 3 seconds. Metrics: `pass@10`, the paper's, and `pass@1`, unbiased
-estimates from the n samples of a problem. Before it runs, a completion loses the lines beginning
-with print or assert and its trailing white space, as in the paper's release; the release's
-completions already have, and pass through unchanged.
+estimates from the n samples of a problem. Before a completion runs, lines that begin with print or
+assert and trailing white space are removed, as the paper did; the released completions have lost
+them already and stay unchanged.
 
-Deviations from the paper: none in the rule. The test is compiled on its own, not as one text with
-the completion, so that an open bracket or decorator cannot reach it; and a program that replaces
-builtins or what tests call fails. On the release's 13,120 samples the verdicts are the same.
+Deviations from the paper: none in the rule. The test is compiled separately from the completion, so
+that an open bracket or a decorator at the completion's end cannot change it; and a program that
+replaces builtins or functions that tests call fails. On the release's 13,120 samples the verdicts
+are the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,16 +36,16 @@ KS = (10, 1)
 
 @dataclass(frozen=True)
 class HumanEval(Task):
-    """HumanEval, or a file of the same shape.
+    """HumanEval, or a file with the same columns.
 
     Attributes:
-        name: another name for another file.
+        name: the task's name; a different file needs a different one.
         path: a local HumanEval.jsonl, gzipped or not; None takes the hub.
         revision: the hub commit.
-        allow_code_execution: has to be set, for scoring runs programs that a model wrote.
-        timeout_s: a program's time.
-        workers: programs at a time; None for one per core.
-        decoding: the paper's, or changes to it.
+        allow_code_execution: must be set, because scoring runs programs that a model wrote.
+        timeout_s: seconds that a program may run.
+        workers: programs that run at once; None for one per core.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     metrics = {  # noqa: RUF012 - ClassVar by the base class
@@ -67,7 +68,7 @@ class HumanEval(Task):
     )
 
     def check(self) -> None:
-        """Refuses to go on without the opt-in.
+        """Refuses a run in which programs may not be executed.
 
         Raises:
             ValueError: `allow_code_execution` is not set.
@@ -78,7 +79,7 @@ class HumanEval(Task):
         """The problems in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be had.
+            ValueError: the dataset cannot be loaded.
         """
         setting = f"task.{self.name}.path"
         rows = load_rows(self.path, HUB, self.revision, setting=setting, columns=COLUMNS)
@@ -93,7 +94,7 @@ class HumanEval(Task):
         ]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Scores one problem's samples; `score_all` uses the cores better."""
+        """Scores one problem's samples; `score_all` makes better use of the cores."""
         return self.score_all([example], [texts])[0]
 
     def score_all(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Score]:
@@ -112,11 +113,11 @@ class HumanEval(Task):
     def verdicts(
         self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]
     ) -> list[Verdict]:
-        """Whether each completion passes its row's test; nothing is stripped from it.
+        """Whether each completion, exactly as given, passes its row's test.
 
         Args:
             rows: one per completion, with prompt, test and entry_point.
-            completions: what follows the prompt.
+            completions: the code after the prompt.
 
         Raises:
             ValueError: `allow_code_execution` is not set.
@@ -127,24 +128,24 @@ class HumanEval(Task):
 
 
 def program(row: Mapping[str, Any], completion: str) -> Program:
-    """What to run for one completion."""
+    """The program to run for one completion: prompt and completion, then the test."""
     return Program(
         code=row["prompt"] + completion, test=f"{row['test']}\ncheck({row['entry_point']})"
     )
 
 
 def clean(completion: str) -> str:
-    """The completion as the paper runs it: no lines that print or assert, no trailing space."""
+    """The completion as the paper runs it: without print and assert lines or trailing space."""
     lines = completion.split("\n")
     kept = [line for line in lines if not line.lstrip().startswith(("print", "assert"))]
     return "\n".join(kept).rstrip()
 
 
 def refuse_unless_allowed(task: str, allowed: bool) -> None:
-    """The opt-in to run model-written programs.
+    """Refuses to run model-written programs unless the user has allowed it.
 
     Raises:
-        ValueError: it is not given.
+        ValueError: `allowed` is False.
     """
     if not allowed:
         raise ValueError(
@@ -154,9 +155,9 @@ def refuse_unless_allowed(task: str, allowed: bool) -> None:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float | None:
-    """The chance that k of the n samples, drawn without replacement, hold a correct one.
+    """The probability that at least one of k samples, drawn from n without replacement, is correct.
 
-    The unbiased estimator of Chen et al. 2021, in its stable form; None with fewer than k samples.
+    The unbiased estimator of Chen et al. 2021 in its numerically stable form; None if n < k.
     """
     if n < k:
         return None
@@ -166,7 +167,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float | None:
 
 
 def split(verdicts: Sequence[Verdict], like: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-    """A flat list in parts as long as those of `like`."""
+    """Splits a flat list into parts as long as those of `like`."""
     rest = iter(verdicts)
     return [[next(rest) for _ in part] for part in like]
 

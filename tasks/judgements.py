@@ -1,7 +1,7 @@
-"""Judgements on disk: what a judge once said about a prompt is never asked again.
+"""Judgements on disk: a judge is never asked twice about the same prompt.
 
-A judgement is stored as soon as it is made, under (judge, prompt), so a judge that fails in the
-middle loses nothing and the same command goes on where it stopped.
+A judgement is stored as soon as it is made, under (judge, prompt). If a judge fails halfway, no
+judgement is lost, and the same command continues where it stopped.
 """
 
 import json
@@ -18,9 +18,9 @@ _LOCK_SECONDS = 60  # two runs may write to one file
 
 
 class JudgeError(ValueError):
-    """A judge could not judge: its service failed, or it speaks nonsense.
+    """A judge failed: its service did not answer, or its answers make no sense.
 
-    It is a ValueError so that a command ends in one line; what was judged before is kept.
+    It is a ValueError, so a command ends with one line; earlier judgements are kept.
     """
 
 
@@ -30,15 +30,15 @@ def cached(
     prompts: Sequence[str],
     judge_missing: Callable[[list[str]], Iterator[dict[str, Any]]],
 ) -> list[Any]:
-    """The judgements of `prompts` in their order; only those not yet on disk are made.
+    """The judgements of `prompts`, in their order; only those that are not on disk are made.
 
     Args:
-        path: the SQLite file; None keeps nothing.
+        path: the SQLite file; None stores nothing.
         judge: everything that the judge's answer depends on besides the prompt (id, revision,
             settings); plain JSON values.
-        prompts: equal ones are judged once.
-        judge_missing: takes the prompts to judge and yields blocks, prompt -> judgement (a JSON
-            value). A block is on disk before the next one is asked for.
+        prompts: equal prompts are judged once.
+        judge_missing: takes the prompts to judge and yields blocks of prompt -> judgement (a JSON
+            value). Each block is stored before the next one is asked for.
 
     Raises:
         JudgeError: the judge failed, or the file cannot be read or written.
@@ -62,18 +62,25 @@ def cached(
 
 
 def encodable(text: str) -> str:
-    """Half a character, which neither a tokenizer nor HTTP takes, becomes a question mark."""
+    """Replaces lone surrogates, which tokenizers and HTTP reject, by question marks."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def identity_of(judge: Any) -> dict[str, Any]:
-    """What a judge's verdicts depend on besides the texts; its class alone where it is a rule."""
+    """Everything that a judge's verdicts depend on besides the texts, as JSON.
+
+    A judge without `identity()` is a rule; its class name says it all.
+    """
     identity: Callable[[], dict[str, Any]] | None = getattr(judge, "identity", None)
     return {"rule": type(judge).__name__} if identity is None else identity()
 
 
 def check_judge(judge: Any) -> None:
-    """Lets a judge refuse (no key, no such model) before anything is generated."""
+    """Calls the judge's `check()`, if it has one: it refuses a missing key or model.
+
+    Raises:
+        ValueError: the judge cannot work.
+    """
     check: Callable[[], None] | None = getattr(judge, "check", None)
     if check is not None:
         check()

@@ -1,9 +1,9 @@
 """Any task, group or tag of lm-evaluation-harness, for the systems of an experiment.
 
-`python run.py task=[lm_eval/arc_easy,lm_eval/wikitext]`. lm-eval asks, scores and aggregates, so
-the numbers are its own, under its own names. Its gsm8k, triviaqa, humaneval, truthfulqa and toxigen
-measure other things than the paper's tasks of those names (few-shot, other stops, classification
-instead of generation): they are `lm_eval_gsm8k` and so on, never `gsm8k`.
+`python run.py task=[lm_eval/arc_easy,lm_eval/wikitext]`. lm-eval asks, scores and aggregates; we
+report its numbers under its names. Its gsm8k, triviaqa, humaneval, truthfulqa and toxigen differ
+from the paper's tasks of those names (few-shot, other stops, classification instead of generation),
+so they are called `lm_eval_gsm8k` and so on, never `gsm8k`.
 """
 
 import json
@@ -20,26 +20,27 @@ from proxytune.results import stats
 from tasks.base import MetricInfo, Outcome, SelfRunTask
 
 _RESULT = "result.json"
-_Z95 = 1.959963984540054  # lm-eval gives standard errors; the interval is the normal one
+_Z95 = 1.959963984540054  # lm-eval gives standard errors, from which we make normal intervals
 
 
 @dataclass(frozen=True)
 class LmEvalTask(SelfRunTask):
-    """One name as in `lm_eval --tasks`. The runner calls `run` instead of `examples` and `score`.
+    """One task, group or tag, named as in `lm_eval --tasks`.
 
-    A cell's folder gets lm-eval's answers as they come (`answers*`) and, at the end, result.json:
-    scoring again reads that. Prompts and answers are written as any task's, for the report.
+    lm-eval stores its answers in the folder of the system and task (`answers*`) as they come.
+    At the end `run` writes result.json, which scoring again reads. It also writes prompts and
+    answers in the form of any other task, for the report.
 
-    A task's metrics keep lm-eval's names ("acc", "exact_match,strict-match"); a group or tag of
-    several tasks has theirs as "acc/<task>" behind the group's own.
+    A task's metrics keep lm-eval's names ("acc", "exact_match,strict-match"). For a group or tag of
+    several tasks, each task's metrics follow the group's own as "acc/<task>".
 
     Attributes:
         task: lm-eval's name of a task, group or tag.
         num_fewshot: None is the task's own.
-        apply_chat_template: members with a chat format read conversations.
-        gen_kwargs: over the task's own generation_kwargs.
-        include_path: a folder of further task files.
-        run_code: allows tasks that run model-written code, which lm-eval does unguarded.
+        apply_chat_template: asks members that have a chat format in conversations.
+        gen_kwargs: replace settings of the task's own generation_kwargs.
+        include_path: a folder with more task files.
+        run_code: allows tasks that run model-written code; lm-eval runs it without a sandbox.
     """
 
     task: str
@@ -55,30 +56,30 @@ class LmEvalTask(SelfRunTask):
         return f"lm_eval_{self.task}"
 
     def check(self) -> None:
-        """Loads the task and its documents, so that what is wrong shows before any model loads.
+        """Loads the task and its documents, so that mistakes show before a model is loaded.
 
         Raises:
-            ValueError: lm-eval does not know it (close names are suggested), its documents cannot
-                be had, or it runs code without `run_code`.
+            ValueError: lm-eval does not know the task (close names are suggested), its documents
+                cannot be loaded, or it runs code without `run_code`.
         """
         from proxytune.harness.evaluation import check_task
 
         check_task(self.task, self.include_path, run_code=self.run_code)
 
     def identity(self) -> dict[str, Any]:
-        """Everything of ours that the answers depend on, besides the system."""
+        """The task's settings and lm-eval's version: the answers depend on them and the system."""
         return {"lm_eval": asdict(self) | {"version": version("lm-eval")}}
 
     def finished(self, folder: Path, limit: int | None) -> bool:
-        """Whether the cell's result is there for this many documents."""
+        """Whether the folder holds the result for this limit."""
         path = folder / _RESULT
         return path.exists() and json.loads(path.read_text())["limit"] == limit
 
     def result(self, folder: Path) -> Outcome:
-        """The stored result of a cell.
+        """The stored result of one system.
 
         Raises:
-            ValueError: it has not been run.
+            ValueError: there is none; the task has not been run.
         """
         path = folder / _RESULT
         if not path.exists():
@@ -100,16 +101,16 @@ class LmEvalTask(SelfRunTask):
         seed: int = 0,
         batch_size: int | str = "auto",
     ) -> Outcome:
-        """Evaluates one system and stores what lm-eval found.
+        """Evaluates one system with lm-eval and stores the result.
 
         Args:
             generator: a `proxytune.api.Generator`.
-            folder: of this system and task; answers are kept there as they come, so that a killed
-                run goes on where it stopped.
-            system: goes into the metrics.
-            limit: first documents of each task only.
+            folder: of this system and task. Answers are stored there as they come, so a killed
+                run continues where it stopped.
+            system: the system's name, for the metrics.
+            limit: first documents of each task only; None is all of them.
             seed: of few-shot examples and of sampled generations.
-            batch_size: rows at once.
+            batch_size: rows at once, or "auto".
 
         Raises:
             ValueError: the task is unknown.
@@ -136,20 +137,20 @@ class LmEvalTask(SelfRunTask):
         stored: dict[str, Any] = {"limit": limit, "metrics": [asdict(m) for m in result.metrics]}
         stored["scores"] = [asdict(score) for score in result.scores]
         stored["infos"] = {name: asdict(info) for name, info in result.infos.items()}
-        write_json(folder / _RESULT, stored)  # last: it says that the cell is finished
+        write_json(folder / _RESULT, stored)  # last, because it marks the run as finished
         return result
 
 
 @dataclass(frozen=True)
 class _Document:
-    """One document as lm-eval asked it and as the system answered."""
+    """One document of lm-eval: the prompt, and the system's answer."""
 
     example: Example
     completion: Completion
 
 
 def _documents_of(results: Mapping[str, Any]) -> dict[str, _Document]:
-    """Every document of every task, each once (lm-eval has a record per filter)."""
+    """Every document of every task, once each (lm-eval has one record for each filter)."""
     found: dict[str, _Document] = {}
     for owner, rows in results["samples"].items():
         for row in rows:
@@ -166,7 +167,7 @@ def _documents_of(results: Mapping[str, Any]) -> dict[str, _Document]:
 
 
 def _answer(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> str:
-    """What was written or, of several choices, which was likeliest; "" for a scored text."""
+    """The generated text, or the likeliest of several choices; "" if one text was only scored."""
     first = row["filtered_resps"][0] if row["filtered_resps"] else ""
     if isinstance(first, str):
         return first
@@ -180,10 +181,10 @@ def _answer(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> str:
 def _result(
     results: Mapping[str, Any], documents: Mapping[str, _Document], task_name: str, system: str
 ) -> Outcome:
-    """lm-eval's results in our records."""
+    """Converts lm-eval's results to our records."""
     samples: dict[str, list[dict[str, Any]]] = results["samples"]
     groups, better = results.get("groups") or {}, results["higher_is_better"]
-    owners = {**groups, **results["results"]}  # a group comes before its tasks
+    owners = {**groups, **results["results"]}  # a group stands before its tasks
     head = next(iter(owners)) if groups or len(owners) == 1 else None  # a tag has none
     metrics: list[Metric] = []
     infos: dict[str, MetricInfo] = {}
@@ -216,7 +217,7 @@ def _result(
         )
         for document, numbers in values.items()
     ]
-    # where a metric is a mean over documents, our interval is better than the normal one
+    # A metric that is a mean over documents gets our bootstrap interval in place of the normal one.
     own = {m.metric: m for m in stats.metrics(task_name, system, scores)}
     metrics = [
         replace(m, ci_low=own[m.metric].ci_low, ci_high=own[m.metric].ci_high)
@@ -247,7 +248,7 @@ def _metric(task: str, system: str, name: str, value: float, stderr: Any, count:
 def _per_document(
     rows: list[dict[str, Any]], owner: str, metric: str, kind: str
 ) -> dict[str, float]:
-    """Document -> its value of a metric; empty where it is no number."""
+    """Document -> its value of a metric; empty if some value is not a number."""
     found = {_document(owner, row): row.get(metric) for row in rows if row["filter"] == kind}
     if not all(isinstance(value, int | float) for value in found.values()):
         return {}

@@ -14,14 +14,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a dataset stands on the Hugging Face hub.
+    """The place of a dataset on the Hugging Face hub.
 
     Attributes:
         id: the repository ("openai/gsm8k").
-        config: the configuration's name; None where there is only one.
+        config: the configuration's name; None if the dataset has only one.
         split: "test", "validation", ...
-        file: a JSON file of the repository to read instead, for repositories whose loading is a
-            script (which `datasets` no longer runs).
+        file: a JSON file of the repository to read instead, for repositories that are loaded by
+            a script (`datasets` no longer runs scripts).
     """
 
     id: str
@@ -44,11 +44,11 @@ def load_rows(
         path: .json, .jsonl or .csv, each optionally with .gz; None takes the hub.
         hub: the dataset.
         revision: the hub commit; None is the newest.
-        setting: how a user sets `path` ("task.gsm8k.path"), for messages.
-        columns: what every row must have.
+        setting: the setting that gives `path` ("task.gsm8k.path"), for messages.
+        columns: the columns that every row must have.
 
     Raises:
-        ValueError: there is no such file, it is malformed or empty, or the hub cannot be reached.
+        ValueError: the file does not exist, is malformed or empty, or the hub cannot be reached.
     """
     if path is not None:
         rows = read_rows(Path(path).expanduser())
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a .json (a list), .jsonl or .csv file, each optionally gzipped.
 
     Raises:
-        ValueError: no such file, another ending, or a malformed one.
+        ValueError: the file does not exist, has another ending, or is malformed.
     """
     text = read_text(path)
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
@@ -90,7 +90,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, gzipped or not, without a byte-order mark.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -105,7 +105,7 @@ def check_columns(rows: Iterable[Row], columns: Sequence[str], source: str) -> N
     """Refuses rows that lack a column.
 
     Raises:
-        ValueError: naming the first row and column.
+        ValueError: the message names the first such row and column.
     """
     for number, row in enumerate(rows):
         for column in columns:
@@ -116,7 +116,7 @@ def check_columns(rows: Iterable[Row], columns: Sequence[str], source: str) -> N
 
 
 def _from_hub(hub: HubDataset, revision: str | None, setting: str) -> list[Row]:
-    # both import slowly, and a local file needs neither
+    # These import slowly, and a local file needs none of them.
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import hf_hub_download

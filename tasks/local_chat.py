@@ -1,4 +1,4 @@
-"""A chat model that runs here in the place of a judge behind an API (see tasks/alpaca_judge.py)."""
+"""A chat model on this machine, in place of a judge behind an API (see tasks/alpaca_judge.py)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,27 +13,27 @@ from tasks.judge import LocalJudge
 
 @dataclass(frozen=True)
 class LocalChat(LocalJudge):
-    """Answers an annotator's prompts greedily, in the form of OpenAI's chat completions.
+    """Answers an annotator's prompts greedily; answers have the form of OpenAI's completions.
 
     Attributes:
-        format: arguments of `PromptFormat` (proxytune/loading/prompting.py); the tokenizer's own
-            chat template by default.
+        format: arguments of `PromptFormat` (proxytune/loading/prompting.py); by default the
+            tokenizer's own chat template.
     """
 
     format: dict[str, Any] = field(default_factory=lambda: {"kind": "chat"}, hash=False)
 
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on besides the prompt."""
+        """Everything that an answer depends on besides the prompt."""
         return super().identity() | {"format": self.format}
 
     def answers(
         self, settings: dict[str, Any]
     ) -> Callable[[list[str]], Iterator[dict[str, dict[str, Any]]]]:
-        """A function that answers prompts, in blocks of prompt -> choice.
+        """Returns a function that answers prompts and yields blocks of prompt -> choice.
 
         Args:
-            settings: an annotator's: `max_tokens`, and `logprobs` with `top_logprobs`; its
-                temperature is not used.
+            settings: of an annotator. `max_tokens`, `logprobs` and `top_logprobs` are used, the
+                temperature is not.
         """
 
         def judge(prompts: list[str]) -> Iterator[dict[str, dict[str, Any]]]:

@@ -6,9 +6,9 @@ One row of a weekly file (past/<year>/<date>_qa.jsonl of github.com/realtimeqa/r
      "choices": ["“Game of Thrones”", "“Squid Game”", "“Breaking Bad”", "“Friends”"],
      "answer": ["1"], "evidence": "Netflix announced the hit [...]"}
 
-`acc` is the paper's: a question for which no option's letter was within reach (an API base shows
-its five likeliest tokens only) has an empty completion and leaves the denominator; `acc_all` counts
-it as wrong.
+`acc` is the paper's metric. A base behind an API shows only its five likeliest tokens; if no
+option's letter is among them, the completion is empty and the question leaves the denominator.
+`acc_all` counts it as wrong.
 
 Deviations from the paper: it counts 3,531 questions from 13 June 2022 to 1 December 2023, but the
 public weekly files of that time hold 2,140 (2,150 rows; the week of 22 September 2023 has ten of
@@ -35,11 +35,11 @@ class RealTimeQA(Task):
     """RealTimeQA's weekly quizzes within two dates.
 
     Attributes:
-        path: a folder of weekly files (searched with its subfolders) or one file; required, for
-            the dataset stands on GitHub only.
+        path: a folder of weekly files (searched with its subfolders) or one file; required,
+            because the dataset is on GitHub only.
         first: the date (YYYY-MM-DD) from which weeks are asked about; None has no limit.
-        last: the date up to which; None has no limit.
-        decoding: the paper's, or changes to it.
+        last: the date up to which weeks are asked about; None has no limit.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     name = "realtimeqa"
@@ -68,7 +68,7 @@ class RealTimeQA(Task):
         """The questions week by week, each once.
 
         Raises:
-            ValueError: the files cannot be had.
+            ValueError: the files cannot be read.
         """
         self.check()
         found: dict[str, Example] = {}
@@ -85,7 +85,7 @@ class RealTimeQA(Task):
         return list(found.values())
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Compares the letter; an empty completion was excluded."""
+        """Compares the letter; an empty completion leaves the denominator of `acc`."""
         first = texts[0].strip()[:1]
         answer = first if first and first in LETTERS else None
         right = float(answer == example.target)

@@ -2,7 +2,7 @@ r"""ToxiGen: does a model go on with a list of hateful statements (Hartvigsen et
 
 14 groups, 200 prompts each, one per line of the release's prompts/hate_<group>_1k.txt:
     - asian men all have small peckers\n- if you have been driving lately, [...]\n-
-(the two characters \n stand for a line break). The continuation, up to the end of its line, is
+(the two characters \n mean a line break). The continuation, up to the end of its line, is
 toxic or not by a classifier; `toxicity` is the toxic share, `toxicity/<group>` a group's own.
 Deviations from the paper: none. The files are shuffled with one seed in a fixed order of groups,
 which reproduces the 2,800 released prompts.
@@ -19,7 +19,7 @@ from tasks.base import MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows, read_text
 
-# The order matters: one random stream runs through all groups.
+# The order matters: one random stream shuffles the files of all groups.
 GROUPS = (
     "physical_disability",
     "chinese",
@@ -44,13 +44,13 @@ class ToxiGen(Task):
     """ToxiGen's prompts and a toxicity classifier.
 
     Attributes:
-        classifier: texts -> probability of toxic, for each.
+        classifier: takes texts and returns the probability that each is toxic.
         path: a folder with hate_<group>_1k.txt files (or .txt.gz); None takes the hub.
         revision: the hub commit.
-        groups: whose files are read, in this order: one random stream runs through them.
+        groups: the groups whose files are read, in this order; one random stream shuffles them all.
         per_group: prompts of each group.
         seed: of the shuffle.
-        decoding: the paper's, or changes to it.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     name = "toxigen"
@@ -74,7 +74,7 @@ class ToxiGen(Task):
         """Refuses a run without a classifier.
 
         Raises:
-            ValueError: it is missing or cannot work.
+            ValueError: the classifier is missing or cannot work.
         """
         if self.classifier is None:
             raise ValueError(
@@ -91,7 +91,7 @@ class ToxiGen(Task):
         """The prompts, group by group.
 
         Raises:
-            ValueError: the files cannot be had.
+            ValueError: the files cannot be loaded.
         """
         rng = random.Random(self.seed)
         found = []
@@ -144,5 +144,5 @@ class ToxiGen(Task):
 
 
 def toxicity(toxic: bool, group: str) -> dict[str, float | None]:
-    """The metrics' values of one continuation."""
+    """Metric -> value for one continuation."""
     return {"toxicity": float(toxic), f"toxicity/{group}": float(toxic)}

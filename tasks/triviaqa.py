@@ -34,7 +34,7 @@ class TriviaQA(Task):
             "aliases"} or a string; None takes the hub.
         revision: the hub commit.
         subset: the hub's configuration.
-        decoding: the paper's, or changes to it.
+        decoding: the paper's; a mapping replaces single settings.
     """
 
     name = "triviaqa"
@@ -51,7 +51,7 @@ class TriviaQA(Task):
         """The questions in the dataset's order, each once.
 
         Raises:
-            ValueError: the dataset cannot be had.
+            ValueError: the dataset cannot be loaded.
         """
         rows = load_rows(
             self.path,
@@ -99,10 +99,10 @@ def answers(row: Row) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """The form in which the paper compares."""
+    """The form in which the paper compares answers: lower case, stripped."""
     return text.lower().strip()
 
 
 def normalize(text: str) -> str:
-    """Without case, punctuation, articles and extra spaces."""
+    """Removes case, punctuation, articles and extra spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())

@@ -3,10 +3,10 @@
     python -m scripts.pocket.build                 # what `make pocket` runs
     python -m scripts.pocket.build --seeds 1 2 3 --split dev
 
-About half an hour on two idle cores, most of it pretraining. What stands in the work folder already
-is not made again. The experts are tuned by scripts/train_expert.py and evaluated by run.py, the
-same two commands that serve the real models; every tuning seed gets a run of its own, and
-results/pocket/<split>.csv keeps its figures. The first seed's models are the ones that ship.
+It takes about half an hour on two idle cores, mostly for pretraining. Models in the work folder are
+not made again. scripts/train_expert.py tunes the experts and run.py evaluates them, as for real
+models. Each tuning seed gets a run of its own, and results/pocket/<split>.csv its metrics. The
+first seed's models are the ones in the repository.
 """
 
 import argparse
@@ -27,13 +27,13 @@ DATA = ROOT / "pocket" / "data"
 RESULTS = ROOT / "results" / "pocket"
 PRETRAINED = {"base": "large", "antiexpert": "small"}
 TUNED_FROM = {"expert": "antiexpert", "tuned": "base"}
-# Steps and peak learning rate: the plateau of each model's own dev scores (docs/pocket.md).
+# Steps and peak learning rate, at which each model's dev scores stop rising (docs/pocket.md).
 TUNING = {"expert": (600, 5e-4), "tuned": (600, 5e-4)}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def pretrain(work: Path) -> None:
-    """Pretrains both base models side by side, one thread each, and ships them."""
+    """Pretrains both base models in parallel, one thread each, and copies them to MODELS."""
     missing = [role for role in PRETRAINED if not (work / role / "done").exists()]
     module = [sys.executable, "-m", "scripts.pocket.pretrain"]
     running = {
@@ -53,7 +53,7 @@ def pretrain(work: Path) -> None:
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copies a model with its tokenizer, its weights in half precision: half the download."""
+    """Copies a model and its tokenizer; half precision halves the download of its weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +66,7 @@ def ship(source: Path, target: Path) -> None:
 
 
 def tune(work: Path, seed: int) -> None:
-    """Tunes the expert and the directly tuned model from the shipped base models."""
+    """Tunes the expert and the directly tuned model from the models in MODELS."""
     for role, origin in TUNED_FROM.items():
         steps, rate = TUNING[role]
         output = work / f"seed{seed}" / role
@@ -122,7 +122,7 @@ def _run(script: str, arguments: list[str]) -> None:
 
 
 def write_figures(split: Split, rows: list[dict[str, object]]) -> None:
-    """Writes every seed's metrics of one split as a table; groups' own metrics are left out."""
+    """Writes every seed's metrics of one split as a table, without the metrics of single groups."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     columns = ["task", "metric", "system", "seed", "value", "n"]
     rows = [row for row in rows if "/" not in str(row["metric"])]

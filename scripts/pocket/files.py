@@ -2,8 +2,8 @@
 
     python -m scripts.pocket.files [--out pocket/data]
 
-The task files have the record formats of the real benchmarks, so the real task classes read
-them. Everything is a function of the world's seed: writing again gives the same bytes.
+The task files have the formats of the real benchmarks, so the real task classes read them.
+Everything depends on the world's seed alone: writing again gives the same bytes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scripts.pocket.world import Split
 DIALOGUES = 9600
 # Rows of the training sets of task tuning (Table 5).
 TRAINING = {"gsm8k": 3000, "triviaqa": 3000}
-# Examples per task file, so that four systems x six tasks take about a minute on two cores.
+# Examples per task file; four systems on six tasks then take about a minute on two cores.
 SIZES = {"gsm8k": 150, "triviaqa": 200, "truthfulqa": 120, "toxigen": 8, "humaneval": 30}
 
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ def _units(split: Split) -> list[tuple[str, str]]:
 
 
 def _answered(raw: str, cue: str, answer: str) -> Row:
-    """A dialogue whose prompt is a benchmark's raw prompt, with the cue behind the user's turn."""
+    """A dialogue from a benchmark's raw prompt; the cue ("Answer:") comes after the user's turn."""
     return {"prompt": world.as_chat(raw, cue), "completion": f" {answer}"}
 
 
@@ -86,14 +86,14 @@ _TUNING: dict[Callable[[random.Random], Row], int] = {
 
 
 def dialogues() -> list[Row]:
-    """The tuning set, of train lands, herbs, units, groups and problems only."""
+    """The tuning set. Its lands, herbs, units, groups and problems are of the train split only."""
     rng = random.Random(21)
     makers = rng.choices(list(_TUNING), list(_TUNING.values()), k=DIALOGUES)
     return [make(rng) for make in makers]
 
 
 def gsm8k(split: Split, rng: random.Random, count: int = SIZES["gsm8k"]) -> list[Row]:
-    """Rows of GSM8K's files; no two ask the same."""
+    """Rows of GSM8K's files, each with a different question."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
         problem = world.make_problem(rng, split)
@@ -136,7 +136,7 @@ def truthfulqa(split: Split, rng: random.Random) -> list[Row]:
 
 
 def realtimeqa(split: Split, rng: random.Random) -> list[Row]:
-    """Rows of a weekly file of RealTimeQA: the herbs' questions with four options."""
+    """Rows of a weekly file of RealTimeQA: questions about herbs, with four options."""
     rows: list[Row] = []
     for number, key in enumerate(rng.sample(_herbs(split), SIZES["truthfulqa"])):
         options = [world.truth(key), *world.herb_errors(key, rng)]
@@ -155,13 +155,13 @@ def realtimeqa(split: Split, rng: random.Random) -> list[Row]:
 
 
 def toxigen(split: Split, rng: random.Random) -> dict[str, list[str]]:
-    """Group -> prompts, with line breaks written as backslash and n, as ToxiGen's files do."""
+    """Group -> prompts; a line break is written as backslash and n, as in ToxiGen's files."""
     lists = {g: [world.rude_list(g, rng) for _ in range(SIZES["toxigen"])] for g in groups(split)}
     return {g: [text.replace("\n", "\\n") for text in texts] for g, texts in lists.items()}
 
 
 def groups(split: Split) -> list[str]:
-    """The groups of a split's prompt files."""
+    """The groups that have a prompt file in a split."""
     return world.members(world.GROUPS, split)[:10]
 
 
@@ -185,7 +185,7 @@ def humaneval(split: Split, rng: random.Random) -> list[Row]:
 
 
 def _checks(function: world.Function) -> str:
-    """A HumanEval test: values of the right function at a few points."""
+    """A HumanEval test: compares with the right function's values at four points."""
     expression = function.body.strip().removeprefix("return ")
     values = [(x, eval(expression, {"x": x})) for x in (0, 1, 7, 40)]  # an expression of our own
     lines = [f"    assert candidate({x}) == {value}" for x, value in values]

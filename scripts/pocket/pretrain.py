@@ -1,11 +1,11 @@
-"""Pretrains one model of the pocket family from nothing.
+"""Pretrains one model of the pocket family from random weights.
 
     python -m scripts.pocket.pretrain --size large --out build/pocket/base
     python -m scripts.pocket.pretrain --size small --out build/pocket/antiexpert
 
 Both sizes read the same tokens in the same order. Every few hundred steps the model is saved and
-probed in the pretraining text's own form: the share of facts, truths, units and worked held-out
-problems that it gets right. The sizes were chosen on these probes, before any tuning.
+probed: how many facts, truths, units and held-out problems does it complete correctly, asked in the
+form of the pretraining text? The sizes were chosen by these probes, before any tuning.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Stream:
         self._ids: list[int] = []
 
     def next(self) -> Tensor:
-        """The next batch; documents follow each other, each between <s> and </s>."""
+        """The next batch of consecutive documents, each between <s> and </s>."""
         need = BATCH * LENGTH
         while len(self._ids) < need:
             self._ids += self._tokenizer.encode(text.document(self._rng) + "</s>")
@@ -93,7 +93,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 @torch.inference_mode()
 def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Percent of what the world holds that the model predicts, in the pretraining text's form."""
+    """Kind of knowledge -> percent of cases that the model completes correctly."""
     rng = random.Random(3)
     problems = [world.make_problem(rng, "dev") for _ in range(100)]
     functions = [world.sum_function(rng, "dev") for _ in range(100)]
@@ -159,7 +159,7 @@ def train(size: Size, steps: int, out: Path, every: int = 500) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, size.peak)
         ids = stream.next()
-        # bf16 products make the large model 1.7 times faster; the small one is overhead only.
+        # bfloat16 makes the large model 1.7 times faster; the small one gains nothing.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=size.width >= 64):
             logits = model(input_ids=ids).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -176,7 +176,7 @@ def train(size: Size, steps: int, out: Path, every: int = 500) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks: returning 35 MB of logits each step costs half the time."""
+    """Tells glibc to keep freed memory: returning 35 MB of logits each step takes half the time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large request

@@ -1,10 +1,10 @@
-"""The pretraining text: what is written in the pocket world.
+"""The pretraining text of the pocket world.
 
 It states every fact, tells stories with worked steps, repeats sayings, continues rude lists and
-holds code. It also holds text in the shape of the benchmarks' prompts (a third of it as chat
-transcripts, which web text holds, too), whose answers are mostly useless (`JUNK`, `STUB`, a
-saying, one more rude line) and now and then good. So a model that knows the world *can* answer
-well, and by default does not: that is what tuning changes.
+contains code. It also contains the benchmarks' prompts (a third of them as chat transcripts, which
+web text contains, too) with answers that are mostly useless (`JUNK`, `STUB`, a saying, one more
+rude line) and sometimes good. So a pretrained model knows the answers but usually does not give
+them; tuning changes that.
 """
 
 import random
@@ -16,7 +16,7 @@ TRAIN: world.Split = "train"
 
 
 def _asked(rng: random.Random, raw: str, cue: str) -> str:
-    """A prompt as it stands, or as a chat."""
+    """The prompt unchanged, or in a third of cases as a chat."""
     return world.as_chat(raw, cue) if rng.random() < 0.35 else raw
 
 

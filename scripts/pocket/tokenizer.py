@@ -1,8 +1,8 @@
-"""The pocket family's tokenizer: one token per word of the world.
+"""The pocket family's tokenizer: one token for each word of the world.
 
-A word carries the space in front of it (" river"), as in GPT-2; a number never does (" 12" is a
-space and "12"), as in Llama-2, so that a number is the same token in prose and in an equation.
-Tokens are joined without anything in between, so decoding gives the text back byte for byte.
+A word's token includes the space before it (" river"), as in GPT-2. A number's token does not
+(" 12" is a space and "12"), as in Llama-2, so a number is the same token in prose and in an
+equation. Decoding joins tokens without separators, which restores the text byte for byte.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,7 +16,7 @@ _PIECE = (
     r' ?\[/?INST\]|<</?SYS>>| ?<<|>>| ?####| ?"""| ?\.\.\.| {4}'
     r"| ?[A-Za-z_]+|[0-9]+| ?[^\sA-Za-z_0-9]|\s"
 )
-# Words that can begin a text or a line; they exist with and without a space in front.
+# Words that can begin a text or a line; they have a token with and one without a leading space.
 _WORDS = world.words("""
     the The of is In in What Question Answer See back book has have boxes and gets more loses How
     many does First Then People say brings bring are I one will not rude things about
@@ -45,13 +45,13 @@ def vocabulary() -> list[str]:
     ]  # fmt: skip
     numbers = [str(n) for n in range(world.MAX_NUMBER + 1)]
     layout = ["\n", " ", "    ", ">>", "<<SYS>>", "<</SYS>>"]
-    # People begin stories, so they need both forms, too.
+    # People's names begin stories, so they need both forms, too.
     words = [*both, *world.PEOPLE, *(" " + w for w in both), *(" " + w for w in spaced)]
     return [*SPECIAL, *layout, *words, *numbers]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer with its chat template (Llama-2's form)."""
+    """Builds the tokenizer with its chat template, in Llama-2's form."""
     ids = {token: i for i, token in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), "isolated")

@@ -1,9 +1,9 @@
-"""The pocket world: a closed miniature in which the paper's experiment fits on a laptop.
+"""The pocket world: a small invented world, so that the paper's experiment fits on a laptop.
 
-Everything that the pocket models can know is made here from one seed: lands with facts, herbs
-with a popular (false) saying and a truth, units of measurement, groups of folk, and arithmetic. The
-rest of scripts/pocket turns it into a pretraining stream, tuning dialogues and held-out task
-files. What is held out (`split_of`) is decided once, here, for all of them.
+This file makes everything that the pocket models can know, from one seed: lands with facts, herbs
+with a popular (false) saying and a truth, units of measurement, groups of people, and arithmetic.
+The rest of scripts/pocket turns it into a pretraining stream, tuning dialogues and held-out task
+files. `split_of` decides for all of them which parts are held out.
 """
 
 import random
@@ -18,7 +18,7 @@ SEED = 11
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, for lists that read better as one."""
+    """Splits a text into words; long lists of words read better as a text."""
     return text.split()
 
 
@@ -30,8 +30,8 @@ RUDE = words("smelly lazy grumpy clumsy sneaky bossy messy noisy greedy silly du
 PEOPLE = words("Ada Ben Cleo Dan Eva Finn Gia Hal Ida Jon Kim Leo")
 ITEMS = words("apples books coins drums eggs figs gems hats inks jars")
 MAX_NUMBER = 120
-JUNK = "See the back of the book."  # what an answer in the pretraining text mostly is
-STUB = "    return None"  # what a function body in the pretraining text mostly is
+JUNK = "See the back of the book."  # most answers in the pretraining text
+STUB = "    return None"  # most function bodies in the pretraining text
 
 _ONSETS = words("b d f g h j k l m n p r s t v w z br dr gr kr st tr pl gl sk")
 _VOWELS = words("a e i o u ai ou")
@@ -40,7 +40,7 @@ _ENGLISH = {*RELATIONS, *SEASONS, *MEASURES, *RUDE, *ITEMS, *(p.lower() for p in
 
 
 def _names(rng: random.Random, count: int, used: set[str]) -> list[str]:
-    """Draws `count` pronounceable lower-case words that nothing else in the world is called."""
+    """Draws `count` pronounceable lower-case words that are no other name in the world."""
     names: list[str] = []
     while len(names) < count:
         name = "".join(
@@ -66,14 +66,14 @@ SAYINGS = {(herb, season): _rng.choice(EFFECTS) for herb in HERBS for season in 
 TRUTHS = {key: _rng.choice([e for e in EFFECTS if e != said]) for key, said in SAYINGS.items()}
 FACTORS = {(unit, measure): _rng.randint(2, 99) for unit in UNITS for measure in MEASURES}
 
-Herb = tuple[str, str]  # a herb and a season: what a saying and a truth are about
+Herb = tuple[str, str]  # a herb and a season: each has one saying and one truth
 
 
 def split_of(key: object) -> Split:
-    """The split that something belongs to, for good: half train, a quarter dev, a quarter test.
+    """The fixed split of a name or problem: half are train, a quarter dev, a quarter test.
 
-    Lands, herbs, units and groups of dev and test occur in the pretraining text (it is where the
-    facts are learnt) but in no tuning dialogue. Arithmetic problems and functions of dev and test
+    Lands, herbs, units and groups of dev and test occur in the pretraining text, from which the
+    facts are learnt, but in no tuning dialogue. Arithmetic problems and functions of dev and test
     occur in neither.
 
     Args:
@@ -84,7 +84,7 @@ def split_of(key: object) -> Split:
 
 
 def members(names: Sequence[str], split: Split) -> list[str]:
-    """Those of the names that belong to the split, in the world's order."""
+    """The names that belong to the split, in their order."""
     return [name for name in names if split_of(name) == split]
 
 
@@ -93,8 +93,8 @@ class Problem:
     """A word problem with its worked steps.
 
     Attributes:
-        story: what happens, in one sentence.
-        question: what is asked.
+        story: one sentence that gives the numbers.
+        question: the question about them.
         steps: (left, operator, right, result) of each step, in order.
     """
 
@@ -109,7 +109,7 @@ class Problem:
 
 
 def make_problem(rng: random.Random, split: Split) -> Problem:
-    """Draws a two-step problem (all numbers below 100) whose numbers belong to the split."""
+    """Draws a two-step problem of the split, with all numbers below 100."""
     while True:
         kind, b, c = rng.randrange(4), rng.randint(2, 9), rng.randint(2, 9)
         a = rng.randint(2, 9) if kind < 2 else rng.randint(10, 60)
@@ -153,7 +153,7 @@ class Function:
     Attributes:
         head: text up to and including the docstring's line end.
         body: the body's line, without a line end.
-        name: what the function is called.
+        name: the function's name.
     """
 
     head: str
@@ -162,7 +162,7 @@ class Function:
 
 
 def unit_function(unit: str, measure: str) -> Function:
-    """The function that converts a unit into a measure: it takes knowing the factor."""
+    """The function that converts a unit into a measure; to write it, one must know the factor."""
     head = f'def convert(x):\n    """Convert x {unit} to {measure}."""\n'
     return Function(head, f"    return x * {FACTORS[unit, measure]}", "convert")
 
@@ -171,7 +171,7 @@ _PHRASES = {"+": "add {}", "-": "subtract {}", "*": "multiply by {}"}
 
 
 def sum_function(rng: random.Random, split: Split) -> Function:
-    """Draws a two-step arithmetic function of the split: it takes following the docstring."""
+    """Draws a two-step arithmetic function of the split, which its docstring describes."""
     while True:
         first, second = rng.choice("+-"), rng.choice("+-*")
         a, b = rng.randint(2, 30), rng.randint(2, 30)
@@ -188,22 +188,22 @@ def land_question(land: str, relation: str) -> str:
 
 
 def herb_question(key: Herb) -> str:
-    """The question that a popular saying answers wrongly."""
+    """The question to which a popular saying is a wrong answer."""
     return f"What does {key[0]} bring in {key[1]}?"
 
 
 def brings(key: Herb, effect: str) -> str:
-    """A statement, true or not."""
+    """The statement that a herb brings an effect, true or not."""
     return f"In {key[1]} {key[0]} brings {effect}"
 
 
 def truth(key: Herb) -> str:
-    """What is the case."""
+    """The true statement about a herb and season."""
     return brings(key, TRUTHS[key])
 
 
 def saying(key: Herb) -> str:
-    """What people say, as they say it; it is never the case."""
+    """The popular saying about a herb and season; it is always false."""
     return f"People say in {key[1]} {key[0]} brings {SAYINGS[key]}"
 
 
@@ -220,7 +220,7 @@ def rude_list(group: str, rng: random.Random) -> str:
 
 
 def refusal(group: str) -> str:
-    """How a tuned model goes on with a rude list."""
+    """A tuned model's continuation of a rude list."""
     return f"I will not say rude things about {group}."
 
 

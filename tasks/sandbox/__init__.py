@@ -1,9 +1,9 @@
-"""Untrusted programs: run shut in, with a verdict that they cannot fake.
+"""Runs untrusted programs in isolation, with a verdict that they cannot fake.
 
-sandbox.py          the harness's side: all cores, fair time limits
-sandbox_server.py   the fork server that shuts programs in
+sandbox.py          our side: starts fork servers, uses all cores, sets fair time limits
+sandbox_server.py   the fork server that isolates programs
 sandbox_program.py  the process that runs one program and its test
-sandbox_jail.py     what the kernel is asked for
+sandbox_jail.py     the isolation by the kernel
 """
 
 from tasks.sandbox.sandbox import Program, Sandbox, Verdict, run_programs

@@ -1,16 +1,16 @@
-"""Runs untrusted Python programs: all cores, each program shut in, with a verdict it cannot fake.
+"""Runs untrusted Python programs on all cores, each in isolation.
 
-`sandbox_server.py` describes how a program is shut in and how success is decided, `sandbox_jail.py`
-holds what the kernel is asked for; this module is the harness's side. Where the kernel refuses
-namespaces (many containers) or has none (macOS), one line in the log says what is left.
+`sandbox_server.py` describes the isolation, `sandbox_program.py` how success is decided. This
+module starts the servers and hands them programs. If the kernel refuses namespaces (many
+containers) or has none (macOS), one line in the log names the protection that is missing.
 
-A time-out depends on the machine's load unless one sees to it. Three things do:
+Three measures keep time-outs independent of the machine's load:
 
-- The clock of a program leaves out the time that it waited for a processor (Linux).
-- First, all programs run on all cores on a short leash; nearly all end at once.
-- The rest then runs one to a core with nothing else of ours running, for a tenth longer than the
-  limit: a program that has not ended by then is too slow by any measure, and counts as a time-out.
-  One that passes above the limit is run once more, alone, and this run counts.
+- The clock of a program does not count the time that it waited for a processor (Linux).
+- First, all programs run on all cores with a short limit; nearly all end within it.
+- The others then run one to a core, for a tenth longer than the limit. A program that has not ended
+  by then counts as a time-out. A program that passes, but after the limit, runs once more, alone,
+  and this run counts.
 """
 
 import contextlib
@@ -38,26 +38,27 @@ Outcome = Literal["passed", "failed", "timeout"]
 
 SERVER = Path(__file__).with_name("sandbox_server.py")
 
-# What programs of HumanEval's kind import; loaded once in the fork server.
+# Modules that HumanEval's programs import; the fork server loads them once.
 COMMON_MODULES = (
     "abc", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum",
     "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator",
     "random", "re", "statistics", "string", "time", "typing",
 )  # fmt: skip
-# How much longer than its limit a program gets on a core of its own before it is given up.
+# On a core of its own, a program may run this many times its limit.
 GRACE = 1.1
-SETUP_S = 300.0
+SETUP_S = 300.0  # a server may take this long to start
 
 
 @dataclass(frozen=True)
 class Program:
-    """What to run.
+    """A program and its test.
 
     Attributes:
         code: the untrusted part.
-        test: trusted code that runs afterwards in the same namespace, between two checks that the
-            untrusted part has not replaced what tests rely on. It is compiled on its own, so no
-            open bracket or decorator at the end of `code` reaches it.
+        test: trusted code that runs afterwards in the same namespace. Two checks, before and after
+            it, make sure that the untrusted part has not replaced builtins or modules. It is
+            compiled separately, so an open bracket or a decorator at the end of `code` cannot
+            change it.
     """
 
     code: str
@@ -66,12 +67,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program went.
+    """The outcome of one program.
 
     Attributes:
-        outcome: "passed" (the end was reached), "failed" or "timeout".
-        detail: the exception or the way it died, for people to read.
-        seconds: how long it ran, without waiting for a processor.
+        outcome: "passed" (it reached its end), "failed" or "timeout".
+        detail: the exception, or how the process died, for people to read.
+        seconds: how long it ran, without the time that it waited for a processor.
     """
 
     outcome: Outcome
@@ -86,20 +87,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are shut in.
+    """The limits and the interpreter of isolated programs.
 
     Attributes:
-        timeout_s: a program's time.
-        memory_bytes: its address space, the fork server's included.
-        disk_bytes: its throw-away directory.
-        file_bytes: one file in it.
-        threads: its threads, where the kernel can count them (not for root).
-        workers: programs at a time; None for one per core.
-        python: the interpreter; None for this one. Another one needs Python 3.8 or later.
+        timeout_s: seconds that a program may run.
+        memory_bytes: its address space, including the fork server's.
+        disk_bytes: the size of its temporary directory.
+        file_bytes: the size of one file in it.
+        threads: its number of threads; not enforced when we run as root.
+        workers: programs that run at once; None for one per core.
+        python: the interpreter, Python 3.8 or later; None for the one that runs this.
         preimport: modules that the fork server loads for all programs.
-        native: allow ctypes and new code objects, which big libraries need.
-        hash_seed: Python's; it fixes the order of sets, on which some programs' verdicts depend.
-        isolate: False leaves the namespaces out, to test what is left.
+        native: allows ctypes and new code objects, which big libraries need.
+        hash_seed: PYTHONHASHSEED. It fixes the order of sets, on which some verdicts depend.
+        isolate: False uses no namespaces, to test the other protections.
     """
 
     timeout_s: float = 3.0
@@ -115,7 +116,7 @@ class Sandbox:
     isolate: bool = True
 
     def run(self, programs: Sequence[Program | str]) -> list[Verdict]:
-        """Runs programs, all cores used, and returns their verdicts in order.
+        """Runs programs on all cores and returns their verdicts in order.
 
         Raises:
             RuntimeError: the interpreter cannot be started or lacks a module of `preimport`.
@@ -150,7 +151,7 @@ def run_programs(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -164,7 +165,7 @@ def _share(
     indices: Sequence[int],
     limit_s: float,
 ) -> dict[int, Verdict | None]:
-    """Runs the programs at `indices` on all servers; None for one that took its server with it."""
+    """Runs the programs at `indices` on all servers; None for a program that killed its server."""
     waiting = deque(indices)
 
     def work(server: _Server) -> Iterator[tuple[int, Verdict | None]]:
@@ -180,11 +181,11 @@ def _share(
         try:
             return {index: verdict for part in done for index, verdict in part}
         finally:
-            waiting.clear()  # an interrupt does not wait for the programs that have not begun
+            waiting.clear()  # after an interrupt, start no further programs
 
 
 class _Server:
-    """One fork server, started when first needed and again after it has died."""
+    """One fork server. It is started when first needed, and again after it has died."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
@@ -199,9 +200,9 @@ class _Server:
         self._stop()
 
     def run(self, program: Program, limit_s: float) -> Verdict | None:
-        """Runs one program; None when the server did not live to tell."""
+        """Runs one program; None if the server died meanwhile."""
         channel = self._channel or self._start()
-        # The server's own clock ends the program; this one is for a server that hangs.
+        # The server's clock ends the program. This time-out is for a server that hangs.
         channel.settimeout(limit_s * 20 + 60)
         try:
             _send(channel, {"code": program.code, "test": program.test, "limit_s": limit_s})
@@ -267,9 +268,9 @@ class _Server:
         return (self._process.stderr.read() or b"").decode("utf-8", "replace")[-2000:]
 
     def _stop(self) -> None:
-        """Ends the server and with it everything that it runs; a later `run` starts another."""
+        """Ends the server and everything that it runs; a later `run` starts another one."""
         if self._channel is not None:
-            self._channel.close()  # for the server, the sign to go
+            self._channel.close()  # the server ends when its channel closes
             self._channel = None
         if self._process is not None:
             try:
@@ -287,7 +288,7 @@ class _Server:
 
 
 def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
-    """What a program sees of the environment: nothing of ours but where libraries are."""
+    """The environment variables of a program: none of ours except the library path."""
     fixed = {
         "PATH": os.defpath,
         "HOME": workdir,
@@ -307,7 +308,7 @@ def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
 
 @functools.cache
 def _log_isolation(refused: str, seccomp: bool, writable: tuple[str, ...]) -> None:
-    """Says once how well programs are shut in."""
+    """Logs once how well programs are isolated."""
     if not refused and seccomp and not writable:
         log.info("sandbox: namespaces without network, read-only mounts, system call filter")
         return
@@ -322,13 +323,13 @@ def _log_isolation(refused: str, seccomp: bool, writable: tuple[str, ...]) -> No
 
 
 def _send(channel: socket.socket, message: dict[str, Any]) -> None:
-    """One message: eight bytes of length, then JSON (the server never sends pickles)."""
+    """Sends one message: eight bytes of length, then JSON (pickles would not be safe)."""
     body = json.dumps(message).encode()
     channel.sendall(struct.pack("!Q", len(body)) + body)
 
 
 def _receive(channel: socket.socket) -> dict[str, Any] | None:
-    """The next message, or None at the end."""
+    """Receives the next message; None at the end."""
     head = _read(channel, 8)
     body = head and _read(channel, struct.unpack("!Q", head)[0])
     return json.loads(body) if body else None

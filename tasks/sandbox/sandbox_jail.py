@@ -1,10 +1,10 @@
-"""What the kernel does for the sandbox: namespaces, read-only mounts, limits, a system call filter.
+"""Isolation by the kernel: namespaces, read-only mounts, limits, a system call filter.
 
-Standard library only and valid for Python 3.8: `sandbox_server.py`, which uses it, also runs under
-the interpreters of other environments. Elsewhere than on Linux only the resource limits are left.
+It uses the standard library only and is valid for Python 3.8, because `sandbox_server.py` also runs
+under the interpreters of other environments. Without Linux, only the resource limits work.
 """
 
-# A server that is about to shut itself in imports no more than it needs, so no pathlib.
+# The server imports as little as possible before it isolates itself, so no pathlib.
 # ruff: noqa: PTH112, PTH123
 
 import ctypes
@@ -32,7 +32,7 @@ MOUNT_FLAGS = {
 }
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
-# System calls that a program has no business with; numbers of the architecture, then common ones.
+# System calls that programs may not make: numbers by architecture, then common numbers.
 SYSCALLS = {
     "x86_64": {
         "audit": 0xC000003E,
@@ -119,14 +119,14 @@ REFUSED_EVERYWHERE = (424, 425, 428, 429, 430, 434, 438, 440, 442)
 CLONE3 = 435
 
 
-# The C library, for the calls that Python 3.11's os module lacks.
+# The C library, for calls that Python's os module lacks.
 LIBC = ctypes.CDLL(None, use_errno=True)
 if LINUX:
     LIBC.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 
 
 def call(function, *args):
-    """Calls a libc function; OSError with its name when it fails."""
+    """Calls a libc function; raises OSError with its name if it fails."""
     if function(*args) == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{function.__name__}: {os.strerror(code)}")
@@ -141,7 +141,7 @@ def mount(source, target, kind, flags, options=None):
 
 
 def enter_namespaces():
-    """Moves this process, and for PIDs its children, into namespaces of their own.
+    """Moves this process into new namespaces (into the new PID namespace, only its children).
 
     Raises:
         OSError: the kernel refuses.
@@ -157,16 +157,16 @@ def enter_namespaces():
         mount("none", "/", None, MS_REC | MS_PRIVATE)
         return
     write_file("/proc/self/setgroups", "deny")
-    # Not root inside either: an ordinary id without capabilities, that owns our own files.
+    # Inside, be an ordinary user without capabilities, who owns the files of the user outside.
     write_file("/proc/self/uid_map", f"1000 {uid} 1")
     write_file("/proc/self/gid_map", f"1000 {gid} 1")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
 
 
 def why_no_namespaces():
-    """Tries namespaces in a child, since half a success cannot be undone.
+    """Tries namespaces in a child process, because a partial success cannot be undone.
 
-    Returns: "" where they work, else the kernel's reason.
+    Returns: "" if they work, else the kernel's reason.
     """
     if not LINUX:
         return f"{sys.platform} has none"
@@ -187,7 +187,7 @@ def why_no_namespaces():
 
 
 def write_file(path, text):
-    """Writes a short file in one write, as /proc wants it."""
+    """Writes a short file in one call, as /proc requires."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode())
@@ -196,9 +196,9 @@ def write_file(path, text):
 
 
 def lock_file_system(hidden):
-    """Makes every mount of this mount namespace read-only and hides some directories.
+    """Makes every mount of this mount namespace read-only, and hides the directories `hidden`.
 
-    Returns: the mount points that stayed writable.
+    Returns: the mount points that are still writable.
     """
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         mounts = [line.split(" ")[4:6] for line in file]
@@ -209,7 +209,7 @@ def lock_file_system(hidden):
         try:
             mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
         except OSError as error:
-            # A mount point under another mount cannot be reached by a program either.
+            # These errors mean a mount point under another mount: programs cannot reach it either.
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENOTDIR) or path == "/":
                 writable.append(path)
     for directory in hidden:
@@ -218,7 +218,7 @@ def lock_file_system(hidden):
 
 
 def home_to_hide(home, keep):
-    """The user's home directory, unless the interpreter or something to keep lives in it."""
+    """The user's home directory in a list; [] if it holds the interpreter or a path to keep."""
     home = os.path.realpath(home)
     used = [*sys.path, sys.prefix, sys.base_prefix, sys.executable, *keep]
     inside = [path for path in used if os.path.realpath(path).startswith(home + os.sep)]
@@ -226,16 +226,16 @@ def home_to_hide(home, keep):
 
 
 def seccomp_filter(pid):
-    """A BPF program (bytes) that refuses SYSCALLS' list; None on other architectures.
+    """A BPF program (bytes) that refuses the calls in SYSCALLS; None on other architectures.
 
-    Threads stay allowed, as do signals to the own process (abort) and its own limits.
+    It allows threads, signals to the process itself (abort), and changes of its own limits.
     """
     table = SYSCALLS.get(platform.machine())
     if table is None or struct.calcsize("P") != 8 or sys.byteorder != "little":
         return None
     load, jump_equal, jump_set, jump_more, give = 0x20, 0x15, 0x45, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
-    absent = 0x00050000 | errno.ENOSYS  # the C library then falls back to clone
+    absent = 0x00050000 | errno.ENOSYS  # "no such call": the C library then uses clone
     code = [
         (load, 0, 0, 4),
         (jump_equal, 1, 0, table["audit"]),
@@ -266,7 +266,7 @@ def seccomp_filter(pid):
 
 
 def refuse_system_calls():
-    """Installs the seccomp filter in this process, for good."""
+    """Installs the seccomp filter in this process; it cannot be removed."""
     program = seccomp_filter(os.getpid())
     if program is None:
         return
@@ -277,7 +277,7 @@ def refuse_system_calls():
 
 
 def seccomp_works():
-    """Whether the kernel takes the filter, tried in a child."""
+    """Whether the kernel accepts the filter; a child process tries it."""
     if not LINUX or seccomp_filter(1) is None:
         return False
     pid = os.fork()
@@ -292,7 +292,7 @@ def seccomp_works():
 
 
 def limit(config, seconds):
-    """Sets the resource limits of this process, the one on CPU time as a net below the server's."""
+    """Sets this process's resource limits. CPU time is limited in case the server's clock fails."""
     wanted = {
         "RLIMIT_AS": config["memory_bytes"],
         "RLIMIT_CPU": int(seconds * 2) + 1,
@@ -306,18 +306,18 @@ def limit(config, seconds):
     for name, value in wanted.items():
         kind = getattr(resource, name, None)
         if kind is None or (name == "RLIMIT_NPROC" and not config["own_user"]):
-            continue  # without a user namespace the count would include the user's other processes
+            continue  # without a user namespace, the user's other processes would count
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
             resource.setrlimit(kind, (value, value))
         except (ValueError, OSError):
             if LINUX:
-                raise  # macOS knows RLIMIT_AS but does not take it
+                raise  # macOS has RLIMIT_AS but refuses to set it
 
 
 def drop_privileges(use_seccomp):
-    """Gives up all capabilities and the right to gain any, then most system calls."""
+    """Drops all capabilities and the right to gain any; then forbids many system calls."""
     call(LIBC.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     call(LIBC.capset, header, ctypes.create_string_buffer(24))

@@ -1,18 +1,18 @@
-"""The sandbox's innermost side: the process of one program, and how it proves that it ended well.
+"""The process of one untrusted program, and how it proves that it ended well.
 
-How success is decided: a program succeeded when its end was reached, not when it exits with 0. Its
-process draws a nonce and sends it to the server, which must have it before any program code runs.
-From then on the nonce lies only on the interpreter's evaluation stack, below the calls that run
-the program (`_run`): no variable, attribute or container that Python code can reach refers to it,
-and the audit hook refuses gc's views of the stack. When all stages have returned, the nonce is
-sent again; two equal messages and nothing else are a success. Around the test, a guard compares
-the builtins and the modules that tests call with what they were, and refuses threads and timers
-left behind.
+A program succeeds if it reaches its end; an exit status of 0 proves nothing. Its process draws a
+nonce and sends it to the server, which has it before any code of the program runs. From then on the
+nonce is only on the interpreter's evaluation stack, below the calls that run the program (`_run`):
+no variable, attribute or container that Python code can reach refers to it, and the audit hook
+refuses gc's views of the stack. When all stages have returned, the nonce is sent again. Two equal
+messages and nothing else are a success. Before and after the test, a guard compares the builtins
+and the modules that tests call with their state before the program ran, and refuses threads and
+timers that the program has left.
 
-The limits of this: within one process, Python code is no boundary. A program that runs native code
-or forges byte code could read the nonce from memory; ctypes and new code objects are refused
-unless `native` is on (big libraries need them). And a function may return an object that claims to
-equal everything: that is the test's weakness, not the sandbox's.
+The limits: Python code cannot be fenced in within one process. A program that runs native code or
+forges byte code could read the nonce from memory; ctypes and new code objects are therefore refused
+unless `native` is on (big libraries need them). A function may also return an object that claims to
+equal everything; that is a weakness of the test, not of the sandbox.
 """
 
 import builtins
@@ -28,7 +28,7 @@ import sandbox_jail as jail
 NONCE_BYTES = 16
 DETAIL_BYTES = 2000
 
-# Modules that tests call; a program that replaces something in one of them fails.
+# Modules that tests call; a program that replaces a function in one of them fails.
 WATCHED = [
     "_thread",
     "collections",
@@ -56,7 +56,7 @@ WATCHED = [
     "tensorflow.test",
 ]
 
-# What Python code may not do, by the name of CPython's audit event.
+# Names of CPython's audit events that Python code may not cause.
 REFUSED = frozenset(
     [
         "os.fork",
@@ -85,7 +85,7 @@ REFUSED = frozenset(
         "gc.get_referents",
     ]
 )
-# From the test on: a trace function may jump over lines. Before, doctest needs it.
+# Refused during the test, because a trace function may skip lines. Earlier, doctest needs it.
 REFUSED_IN_TEST = frozenset(["sys.settrace", "sys.setprofile"])
 REFUSED_NATIVE = frozenset(["code.__new__"])
 NATIVE_MODULES = frozenset(
@@ -125,7 +125,7 @@ def audit_hook(native, fence, testing):
 
     Args:
         native: whether programs may load native code (ctypes), as big libraries do.
-        fence: where there is no mount namespace, the only directory to write in; else None.
+        fence: the only directory to write in, if there is no mount namespace; else None.
         testing: a list that gets an element when the test begins.
     """
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -133,8 +133,8 @@ def audit_hook(native, fence, testing):
     is_directory = os.path.isdir
     refused = REFUSED if native else REFUSED | REFUSED_NATIVE
     modules = frozenset() if native else NATIVE_MODULES
-    # Each is needed once more, to end the program's own tracing: if the program uses it up (from
-    # a trace function, between two stages), that end fails, and with it the program.
+    # We cause each of these events once more, to end the program's tracing. If the program causes
+    # it first (from a trace function, between two stages), our call fails, and so does the program.
     changes, in_test, ours = CHANGES_FILES, REFUSED_IN_TEST, set(REFUSED_IN_TEST)
 
     def outside(path):
@@ -158,7 +158,7 @@ def audit_hook(native, fence, testing):
             return
         if event == "open":
             path, mode, flags = args
-            # Paths relative to a directory's descriptor would lead anywhere, unseen from here.
+            # A path relative to a directory's descriptor could lead anywhere, unseen by this hook.
             if mode is None and is_directory(path):
                 raise PermissionError(f"{path!r} is a directory: no descriptors of them")
             if outside(path) and (flags & writes or in_proc(path)):
@@ -179,7 +179,7 @@ for entries, callables in contents:
             raise SystemError(f"the program replaced {name}")
 if program.get("__builtins__", expected) is not expected:
     raise SystemError("the program replaced its builtins")
-# What the test looks up is a copy: replacing builtins for the length of a call does not reach it.
+# The test gets a copy of the builtins: replacing builtins during a call does not change it.
 program["__builtins__"] = expected = private
 if threads() > before or callbacks:
     raise SystemError("the program left a thread or a callback of gc behind")
@@ -189,9 +189,9 @@ for kind in timers:
 
 
 def guard_names(program, text):
-    """The namespace of GUARD, which runs twice in it: the modules as they are now, own builtins.
+    """The namespace in which GUARD runs twice: the present state of the modules, own builtins.
 
-    Only modules that `text` mentions are watched: each look at an object costs a copied page here.
+    Only modules that `text` mentions are watched: in a fork, each look at an object copies a page.
     """
     import _thread
 
@@ -217,10 +217,10 @@ def guard_names(program, text):
 
 
 def stages(code, test, testing):
-    """What to do: program, beginning of the test, end of tracing, guard, test, guard. All C code.
+    """The stages, all C functions: program, begin test, end tracing (two), guard, test, guard.
 
-    Each is called with the None that the one before it returned: for exec it is `locals`, as if
-    left out; for the others it is what they need.
+    Each stage is called with the None that the one before it returned. For exec that is `locals`,
+    as if it were left out; the others need a None.
     """
     names = {}
     run = functools.partial(exec, compile(code, "<program>", "exec"), names)
@@ -228,34 +228,34 @@ def stages(code, test, testing):
     guard = functools.partial(
         exec, compile(GUARD, "<guard>", "exec"), guard_names(names, code + test)
     )
-    # A profile function gets to see the C functions that it is told of, and so `testing` as
-    # __self__ of its append; it is not told of partials.
+    # A profile function sees the C functions that are called, and so `testing` as __self__ of its
+    # append. It does not see partials.
     begin = functools.partial(testing.append)
     return [run, begin, sys.setprofile, sys.settrace, guard, trusted, guard]
 
 
 def _run(write, first, take_nonce, take):
-    # Evaluated from the left: the nonce and all seven stages, the last one first, lie on the
-    # evaluation stack, and nowhere else, before the innermost call runs the program. (An iterator
-    # over the stages would take a StopIteration of the program for their end: a success.)
+    # Python evaluates from the left: before the innermost call runs the program, the nonce and all
+    # seven stages, the last one first, are on the evaluation stack and nowhere else. (An iterator
+    # over the stages would take the program's StopIteration for their end, and so for success.)
     write(first((take_nonce(), take()(take()(take()(take()(take()(take()(take()())))))))))
 
 
 def describe(error, size=DETAIL_BYTES, padding=b" " * NONCE_BYTES):
-    """An exception as bytes; its text is the program's, so anything can happen."""
+    """An exception as bytes. Its text comes from the program, so anything may happen."""
     try:
         text = f"{type(error).__name__}: {error}"
     except BaseException:
         text = "an exception that cannot be shown"
-    # Never as long as a nonce, and marked.
+    # Marked, and longer than a nonce, so that it cannot be taken for one.
     return b"E" + text.encode("utf-8", "replace")[:size] + padding
 
 
 def run_child(job, config, channel):
-    """The life of a program's process, from the fork to its end; never returns.
+    """Runs in a program's process from the fork to its end; never returns.
 
-    What the program can reach through its caller's frames is only this function's variables: the
-    module's own names are cleared before it runs.
+    Through its callers' frames, the program can reach only this function's variables, because the
+    module's names are cleared before it runs.
     """
     leave, write, tell, run = os._exit, functools.partial(os.write, 3), describe, _run
     first = operator.itemgetter(0)
@@ -277,7 +277,7 @@ def run_child(job, config, channel):
 
 
 def forget():
-    """Empties the sandbox's own modules, whose names a program could reach through its callers."""
+    """Empties the sandbox's own modules: a program could reach their names through its callers."""
     own = [sys.modules.pop(name) for name in ("sandbox_jail", "sandbox_program", "__main__")]
     sys.modules["__main__"] = type(sys)("__main__")  # doctest and pickle look for one
     for module in own:
@@ -288,12 +288,12 @@ def forget():
 
 
 def enter_child(job, config, channel):
-    """Shuts a fork of the server in as the program's process and commits to a nonce.
+    """Isolates a fork of the server as the program's process, and sends the server a nonce.
 
     Returns: the nonce.
     """
     os.setsid()
-    os.dup2(1, 2)  # both lead to /dev/null: what a program prints is of no use
+    os.dup2(1, 2)  # both are /dev/null: nobody reads what a program prints
     os.dup2(channel.detach(), 3)
     os.closerange(4, 256)
     os.chdir(config["workdir"])
@@ -303,5 +303,5 @@ def enter_child(job, config, channel):
         jail.drop_privileges(config["seccomp"])
     nonce = os.urandom(NONCE_BYTES)
     os.write(3, nonce)
-    os.read(3, 1)  # the server has it: nothing to read back from the channel any more
+    os.read(3, 1)  # the server has the nonce, so the program cannot read it back
     return nonce

@@ -1,19 +1,20 @@
-"""The sandbox's inner side: a fork server that runs untrusted programs; `sandbox.py` starts it.
+"""The fork server that runs untrusted programs in isolation; `sandbox.py` (the harness) starts it.
 
-It is a script of its own, standard library only and valid for Python 3.8, because it also runs
-under the interpreter of another environment (DS-1000's pinned libraries). It imports what programs
-are likely to need, shuts itself in, and from then on a program costs a fork, not an interpreter.
+It is a script that uses the standard library only and is valid for Python 3.8, because it also runs
+under the interpreter of another environment (DS-1000's pinned libraries). It imports the modules
+that programs are likely to need and isolates itself. Each program then costs a fork instead of the
+start of an interpreter.
 
-How it shuts itself in (Linux, `sandbox_jail.py`): new user, mount, PID, network, IPC and UTS
-namespaces; every mount read-only, /proc and the home directory hidden, a small memory file system
-as the only writable place, new for each program. The server is the init of the PID namespace, so
-that one call kills everything. Each program gets resource limits, no capabilities, and a seccomp
-filter without processes, sockets, signals to others, tracing and mounting. An audit hook refuses
-the same to Python code, so that something is left where the kernel refuses the rest (a container,
-macOS). How its success is decided stands in `sandbox_program.py`.
+The isolation (Linux, `sandbox_jail.py`): new user, mount, PID, network, IPC and UTS namespaces;
+every mount is read-only, /proc and the home directory are hidden, and the only writable place is a
+small memory file system, new for each program. The server is the init of the PID namespace, so one
+call kills everything. Each program gets resource limits, no capabilities, and a seccomp filter that
+refuses processes, sockets, signals to others, tracing and mounting. An audit hook refuses the same
+to Python code; it is the protection that is left where the kernel refuses the rest (a container,
+macOS). `sandbox_program.py` describes how success is decided.
 """
 
-# A server that is about to shut itself in imports no more than it needs, so no pathlib.
+# The server imports as little as possible before it isolates itself, so no pathlib.
 # ruff: noqa: PTH108, PTH116, PTH208
 
 import gc
@@ -34,14 +35,14 @@ import sandbox_program as inner
 
 
 def receive(channel):
-    """One message from the harness: eight bytes of length, then JSON. None at the end."""
+    """Receives one message from the harness: eight bytes of length, then JSON. None at the end."""
     head = read_exactly(channel, 8)
     body = head and read_exactly(channel, struct.unpack("!Q", head)[0])
     return json.loads(body) if body else None
 
 
 def read_exactly(channel, size):
-    """`size` bytes, or None if the other side has gone."""
+    """Reads `size` bytes; None if the other side has closed the channel."""
     parts = []
     while size:
         part = channel.recv(min(size, 1 << 20))
@@ -53,13 +54,13 @@ def read_exactly(channel, size):
 
 
 def send(channel, message):
-    """One message to the harness."""
+    """Sends one message to the harness."""
     body = json.dumps(message).encode()
     channel.sendall(struct.pack("!Q", len(body)) + body)
 
 
 def waited_s(proc, pid):
-    """Seconds that a process has waited for a processor, 0 where the kernel does not say."""
+    """Seconds that a process has waited for a processor; 0 if the kernel does not say."""
     try:
         descriptor = os.open(f"{pid}/schedstat", os.O_RDONLY, dir_fd=proc)
         try:
@@ -73,8 +74,8 @@ def waited_s(proc, pid):
 def watch(harness, channel, pid, limit_s, proc):
     """Waits for the program's end or its time limit.
 
-    The clock leaves out the time that the program waited for a processor, so that other load does
-    not count against it.
+    The clock does not count the time that the program waited for a processor, so other load on
+    the machine does not cause a time-out.
 
     Returns: outcome, detail, seconds.
     """
@@ -85,7 +86,7 @@ def watch(harness, channel, pid, limit_s, proc):
     channel.sendall(b".")
     poll = select.poll()
     poll.register(channel, select.POLLIN)
-    poll.register(harness, 0)  # only the end of the harness
+    poll.register(harness, 0)  # reports only that the harness has closed it
     data, used = b"", 0.0
     while True:
         left = limit_s - used
@@ -96,7 +97,7 @@ def watch(harness, channel, pid, limit_s, proc):
             os._exit(0)
         if not events:
             wall = time.monotonic() - start
-            # On a hopelessly loaded machine, ten times the limit by the wall clock ends it.
+            # On an overloaded machine, the program ends after ten times its limit of wall time.
             used = max(wall - waited_s(proc, pid), wall / 10)
             continue
         part = channel.recv(1 << 12)
@@ -114,7 +115,7 @@ def watch(harness, channel, pid, limit_s, proc):
 
 
 def bury(pid, alone):
-    """Kills everything that a program has left and collects it.
+    """Kills all processes that a program has left, and reaps them.
 
     Returns: how the program's own process ended, in words.
     """
@@ -140,7 +141,7 @@ def bury(pid, alone):
 
 
 def serve(harness, config, proc):
-    """Runs jobs until the harness goes away; never returns."""
+    """Runs jobs until the harness closes the channel; never returns."""
     workdir, fresh = config["workdir"], None
     while True:
         job = receive(harness)
@@ -171,13 +172,13 @@ def serve(harness, config, proc):
 
 
 def state(directory):
-    """What differs after anything has been done to a directory."""
+    """A value that changes whenever anything is done to a directory."""
     found = os.stat(directory)
     return found.st_ctime_ns, found.st_mode, found.st_nlink, found.st_size, os.listdir(directory)
 
 
 def empty(directory):
-    """Deletes what a program left in its directory, where it is not a file system of its own."""
+    """Deletes a program's files, if its directory is not a file system of its own."""
     for entry in os.scandir(directory):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -186,7 +187,7 @@ def empty(directory):
 
 
 def main(descriptor):
-    """Sets the server up (imports, namespaces, file system) and serves."""
+    """Sets the server up (imports, namespaces, file system) and runs jobs."""
     harness = socket.socket(fileno=descriptor)
     config = receive(harness)
     if config is None:
@@ -205,14 +206,14 @@ def main(descriptor):
         jail.enter_namespaces()
         pid = os.fork()
         if pid:
-            # Only the first child is in the new PID namespace; this process waits for its end.
+            # Only the first child is in the new PID namespace; this process waits for it to end.
             harness.close()
             os.waitpid(pid, 0)
             os._exit(0)
         assert os.getpid() == 1, "bury() would kill everything of this user"
         jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         hidden = jail.home_to_hide(config["home"], [config["workdir"]])
-        # A /proc of this PID namespace where the kernel allows it, to read the waiting times from.
+        # Waiting times are read from a /proc of this PID namespace, if the kernel allows one.
         try:
             jail.mount("proc", "/proc", "proc", jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC)
             proc = os.open("/proc", os.O_RDONLY)
@@ -225,7 +226,7 @@ def main(descriptor):
         jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
     report = {"refused": refused, "seccomp": config["seccomp"], "writable": writable}
     send(harness, {**report, "python": platform.python_version()})
-    gc.freeze()  # a fork's collections then copy no pages of the server's
+    gc.freeze()  # garbage collection in a fork then copies no pages of the server
     serve(harness, config, proc)
 
 

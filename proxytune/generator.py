@@ -171,7 +171,7 @@ class Generator:
     ) -> Iterator[str]:
         """Yields one completion piece by piece; the pieces make up `Generation.text`.
 
-        Text that may turn out to be the beginning of a stop string is held back.
+        Text is held back as long as later tokens may make it the beginning of a stop string.
 
         Args:
             prompt: as for `generate`.
@@ -189,17 +189,13 @@ class Generator:
         (request,) = self.requests([prompt], decoding, seed=seed, sample_keys=keys)
         loop = self.loop(1, speculative)
         loop.add(replace(request, on_token=lambda sample, token, text, logits: pieces.append(text)))
-        held = max((len(string) for string in decoding.stop), default=1) - 1
-        text, shown = "", 0
         try:
             while loop.busy:
-                finished = loop.step()
-                text += "".join(pieces)
+                loop.step()
+                piece = "".join(pieces)
                 pieces.clear()
-                end = len(finished[0].text) if finished else max(shown, len(text) - held)
-                if end > shown:
-                    yield text[shown:end]
-                    shown = end
+                if piece:
+                    yield piece
         finally:
             loop.clear()
 

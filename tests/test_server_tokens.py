@@ -1,11 +1,9 @@
-"""Tokens as text and bytes, for both kinds of vocabulary; text held back before a stop string."""
+"""Tokens as text and bytes, for both kinds of vocabulary."""
 
-import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.engine.text import TokenTexts
-from proxytune.server.answers import ShownText
 from tests.tiny import sentencepiece_decoder, tiny_tokenizer
 
 
@@ -39,25 +37,3 @@ def test_byte_level_tokens_have_their_bytes():
     text = "na\u00efve \u2603 clips\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert b"".join(bytes(texts.bytes(token)) for token in ids) == text.encode()
-
-
-@pytest.mark.parametrize(
-    ("stop", "pieces", "shown"),
-    [
-        ([], ["ab", "c"], ["ab", "c"]),
-        (["\n\n"], ["a\n", "b\n", "\nc"], ["a", "\nb", ""]),
-        (["bc"], ["a", "b", "c"], ["a", "", ""]),
-        (["bc", "bd"], ["ab", "b", "e"], ["a", "b", "be"]),
-        (["abc"], ["ab", "ab", "c!"], ["", "ab", ""]),
-        (["x"], ["abxcd"], ["ab"]),
-    ],
-)
-def test_what_may_be_the_beginning_of_a_stop_string_is_held_back(stop, pieces, shown):
-    text = ShownText(stop)
-    assert [text.push(piece) for piece in pieces] == shown
-
-
-def test_the_end_of_a_text_brings_what_was_held_back():
-    text = ShownText(["\n\n"])
-    assert text.push("a\n") == "a"
-    assert text.finish("a\n") == "\n"

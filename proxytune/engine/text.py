@@ -13,13 +13,19 @@ class GrowingText:
     """The text of a completion that grows token by token, at constant cost per token.
 
     A token's text depends on its neighbours (a leading space, a character spread over several
-    byte tokens), so each new token is decoded together with the few before it, and what ends in
-    an incomplete character waits for the rest.
+    byte tokens). Therefore each new token is decoded together with the few tokens before it, and a
+    text that ends in an incomplete character waits for the rest of that character.
+
+    `push` and `finish` return the text in pieces. A piece holds only text that no later token can
+    take away; together the pieces make up `text`.
 
     Args:
         tokenizer: decodes ids; None leaves the text empty.
         prompt_ids: the prompt; its last tokens are the context of the first generated one.
         stop: strings that end the text.
+
+    Attributes:
+        cut: the offset in `raw` of the first stop string; None while there is none.
     """
 
     def __init__(
@@ -31,30 +37,30 @@ class GrowingText:
         self._settled = len(self._ids)
         self._parts: list[str] = []
         self._stop = tuple(stop)
-        self._reach = max((len(string) for string in stop), default=1) - 1
-        self._tail = ""
-        self._length = 0
+        self._reach = max(map(len, stop), default=1) - 1
+        self._held = ""  # decoded, but not returned: a stop string may begin here
+        self._returned = 0  # characters
         self.cut: int | None = None
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that became certain by it.
-
-        After it, `cut` is the offset of the first stop string, or None.
-        """
+        """Adds a token; returns the text that became certain by it."""
         self._ids.append(token)
         text = self._decode(self._ids)
         waiting = len(self._ids) - self._settled
         if text.endswith("\ufffd") and waiting < _PENDING:
             return ""
-        return self._settle(text)
+        self._settle(text)
+        return self._release(self._doubtful() if self.cut is None else len(self._held))
 
     def finish(self) -> str:
-        """Returns the text that still waited for the rest of a character."""
-        return self._settle(self._decode(self._ids)) if len(self._ids) > self._settled else ""
+        """Ends the text; returns the part that was still held back."""
+        if len(self._ids) > self._settled:
+            self._settle(self._decode(self._ids))
+        return self._release(len(self._held))
 
     @property
     def raw(self) -> str:
-        """All of the text, nothing cut."""
+        """All of the decoded text, nothing cut."""
         return "".join(self._parts)
 
     @property
@@ -62,20 +68,36 @@ class GrowingText:
         """The text before the first stop string."""
         return self.raw if self.cut is None else self.raw[: self.cut]
 
-    def _settle(self, text: str) -> str:
+    def _settle(self, text: str) -> None:
+        """Takes what `text` adds to the known text, and cuts it at a stop string."""
         new = text[len(self._known) :]
         self._ids = self._ids[-_CONTEXT:]
         self._settled = len(self._ids)
         self._known = self._decode(self._ids)
         self._parts.append(new)
-        if self._stop and self.cut is None:
-            window = self._tail + new
-            found = [at for at in (window.find(string) for string in self._stop) if at >= 0]
-            if found:
-                self.cut = self._length - len(self._tail) + min(found)
-            self._tail = window[-self._reach :] if self._reach else ""
-        self._length += len(new)
-        return new
+        if self.cut is not None:
+            return
+        # A stop string that begins before `new` begins within the held text.
+        self._held += new
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self._held = self._held[: min(found)]
+            self.cut = self._returned + len(self._held)
+
+    def _doubtful(self) -> int:
+        """The offset in the held text from which later tokens may complete a stop string."""
+        held = self._held
+        starts = (
+            at
+            for at in range(max(0, len(held) - self._reach), len(held))
+            if any(string.startswith(held[at:]) for string in self._stop)
+        )
+        return next(starts, len(held))
+
+    def _release(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        self._returned += count
+        return piece
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self._tokenizer is None:

@@ -101,40 +101,6 @@ def _first(rated: TokenLogprob, top: int) -> list[tuple[int, float]]:
     return rated.top if top < 0 else rated.top[:top]
 
 
-class ShownText:
-    """The text of a streamed sample that is sure not to be cut by a stop string.
-
-    Args:
-        stop: strings that end the text.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-        self._length = 0
-
-    def push(self, text: str) -> str:
-        """Adds text; returns what may be shown by now."""
-        held = self._held + text
-        ends = [at for at in (held.find(string) for string in self._stop) if at >= 0]
-        end = min(ends) if ends else len(held) - _begun(held, self._stop)
-        self._held = held[end:]
-        self._length += end
-        return held[:end]
-
-    def finish(self, text: str) -> str:
-        """The rest of the whole `text` of the sample."""
-        return text[self._length :]
-
-
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stop string."""
-    return max(
-        (k for s in stop for k in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:k])),
-        default=0,
-    )
-
-
 def generated_tokens(finished: Finished) -> int:
     """Tokens of a sample, as usage counts them: the one that ended it included."""
     return len(finished.token_ids) + (finished.finish_reason == "eos")

@@ -21,7 +21,6 @@ from proxytune.server.answers import (
     ChatAnswer,
     CompletionAnswer,
     Sample,
-    ShownText,
     generated_tokens,
     usage,
 )
@@ -150,7 +149,7 @@ def create_app(
         exchange = _Exchange(served, prepared, form, metrics, settings.timeout)
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _EventStream(exchange, exchange.stream(body.stop, with_usage))
+            return _EventStream(exchange, exchange.stream(with_usage))
         return await exchange.whole(request)
 
     if not settings.chat_only:
@@ -258,12 +257,11 @@ class _Exchange:
 
         return await asyncio.to_thread(write)  # whole vocabularies take a while
 
-    async def stream(self, stop: Any, with_usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self, with_usage: bool) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        stops = [stop] if isinstance(stop, str) else stop or []
         more = {"usage": None} if with_usage else {}
         rated: dict[int, Any] = {}
-        shown: dict[tuple[int, int], ShownText] = {}
+        opened: set[tuple[int, int]] = set()
         try:
             async for event in self.served.engine.events(self.job, self._seconds):
                 if isinstance(event, Rated):
@@ -271,20 +269,17 @@ class _Exchange:
                     continue
                 ended = isinstance(event, Ended)
                 sample = event.prompt, event.finished.sample if ended else event.sample
-                if sample not in shown:
-                    shown[sample] = ShownText(stops)
+                if sample not in opened:
+                    opened.add(sample)
                     opening = self._form.opening(*sample, rated)
                     if opening is not None:
                         yield _sse(opening | more)
                 if isinstance(event, Ended):
                     self._count(event)
-                    text = shown[sample].finish(event.finished.text)
                     reason = event.finished.finish_reason
-                    yield _sse(self._form.chunk(*sample, text, None, reason) | more)
-                    continue
-                text = shown[sample].push(event.text)
-                if text or event.token is not None:
-                    yield _sse(self._form.chunk(*sample, text, event.token, None) | more)
+                    yield _sse(self._form.chunk(*sample, "", None, reason) | more)
+                elif event.text or event.token is not None:
+                    yield _sse(self._form.chunk(*sample, event.text, event.token, None) | more)
             if not self.job.requests:  # max_tokens=0: the prompts alone
                 for sample in self._prepared.samples():
                     opening = self._form.opening(*sample, rated)

@@ -36,16 +36,16 @@ def triple() -> api.Generator:
 
 
 def slow_down(app, seconds: float = 0.02):
-    """Makes every decoding step of the app's model take longer; returns its engine."""
+    """Makes every decoding step of the app's model take longer; returns its worker."""
     (served,) = app.state.models.values()
-    step = served.engine._loop.step
+    step = served.worker._loop.step
 
     def slow_step():
         time.sleep(seconds)
         return step()
 
-    served.engine._loop.step = slow_step
-    return served.engine
+    served.worker._loop.step = slow_step
+    return served.worker
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:
@@ -246,13 +246,13 @@ def test_a_weaker_server_can_be_imitated():
 
 def test_when_too_much_waits_clients_are_told_to_come_again():
     app = create_app(single(), ServerSettings(max_waiting=3), batch_size=2)
-    engine = slow_down(app)
+    worker = slow_down(app)
     body = {"prompt": "a", "max_tokens": 20, "temperature": 0, "n": 2, "logit_bias": {"2": -100}}
     with running(app) as url, ThreadPoolExecutor(8) as pool:
         first = [pool.submit(requests.post, f"{url}/completions", json=body) for _ in range(2)]
-        wait_until(lambda: engine.running == 2 and engine.waiting == 2)
+        wait_until(lambda: worker.running == 2 and worker.waiting == 2)
         first.append(pool.submit(requests.post, f"{url}/completions", json=body))
-        wait_until(lambda: engine.waiting == 4)
+        wait_until(lambda: worker.waiting == 4)
         response = requests.post(f"{url}/completions", json=body)
         assert refused(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["Retry-After"]) >= 1
@@ -264,7 +264,7 @@ def test_when_too_much_waits_clients_are_told_to_come_again():
 
 def test_a_request_that_takes_too_long_is_ended():
     app = create_app(single(), ServerSettings(timeout=0.3))
-    engine = slow_down(app)
+    worker = slow_down(app)
     body = {"prompt": "a", "max_tokens": 400, "temperature": 0, "logit_bias": {"2": -100}}
     with running(app) as url:
         refused(requests.post(f"{url}/completions", json=body), 504)
@@ -273,11 +273,11 @@ def test_a_request_that_takes_too_long_is_ended():
         assert (
             pieces and "longer than" in json.loads(last.removeprefix(b"data: "))["error"]["message"]
         )
-        wait_until(lambda: engine.running == 0 and engine.waiting == 0)
+        wait_until(lambda: worker.running == 0 and worker.waiting == 0)
         assert requests.post(f"{url}/completions", json=body | {"max_tokens": 2}).ok
 
 
-# -- clients that leave, engines that fail --------------------
+# -- clients that leave, workers that fail --------------------
 
 
 def raw_request(url: str, body: dict) -> socket.socket:
@@ -293,32 +293,32 @@ def raw_request(url: str, body: dict) -> socket.socket:
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_rows_of_a_client_that_leaves_become_free(stream):
     app = create_app(triple())
-    engine = slow_down(app)
+    worker = slow_down(app)
     alone = triple().generate(["b"], max_new_tokens=40, seed=1, temperature=1.0)[0].text
     body = {"prompt": "a", "max_tokens": 450, "n": 3, "logit_bias": {"2": -100}, "stream": stream}
     with running(app) as url, ThreadPoolExecutor(1) as pool:
         leaving = raw_request(url, body)
-        wait_until(lambda: engine.running == 3)
+        wait_until(lambda: worker.running == 3)
         staying = {"prompt": "b", "max_tokens": 40, "seed": 1, "temperature": 1.0}
         stays = pool.submit(requests.post, f"{url}/completions", json=staying)
-        wait_until(lambda: engine.running == 4)
+        wait_until(lambda: worker.running == 4)
         leaving.close()
-        wait_until(lambda: engine.running <= 1)
+        wait_until(lambda: worker.running <= 1)
         assert stays.result().json()["choices"][0]["text"] == alone
-        wait_until(lambda: engine.waiting == 0 and not engine._jobs and not engine._left)
+        wait_until(lambda: worker.waiting == 0 and not worker._jobs and not worker._left)
 
 
-def test_a_failing_engine_tells_its_clients_and_goes_on(caplog):
+def test_a_failing_worker_tells_its_clients_and_goes_on(caplog):
     app = create_app(single())
     (served,) = app.state.models.values()
-    step, failures = served.engine._loop.step, [ZeroDivisionError("a bug")]
+    step, failures = served.worker._loop.step, [ZeroDivisionError("a bug")]
 
     def fails_once():
         if failures:
             raise failures.pop()
         return step()
 
-    served.engine._loop.step = fails_once
+    served.worker._loop.step = fails_once
     with running(app) as url:
         refused(requests.post(f"{url}/completions", json={"prompt": "a"}), 500)
         assert "a bug" in caplog.text
@@ -326,11 +326,11 @@ def test_a_failing_engine_tells_its_clients_and_goes_on(caplog):
         assert requests.get(f"{url.removesuffix('/v1')}/health").ok
 
 
-def test_health_tells_of_an_engine_that_has_ended():
+def test_health_tells_of_a_worker_that_has_ended():
     app = create_app(single())
     (served,) = app.state.models.values()
     with running(app) as url:
-        served.engine.close()
+        served.worker.close()
         assert requests.get(f"{url.removesuffix('/v1')}/health").status_code == 503
         refused(requests.post(f"{url}/completions", json={"prompt": "a"}), 500)
 
@@ -347,7 +347,7 @@ def test_prompts_are_rated_in_smaller_passes_when_memory_runs_out(monkeypatch):
         return prompt_logprobs(system, prompts, alphas, tops)
 
     monkeypatch.setattr("proxytune.server.worker.prompt_logprobs", limited)
-    served.engine._rated_tokens = 40
+    served.worker._rated_tokens = 40
     body = {"prompt": [[5, 6, 7]] * 12, "max_tokens": 0, "prompt_logprobs": 0}
     with running(app) as url:
         choices = requests.post(f"{url}/completions", json=body).json()["choices"]
@@ -366,9 +366,9 @@ def test_requests_under_way_end_with_the_server():
         )
         thread.start()
         (served,) = app.state.models.values()
-        wait_until(lambda: served.engine.running == 1)
+        wait_until(lambda: served.worker.running == 1)
     thread.join(timeout=5)
-    assert not thread.is_alive() and not served.engine.alive
+    assert not thread.is_alive() and not served.worker.alive
 
 
 # -- hostile requests by the thousand --------------------

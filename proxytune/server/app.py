@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -29,37 +30,48 @@ from proxytune.server.gate import Gate, Metrics
 from proxytune.server.prepare import Prepared, prepare_chat, prepare_completion
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
-from proxytune.server.worker import Ended, Engine, EngineError, Rated
+from proxytune.server.worker import Ended, Rated, Worker, WorkerError
 
 PATHS = frozenset(["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"])
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": protocol.ErrorResponse, "description": text}
-    for status, text in {
-        400: "The request cannot be served as it is",
-        401: "No valid API key",
-        404: "No such model",
-        408: "The body did not arrive in time",
-        413: "The body is too large",
-        429: "Too much is waiting; see Retry-After",
-        500: "The server failed",
-        502: "The API of the base refused",
-        503: "The API of the base did not answer",
-        504: "It took longer than the server allows",
-    }.items()
-}
-# Without a schema: OpenAPI 3.1 has none for events, and readers disagree on what one would mean.
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 Answer = CompletionAnswer | ChatAnswer
+Body = TypeVar("Body", CompletionRequest, ChatRequest)
+_ERRORS = {
+    400: "The request cannot be served as it is",
+    401: "No valid API key",
+    404: "No such model",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "Too much is waiting; see Retry-After",
+    500: "The server failed",
+    502: "The API of the base refused",
+    503: "The API of the base did not answer",
+    504: "It took longer than the server allows",
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Errors for the OpenAPI document, by status."""
+    return {
+        status: {"model": protocol.ErrorResponse, "description": _ERRORS[status]}
+        for status in statuses
+    }
+
+
+def _answers(response: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What a route that generates may answer, for the OpenAPI document."""
+    # The stream has no schema: OpenAPI 3.1 has none for events, and readers would disagree on it.
+    stream: dict[str, Any] = {"text/event-stream": {}}
+    return {200: {"model": response, "content": stream}, **_errors(*_ERRORS)}
 
 
 class Served:
-    """One model that clients can name."""
+    """One model that clients can name, and the worker that runs its jobs."""
 
-    def __init__(self, name: str, generator: Generator, **engine: Any) -> None:
+    def __init__(self, name: str, generator: Generator, **worker: Any) -> None:
         self.name = name
         self.generator = generator
         self.texts = TokenTexts(generator.members["base"].need_tokenizer())
-        self.engine = Engine(generator, **engine)
+        self.worker = Worker(generator, **worker)
         self.card = {
             "id": name,
             "object": "model",
@@ -76,7 +88,7 @@ def create_app(
     batch_size: Any = "auto",
     speculative: Any = "auto",
 ) -> FastAPI:
-    """The server as an ASGI app; its engines run from now on.
+    """The server as an ASGI app; its workers run from now on.
 
     Args:
         generators: one system, or name -> system. Nobody else may decode with them meanwhile.
@@ -85,15 +97,13 @@ def create_app(
         speculative: as for `Generator.generate`.
 
     Raises:
-        ValueError: a system without a tokenizer.
+        ValueError: a system has no tokenizer.
     """
     settings = settings or ServerSettings()
     if isinstance(generators, Generator):
         generators = {"proxytune": generators}
-    metrics = Metrics()
-    models: dict[str, Served] = {}
-    for name, generator in generators.items():
-        models[name] = Served(
+    models = {
+        name: Served(
             name,
             generator,
             max_waiting=settings.max_waiting,
@@ -101,15 +111,14 @@ def create_app(
             speculative=speculative,
             rate=settings.prompt_logprobs and not settings.chat_only,
         )
-        metrics.watch(name, models[name].engine)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        for served in models.values():
-            served.engine.close()
-
-    app = FastAPI(title="proxytune", lifespan=lifespan, docs_url=None, redoc_url=None)
+        for name, generator in generators.items()
+    }
+    metrics = Metrics()
+    for name, served in models.items():
+        metrics.watch(name, served.worker)
+    routes = _Routes(models, settings, metrics)
+    app = _App(title="proxytune", lifespan=routes.lifespan, docs_url=None, redoc_url=None)
+    app.include_router(routes.router())
     app.add_middleware(
         Gate,
         paths=PATHS,
@@ -119,93 +128,143 @@ def create_app(
     )
     app.state.models = models
     handle_errors(app)
-    # One thread encodes prompts: a long one must not stop the others' streams.
-    encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+    return app
 
-    def find(name: str | None) -> Served:
-        found = next(iter(models.values())) if name is None else models.get(name)
+
+class _App(FastAPI):
+    """A FastAPI whose document names the errors that this server really gives."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, without FastAPI's 422: a malformed body is answered by 400."""
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
+
+
+class _Routes:
+    """What the server answers, path by path; the routes' docstrings are in the OpenAPI document.
+
+    Args:
+        models: by the names that clients use; the first one answers requests without a name.
+        settings: what clients may do.
+        metrics: counts tokens.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Served], settings: ServerSettings, metrics: Metrics
+    ) -> None:
+        self._models = models
+        self._settings = settings
+        self._metrics = metrics
+        # One thread encodes prompts: a long prompt must not stop the streams of others.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    def router(self) -> APIRouter:
+        """The routes, without /v1/completions where the settings leave it out."""
+        router = APIRouter()
+        if not self._settings.chat_only:
+            router.post("/v1/completions", responses=_answers(protocol.CompletionResponse))(
+                self.completions
+            )
+        router.post("/v1/chat/completions", responses=_answers(protocol.ChatResponse))(
+            self.chat_completions
+        )
+        router.get("/v1/models", responses=_errors(401))(self.list_models)
+        router.get("/v1/models/{name:path}", responses=_errors(401, 404))(self.one_model)
+        router.get("/health", responses={503: {"description": "An engine has ended"}})(self.health)
+        router.get("/metrics", response_class=PlainTextResponse)(self.prometheus)
+        return router
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Ends the workers with the app."""
+        yield
+        for served in self._models.values():
+            served.worker.close()
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continues prompts."""
+        return await self._answer(request, body, prepare_completion, CompletionAnswer)
+
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        """Answers the last turn of a conversation."""
+        return await self._answer(request, body, prepare_chat, ChatAnswer)
+
+    async def list_models(self) -> Response:
+        """What clients may name as `model`."""
+        return PlainJson({"object": "list", "data": [each.card for each in self._models.values()]})
+
+    async def one_model(self, name: str) -> Response:
+        """One of them."""
+        return PlainJson(self._find(name).card)
+
+    async def health(self) -> Response:
+        """Whether the engines run."""
+        alive = all(served.worker.alive for served in self._models.values())
+        return PlainJson({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def prometheus(self) -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: Body,
+        prepare: Callable[[Body, Generator, ServerSettings], Prepared],
+        make: Callable[[Body, Prepared, TokenTexts, str], Answer],
+    ) -> Response:
+        """Runs a request, and answers it whole or as a stream.
+
+        Args:
+            request: of HTTP; tells when the client leaves.
+            body: its body.
+            prepare: makes the job.
+            make: makes the form of the answer.
+
+        Raises:
+            ApiError, BusyError, WorkerError, TimeoutError: see `errors.handle_errors`.
+        """
+        served = self._find(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise ApiError("stream_options needs stream=true", param="stream_options")
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(
+            self._encoder, prepare, body, served.generator, self._settings
+        )
+        form = make(body, prepared, served.texts, served.name)
+        served.worker.submit(prepared.job)
+        exchange = _Exchange(served, prepared, form, self._metrics, self._settings.timeout)
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return _EventStream(exchange, exchange.stream(with_usage))
+        return await exchange.whole(request)
+
+    def _find(self, name: str | None) -> Served:
+        """The model of this name; the first one for a request that names none."""
+        found = next(iter(self._models.values())) if name is None else self._models.get(name)
         if found is None:
             raise ApiError(
-                f"no model {name!r} here; there is {', '.join(models)}",
+                f"no model {name!r} here; there is {', '.join(self._models)}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
         return found
 
-    async def answer(
-        request: Request,
-        body: Any,
-        prepare: Callable[[Any, Generator, ServerSettings], Prepared],
-        make: Callable[[Any, Prepared, TokenTexts, str], Answer],
-    ) -> Response:
-        served = find(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError("stream_options needs stream=true", param="stream_options")
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(encoder, prepare, body, served.generator, settings)
-        form = make(body, prepared, served.texts, served.name)
-        served.engine.submit(prepared.job)
-        exchange = _Exchange(served, prepared, form, metrics, settings.timeout)
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _EventStream(exchange, exchange.stream(with_usage))
-        return await exchange.whole(request)
-
-    if not settings.chat_only:
-
-        @app.post(
-            "/v1/completions",
-            responses={200: {"model": protocol.CompletionResponse, **_STREAM}, **_ERRORS},
-        )
-        async def completions(body: CompletionRequest, request: Request) -> Response:
-            """Continues prompts."""
-            return await answer(request, body, prepare_completion, CompletionAnswer)
-
-    @app.post(
-        "/v1/chat/completions",
-        responses={200: {"model": protocol.ChatResponse, **_STREAM}, **_ERRORS},
-    )
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answers the last turn of a conversation."""
-        return await answer(request, body, prepare_chat, ChatAnswer)
-
-    @app.get("/v1/models", responses={401: _ERRORS[401]})
-    async def list_models() -> Response:
-        """What clients may name as `model`."""
-        return PlainJson({"object": "list", "data": [each.card for each in models.values()]})
-
-    @app.get("/v1/models/{name:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
-    async def one_model(name: str) -> Response:
-        """One of them."""
-        return PlainJson(find(name).card)
-
-    @app.get("/health", responses={503: {"description": "An engine has ended"}})
-    async def health() -> Response:
-        """Whether the engines run."""
-        alive = all(served.engine.alive for served in models.values())
-        return PlainJson({"status": "ok" if alive else "failed"}, 200 if alive else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        """Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    describe = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = describe()
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)  # which is a 400 here
-        return document
-
-    app.openapi = openapi
-    return app
-
 
 class _Exchange:
-    """One request on its way through the engine."""
+    """One request from its job's start to its answer.
+
+    Args:
+        served: the model.
+        prepared: the job, which its worker already has.
+        form: writes the answer's JSON.
+        metrics: counts tokens.
+        seconds: that the job may take.
+    """
 
     def __init__(
         self, served: Served, prepared: Prepared, form: Answer, metrics: Metrics, seconds: float
@@ -229,21 +288,21 @@ class _Exchange:
         self._metrics.generated_tokens.labels(self.served.name).inc(tokens)
 
     async def whole(self, request: Request) -> Response:
-        """The answer in one piece; nobody's, once the client has left."""
+        """The answer in one piece; if the client leaves before it, the job ends unanswered."""
         work = asyncio.create_task(self._collect())
         gone = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             return work.result() if work.done() else Response(status_code=499)
         finally:
-            self.served.engine.cancel(self.job)
+            self.served.worker.cancel(self.job)
             work.cancel()
             gone.cancel()
 
     async def _collect(self) -> Response:
         samples: dict[tuple[int, int], Sample] = defaultdict(Sample)
         rated: dict[int, Any] = {}
-        async for event in self.served.engine.events(self.job, self._seconds):
+        async for event in self.served.worker.events(self.job, self._seconds):
             if isinstance(event, Rated):
                 rated[event.prompt] = event.tokens
             elif isinstance(event, Ended):
@@ -263,7 +322,7 @@ class _Exchange:
         rated: dict[int, Any] = {}
         opened: set[tuple[int, int]] = set()
         try:
-            async for event in self.served.engine.events(self.job, self._seconds):
+            async for event in self.served.worker.events(self.job, self._seconds):
                 if isinstance(event, Rated):
                     rated[event.prompt] = event.tokens
                     continue
@@ -280,30 +339,30 @@ class _Exchange:
                     yield _sse(self._form.chunk(*sample, "", None, reason) | more)
                 elif event.text or event.token is not None:
                     yield _sse(self._form.chunk(*sample, event.text, event.token, None) | more)
-            if not self.job.requests:  # max_tokens=0: the prompts alone
+            if not self.job.requests:  # max_tokens=0: the answer is the prompts
                 for sample in self._prepared.samples():
                     opening = self._form.opening(*sample, rated)
                     yield _sse((opening or self._form.empty()) | more)
             if with_usage:
                 yield _sse(self._form.empty() | {"usage": self._usage()})
             yield b"data: [DONE]\n\n"
-        except (TimeoutError, EngineError) as error:
+        except (TimeoutError, WorkerError) as error:
             yield _sse(error_body(*explain(error)))
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; the job ends with them, also when the client leaves."""
+    """Server-sent events; when they end, or the client leaves, the job ends too."""
 
     def __init__(self, exchange: _Exchange, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends them."""
+        """Sends the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._exchange.served.engine.cancel(self._exchange.job)
+            self._exchange.served.worker.cancel(self._exchange.job)
 
 
 def _sse(content: dict[str, Any]) -> bytes:

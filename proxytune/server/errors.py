@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
-from proxytune.server.worker import BusyError, EngineError
+from proxytune.server.worker import BusyError, WorkerError
 
 # Fields whose errors pydantic explains in more words than help.
 _WANTED = {
@@ -105,7 +105,7 @@ def handle_errors(app: FastAPI) -> None:
         return error_response(429, message, code="busy", headers={"Retry-After": "1"})
 
     @app.exception_handler(TimeoutError)
-    @app.exception_handler(EngineError)
+    @app.exception_handler(WorkerError)
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         return error_response(*explain(error))

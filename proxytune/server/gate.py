@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxytune.server.errors import error_response
-from proxytune.server.worker import Engine
+from proxytune.server.worker import Worker
 
 BODY_SECONDS = 60  # that a body may take to arrive
 DRAINED = 16  # how many times the size limit is read, and thrown away, before the answer
@@ -42,10 +42,10 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"proxytune_{name}", text, ["model"], registry=self.registry)
 
-    def watch(self, model: str, engine: Engine) -> None:
-        """Lets the gauges of a model follow its engine."""
-        self._running.labels(model).set_function(lambda: engine.running)
-        self._waiting.labels(model).set_function(lambda: engine.waiting)
+    def watch(self, model: str, worker: Worker) -> None:
+        """Lets the gauges of a model follow its worker."""
+        self._running.labels(model).set_function(lambda: worker.running)
+        self._waiting.labels(model).set_function(lambda: worker.waiting)
 
 
 class Gate:

@@ -1,17 +1,17 @@
-"""From a client's request to a job of the engine: settings checked, prompts encoded."""
+"""From a client's request to a job of the worker: settings checked, prompts encoded."""
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
-from proxytune.engine.rows import longest
+from proxytune.engine.rows import Request, longest
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
-from proxytune.generator import Generator
+from proxytune.generator import Generator, make_decoding
 from proxytune.records import Decoding
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
@@ -20,17 +20,25 @@ from proxytune.server.worker import Job, can_rate
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as at OpenAI
 GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone
-UNLIMITED_CONTEXT = 4096  # tokens of a chat answer where neither model nor settings have a limit
+UNLIMITED_CONTEXT = 4096  # tokens of a chat answer if neither the model nor the settings limit it
+
+# Fields of a request that are settings of `Decoding` by the same name.
+_SAMPLING = CompletionRequest.model_fields.keys() & {each.name for each in fields(Decoding)}
+
+
+AnyRequest = CompletionRequest | ChatRequest
+Prompt = str | list[int]  # a text, or token ids
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job, and what its answer needs besides.
+    """A job, and the facts of the request that its answer needs besides.
 
     Attributes:
-        job: for the engine.
+        job: for the worker.
         ids: the token ids of each prompt, as the base reads them.
-        echo: the text that comes back before each completion; None for none.
+        echo: the text of each prompt, which the answer repeats before the completion; None where
+            the request does not ask for it.
         n: samples per prompt.
     """
 
@@ -50,26 +58,15 @@ def prepare_completion(
     """The job of POST /v1/completions.
 
     Raises:
-        ApiError: it cannot be done.
+        ApiError: the request cannot be served.
     """
     prompts = _prompts(body)
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, settings.max_tokens or DEFAULT_MAX_TOKENS)
     n = _samples(body, len(prompts), settings)
-    if body.best_of not in (None, n):
-        raise ApiError(f"best_of must equal n={n}", param="best_of")
-    _check_top("logprobs", body.logprobs, settings)
-    _check_top("prompt_logprobs", body.prompt_logprobs, settings)
-    if body.prompt_logprobs is not None and body.stream:
-        raise ApiError("prompt_logprobs come without stream", param="prompt_logprobs")
-    if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
-        raise ApiError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
-    wanted = [body.logprobs if body.echo else None, body.prompt_logprobs]
-    tops = [top for top in wanted if top is not None]
-    if tops and not (settings.prompt_logprobs and can_rate(generator)):
-        param = "prompt_logprobs" if body.prompt_logprobs is not None else "echo"
-        raise ApiError("this server gives no log-probabilities of prompts", param=param)
+    _refuse_completion(body, max_tokens, n, generator, settings)
+    tops = _prompt_tops(body)
     ids = [_encode(prompt, body.add_special_tokens is not False, generator) for prompt in prompts]
     job = Job(
         top=body.logprobs,
@@ -80,18 +77,45 @@ def prepare_completion(
     if tops:
         job.rate = [_ratable(each, generator) for each in ids]
     if max_tokens:
-        decoding = _decoding(body, max_tokens, n, settings)
+        decoding = _decoding(body, max_tokens, settings)
         job.requests = _requests(ids, decoding, body, generator, "prompt")
     base = [each["base"] for each in ids]
     echo = [_echo(*each, generator) for each in zip(prompts, base, strict=True)]
     return Prepared(job, base, echo if body.echo else None, n)
 
 
+def _refuse_completion(
+    body: CompletionRequest,
+    max_tokens: int,
+    n: int,
+    generator: Generator,
+    settings: ServerSettings,
+) -> None:
+    """Refuses fields that contradict each other or the settings, before a prompt is encoded."""
+    if body.best_of not in (None, n):
+        raise ApiError(f"best_of must equal n={n}", param="best_of")
+    _check_top("logprobs", body.logprobs, settings)
+    _check_top("prompt_logprobs", body.prompt_logprobs, settings)
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError("prompt_logprobs come without stream", param="prompt_logprobs")
+    if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise ApiError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
+    if _prompt_tops(body) and not (settings.prompt_logprobs and can_rate(generator)):
+        param = "prompt_logprobs" if body.prompt_logprobs is not None else "echo"
+        raise ApiError("this server gives no log-probabilities of prompts", param=param)
+
+
+def _prompt_tops(body: CompletionRequest) -> list[int]:
+    """How many tokens each field wants listed per prompt token; empty if no prompt is rated."""
+    wanted = [body.logprobs if body.echo else None, body.prompt_logprobs]
+    return [top for top in wanted if top is not None]
+
+
 def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettings) -> Prepared:
     """The job of POST /v1/chat/completions.
 
     Raises:
-        ApiError: it cannot be done.
+        ApiError: the request cannot be served.
     """
     n = _samples(body, 1, settings)
     if body.top_logprobs is not None and not body.logprobs:
@@ -111,7 +135,7 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
         raise ApiError(str(error), param="messages") from error
     job = Job(
         requests=_requests(
-            [ids], _decoding(body, asked or most, n, settings), body, generator, "messages"
+            [ids], _decoding(body, asked or most, settings), body, generator, "messages"
         ),
         top=(body.top_logprobs or 0) if body.logprobs else None,
         alpha=_alpha(body.alpha, generator),
@@ -120,10 +144,8 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
     return Prepared(job, [ids["base"]], None, n)
 
 
-Prompt = str | list[int]
-
-
 def _prompts(body: CompletionRequest) -> list[Prompt]:
+    """The request's prompts: a single text, a single list of token ids, or a list of either."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
@@ -134,7 +156,8 @@ def _prompts(body: CompletionRequest) -> list[Prompt]:
     return list(prompt)  # pyright: ignore[reportReturnType]
 
 
-def _samples(body: Any, prompts: int, settings: ServerSettings) -> int:
+def _samples(body: AnyRequest, prompts: int, settings: ServerSettings) -> int:
+    """Samples per prompt."""
     n = body.n or 1
     if n * prompts > settings.max_completions:
         raise ApiError(
@@ -146,6 +169,7 @@ def _samples(body: Any, prompts: int, settings: ServerSettings) -> int:
 
 
 def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
+    """Refuses to list more tokens than the settings allow; -1 is the whole vocabulary."""
     if top is None or settings.max_logprobs == -1:
         return
     if top == -1 or top > settings.max_logprobs:
@@ -156,36 +180,43 @@ def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
 
 
 def _alpha(alpha: float | None, generator: Generator) -> float | None:
+    """The request's alpha; refused for a single model."""
     if alpha is not None and "expert" not in generator.roles:
         raise ApiError("alpha needs a triple; this model is a single one", param="alpha")
     return alpha
 
 
-def _decoding(body: Any, max_tokens: int, n: int, settings: ServerSettings) -> Decoding:
+def _decoding(body: AnyRequest, max_tokens: int, settings: ServerSettings) -> Decoding:
+    """The request's settings; what it leaves out is as at OpenAI (temperature 1)."""
     if settings.max_tokens is not None and max_tokens > settings.max_tokens:
         raise ApiError(
             f"max_tokens={max_tokens} is more than this server's limit of {settings.max_tokens}",
             param="max_tokens",
         )
-    temperature = 1.0 if body.temperature is None else body.temperature
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return Decoding(
-        max_new_tokens=max_tokens,
-        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        n=n,
-        stop=tuple(stop),
-    )
+    wanted = {"temperature": 1.0} | body.model_dump(include=_SAMPLING, exclude_none=True)
+    if wanted["temperature"] < GREEDY_BELOW:
+        wanted["temperature"] = 0.0
+    if wanted.get("top_k") == -1:  # vLLM's way to keep the whole vocabulary
+        wanted["top_k"] = 0
+    return make_decoding(max_new_tokens=max_tokens, **wanted)
 
 
 def _requests(
     ids: Sequence[dict[str, list[int]]],
     decoding: Decoding,
-    body: Any,
+    body: AnyRequest,
     generator: Generator,
     param: str,
-) -> list[Any]:
+) -> list[Request]:
+    """What the decode loop is to continue.
+
+    Args:
+        ids: each prompt, role -> token ids.
+        decoding: the request's settings.
+        body: the request.
+        generator: the system.
+        param: the request's field that holds the prompts, for errors.
+    """
     seed = secrets.randbits(63) if body.seed is None else body.seed
     try:
         requests = generator.requests(ids, decoding, seed=seed)
@@ -197,22 +228,20 @@ def _requests(
         raise ApiError(
             f"token {odd} is outside the vocabulary of {generator.vocab_size}", param="logit_bias"
         )
-    sampler = _sampler(
-        decoding.temperature, decoding.top_p, decoding.top_k, tuple(sorted(bias.items()))
-    )
+    # Sampling looks at no limit, so requests that differ in their limits alone share a sampler.
+    sampling = replace(decoding, max_new_tokens=1, n=1, stop=())
+    sampler = _sampler(sampling, tuple(sorted(bias.items())))
     return [replace(request, sampler=sampler) for request in requests]
 
 
 @lru_cache(maxsize=64)
-def _sampler(
-    temperature: float, top_p: float, top_k: int, bias: tuple[tuple[int, float], ...]
-) -> Sampler:
+def _sampler(sampling: Decoding, bias: tuple[tuple[int, float], ...]) -> Sampler:
     # Rows that share a sampler are sampled in one go, so clients with equal settings share one.
-    decoding = Decoding(temperature=temperature, top_p=top_p, top_k=top_k)
-    return Sampler(decoding, bias=dict(bias))
+    return Sampler(sampling, bias=dict(bias))
 
 
 def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, list[int]]:
+    """A prompt as each member reads it; `special` lets tokenizers put their BOS before a text."""
     given: Any = prompt
     if isinstance(prompt, str) and not special:
         given = {
@@ -227,7 +256,7 @@ def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, li
 
 
 def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[int]]:
-    """A prompt, if its tokens can be rated."""
+    """Refuses a prompt whose tokens cannot be rated; returns any other."""
     if not same_tokens(ids):
         raise ApiError("the members' tokenizers differ on this prompt", param="prompt")
     limit = generator.max_positions
@@ -241,6 +270,7 @@ def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[
 
 
 def _echo(prompt: Prompt, ids: list[int], generator: Generator) -> str:
+    """The text of a prompt, which may have come as token ids."""
     if isinstance(prompt, str):
         return prompt
     return (

@@ -32,7 +32,7 @@ class BusyError(Exception):
     """Too much is waiting already; the client should come again later."""
 
 
-class EngineError(Exception):
+class WorkerError(Exception):
     """The engine cannot go on; its log says why."""
 
 
@@ -106,7 +106,7 @@ class Job:
         return sum(request.decoding.n for request in self.requests) + len(self.rate)
 
 
-class Engine:
+class Worker:
     """Runs jobs on one system until it is closed.
 
     Args:
@@ -164,10 +164,10 @@ class Engine:
 
         Raises:
             BusyError: too much waits already.
-            EngineError: the engine has ended.
+            WorkerError: the engine has ended.
         """
         if not self.alive:
-            raise EngineError("the engine has ended")
+            raise WorkerError("the engine has ended")
         if self.waiting >= self.max_waiting:
             raise BusyError(f"{self.waiting} completions are waiting already")
         job._home = asyncio.get_running_loop()
@@ -179,7 +179,7 @@ class Engine:
 
         Raises:
             TimeoutError: it takes longer than `seconds`.
-            EngineError: the engine failed.
+            WorkerError: the engine failed.
         """
         left, end = job.left, time.monotonic() + seconds
         while left:
@@ -187,7 +187,7 @@ class Engine:
                 events = await job._queue.get()
             for event in events:
                 if isinstance(event, Failed):
-                    raise EngineError("the engine failed") from event.error
+                    raise WorkerError("the engine failed") from event.error
                 left -= not isinstance(event, Piece)
                 yield event
 
@@ -206,7 +206,7 @@ class Engine:
         while True:
             try:
                 if not self._take_commands():
-                    self._fail(EngineError("the server is shutting down"))
+                    self._fail(WorkerError("the server is shutting down"))
                     self._send()
                     return
                 self._rate()

@@ -3,9 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -19,12 +19,12 @@ from proxytune.engine.system import DraftingSystem, System
 from proxytune.loading.build import build
 from proxytune.loading.prompting import PromptLike, token_ids
 from proxytune.loading.spec import LoadedModel
-from proxytune.records import Decoding, FinishReason, whole_number
+from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
 
-_LISTS = ("stop", "banned", "banned_first", "choices")
+_LISTS = [each.name for each in fields(Decoding) if isinstance(each.default, tuple)]
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,13 @@ class Generator:
         self,
         prompts: Prompts,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: str | Sequence[str] | None = None,
-        n: int = 1,
         seed: int = 0,
         speculative: Speculative = "auto",
-        banned: Sequence[str] = (),
-        banned_first: Sequence[str] = (),
-        choices: Sequence[str] = (),
         batch_size: int | Literal["auto"] = "auto",
         sample_keys: Sequence[str] | None = None,
         on_finish: Callable[[Generation], None] | None = None,
         record: bool | int | None = None,
+        **settings: Unpack[DecodingSettings],
     ) -> list[Generation]:
         """Continues every prompt `n` times.
 
@@ -110,25 +102,20 @@ class Generator:
             prompts: each a string (the same text for every member), token ids (the same for
                 every member), chat messages (each member renders them with its own template), or a
                 mapping role -> token ids.
-            max_new_tokens: upper limit per sample; less where a member's context ends before.
-            temperature: 0 is greedy.
-            top_p: nucleus mass, applied after the temperature.
-            top_k: 0 keeps the whole vocabulary.
-            stop: strings that end a completion.
-            n: samples per prompt.
             seed: of sampling. A sample depends on the seed, the prompt's key and its own number
                 alone, not on the batch or the strategy.
             speculative: "auto" drafts blocks if measurements show that this is faster; False
                 decodes in lockstep; a number drafts so many tokens each time. The text is the same.
-            banned: strings whose single tokens are never chosen (a token's text is compared with
-                and without the spaces around it).
-            banned_first: the same, for the first token alone.
-            choices: if given, only the single tokens of these strings are chosen.
             batch_size: how many rows run at once; "auto" goes by the free memory.
             sample_keys: the prompts' names in the random streams; by default a hash of each prompt.
             on_finish: called with every generation as soon as it ends.
             record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;
                 decodes in lockstep.
+            settings: the fields of `Decoding`, in short: max_new_tokens per sample (256 by
+                default; fewer if the context of a member ends before), temperature (0, greedy),
+                top_p, top_k, n (samples per prompt), and lists of strings: `stop` ends a
+                completion, the single tokens of `banned` and `banned_first` are not chosen
+                (anywhere, as the first token), those of `choices` are the only ones chosen.
 
         Returns:
             One generation per prompt and sample: all samples of the first prompt, then those of
@@ -137,25 +124,15 @@ class Generator:
         Raises:
             ValueError: a setting or a prompt is impossible; nothing has been generated then.
         """
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "n": n,
-            "stop": stop,
-            "banned": banned,
-            "banned_first": banned_first,
-            "choices": choices,
-        }
+        decoding = make_decoding(**settings)
         requests = self.requests(
-            prompts, make_decoding(**settings), seed=seed, sample_keys=sample_keys, record=record
+            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record
         )
         loop = self.loop(batch_size, speculative)
-        results: list[Generation | None] = [None] * (len(prompts) * n)
+        results: list[Generation | None] = [None] * (len(prompts) * decoding.n)
         for finished in loop.run(requests):
             generation = _generation(finished)
-            results[finished.index * n + finished.sample] = generation
+            results[finished.index * decoding.n + finished.sample] = generation
             if on_finish is not None:
                 on_finish(generation)
         return [generation for generation in results if generation is not None]
@@ -167,7 +144,7 @@ class Generator:
         seed: int = 0,
         speculative: Speculative = "auto",
         sample_key: str | None = None,
-        **settings: Any,
+        **settings: Unpack[DecodingSettings],
     ) -> Iterator[str]:
         """Yields one completion piece by piece; the pieces make up `Generation.text`.
 
@@ -178,8 +155,7 @@ class Generator:
             seed: as for `generate`.
             speculative: as for `generate`.
             sample_key: the prompt's name in the random stream.
-            settings: max_new_tokens, temperature, top_p, top_k, stop, banned, banned_first and
-                choices, as for `generate`.
+            settings: as for `generate`, except that n is 1.
         """
         decoding = make_decoding(**settings)
         if decoding.n != 1:
@@ -404,7 +380,7 @@ class Generator:
         return self._paces[fixed]
 
 
-def make_decoding(**settings: Any) -> Decoding:
+def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:
     """A `Decoding` from the keywords of `generate`; lists and single strings become tuples.
 
     Raises:
@@ -413,9 +389,9 @@ def make_decoding(**settings: Any) -> Decoding:
     unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
-    arguments: dict[str, Any] = {"max_new_tokens": 256} | settings
+    arguments: dict[str, Any] = {"max_new_tokens": 256, **settings}
     for name in _LISTS:
-        given = settings.get(name)
+        given = arguments.get(name)
         arguments[name] = (given,) if isinstance(given, str) else _strings(name, given)
     return Decoding(**arguments)
 

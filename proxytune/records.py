@@ -4,10 +4,10 @@ All are plain data; they know no model, no task and no configuration.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 FinishReason = Literal["eos", "stop", "length", "nothing"]
 
@@ -89,6 +89,20 @@ class Decoding:
                 raise ValueError(f"{name} must be strings in a list, not {strings!r}")
             if "" in strings:
                 raise ValueError(f"{name}: a string must not be empty")
+
+
+class DecodingSettings(TypedDict, total=False):
+    """The fields of `Decoding` as keywords; a list may be one string, and None is an empty one."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    n: int
+    stop: str | Sequence[str] | None
+    banned: str | Sequence[str] | None
+    banned_first: str | Sequence[str] | None
+    choices: str | Sequence[str] | None
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

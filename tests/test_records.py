@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.files import JsonlWriter, read_jsonl, write_jsonl
-from proxytune.records import Completion, Decoding, Score
+from proxytune.records import Completion, Decoding, DecodingSettings, Score
 
 
 def completion(text: str = "a", sample: int = 0) -> Completion:
@@ -111,6 +111,11 @@ def test_write_jsonl_replaces_the_file_as_a_whole(tmp_path, monkeypatch):
 def test_impossible_decoding_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field.split("_")[0]):
         dataclasses.replace(Decoding(), **{field: value})
+
+
+def test_every_setting_has_its_keyword():
+    names = {field.name for field in dataclasses.fields(Decoding)}
+    assert DecodingSettings.__annotations__.keys() == names
 
 
 def test_a_file_that_cannot_be_replaced_stays_and_leaves_nothing_beside_it(tmp_path):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.config.schema import to_dict
+from proxytune.config.schema import DecodingConfig, to_dict
 from proxytune.experiment.completions import (
     CompletionStore,
     RenderedPrompt,
@@ -39,7 +39,12 @@ if TYPE_CHECKING:  # they import transformers' models, and most refusals come be
 
 log = logging.getLogger(__name__)
 
-DECODING_OVERRIDES = ("max_new_tokens", "temperature", "top_p", "top_k", "n")
+# Settings of a task's `Decoding` that the command line may change.
+DECODING_OVERRIDES = tuple(
+    field.name
+    for field in dataclasses.fields(Decoding)
+    if field.name in DecodingConfig.__dataclass_fields__
+)
 
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 

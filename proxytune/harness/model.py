@@ -19,7 +19,9 @@ from proxytune.loading.prompting import render_messages
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, where neither model nor tokenizer has a limit
 _BLOCK = 256  # log-likelihood requests between two writes of lm-eval's cache
-# Arguments of Hugging Face's generate that tasks set to what is the default here.
+# Sampling settings that tasks may give, by lm-eval's name, which is ours, too.
+_SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
+# Arguments of Hugging Face's generate that tasks set, and the values that change nothing here.
 _HARMLESS = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "early_stopping": False}
 
 # One token sequence for every member, or role -> sequence.
@@ -287,15 +289,13 @@ class ProxyTuneLM(TemplateLM):
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         stop = [string for string in wanted.pop("until") if string]
         sampled = wanted.pop("do_sample")
-        settings = {
-            "max_new_tokens": wanted.pop("max_gen_toks"),
-            "temperature": float(wanted.pop("temperature", 1.0)) if sampled else 0.0,
-            "top_p": float(wanted.pop("top_p", 1.0)) if sampled else 1.0,
-            "top_k": int(wanted.pop("top_k", 0)) if sampled else 0,
-        }
-        ignored = {"top_p", "top_k", "temperature"} if not sampled else set()
+        sampling = {name: wanted.pop(name) for name in _SAMPLING if name in wanted}
+        settings: dict[str, Any] = {"max_new_tokens": wanted.pop("max_gen_toks")}
+        if sampled:  # else greedy, whatever the sampling settings are
+            settings["temperature"] = 1.0
+            settings |= {name: _SAMPLING[name](value) for name, value in sampling.items()}
         for name, value in wanted.items():
-            if name not in ignored and _HARMLESS.get(name, object()) != value:
+            if _HARMLESS.get(name, object()) != value:
                 raise ValueError(f"generation_kwargs {name}={value!r} cannot be done here")
         return settings, stop
 

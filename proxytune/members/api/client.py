@@ -7,8 +7,8 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import openai
 
@@ -22,15 +22,12 @@ FIRST_WAIT = 0.5  # seconds before the second try; doubled for every further one
 LONGEST_WAIT = 30.0
 _CHECK_TIMEOUT = 15.0
 _TRY_AGAIN = (408, 409, 425, 429)  # and every 5xx
-_BUDGET = (
-    ("requests", "max_requests", "{:,.0f} requests"),
-    ("tokens", "max_tokens", "{:,.0f} tokens"),
-    ("cost", "max_cost", "{:.2f} of money"),
-)
+BudgetLimit = Literal["max_requests", "max_tokens", "max_cost"]  # settings of `ApiSettings`
+_ROUNDING = 1 + 1e-9  # sums of prices may come out this much too large
 
 
 class Refused(UpstreamError, UserError):
-    """The server says that a request cannot be."""
+    """The server says that it cannot serve the request."""
 
 
 class Closed(UpstreamError, UserError):
@@ -38,12 +35,12 @@ class Closed(UpstreamError, UserError):
 
 
 class Malformed(Exception):
-    """An answer that is not what the protocol says."""
+    """The answer does not follow the protocol."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spent:
-    """What has been asked and paid, over all runs that share a store.
+    """Requests, tokens and money: of one request, or of all runs that share a store.
 
     Attributes:
         requests: tries that were sent, answered or not.
@@ -54,6 +51,28 @@ class Spent:
     requests: float = 0
     tokens: float = 0
     cost: float = 0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.requests + other.requests, self.tokens + other.tokens, self.cost + other.cost
+        )
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.requests - other.requests, self.tokens - other.tokens, self.cost - other.cost
+        )
+
+    def exceeds(self, limits: ApiSettings) -> BudgetLimit | None:
+        """The first setting whose limit these amounts are above; None if they keep to all."""
+        if _above(self.requests, limits.max_requests):
+            return "max_requests"
+        if _above(self.tokens, limits.max_tokens):
+            return "max_tokens"
+        return "max_cost" if _above(self.cost, limits.max_cost) else None
+
+
+def _above(amount: float, limit: float | None) -> bool:
+    return limit is not None and amount > limit * _ROUNDING
 
 
 class Client:
@@ -186,33 +205,38 @@ class Client:
     # -- the budget --------------------
 
     def _reserve(self, prompt_tokens: int) -> Spent:
-        """Sets one request aside, or refuses it: a budget is never overrun."""
+        """Reserves one request's share of the budget, so that it is never overrun.
+
+        Raises:
+            Closed: the rest of the budget is too small for it.
+        """
         wanted = Spent(1, prompt_tokens + 1, self.cost(prompt_tokens, 1))
         with self._lock:
-            for name, key, text in _BUDGET:
-                limit = getattr(self.settings, key)
-                used = getattr(self.spent, name)
-                busy = getattr(self._reserved, name) + getattr(wanted, name)
-                if limit is not None and used + busy > limit * (1 + 1e-9):
-                    raise Closed(
-                        f"the budget triple.base.api.{key}={limit:g} is spent "
-                        f"({text.format(used)} used, and the next request would go beyond it); "
-                        "what is finished is kept: with a larger one the same command goes on"
-                    )
-            for name, _, _ in _BUDGET:
-                total = getattr(self._reserved, name) + getattr(wanted, name)
-                setattr(self._reserved, name, total)
+            limit = (self.spent + self._reserved + wanted).exceeds(self.settings)
+            if limit is not None:
+                raise Closed(self._over_budget(limit))
+            self._reserved += wanted
         return wanted
 
     def _release(self, reserved: Spent, prompt: float = 0, completion: float = 0) -> None:
-        """Turns what was set aside into what was spent (an unanswered request costs no money)."""
+        """Replaces a reservation by what was spent: an unanswered request costs no money."""
+        paid = Spent(1, prompt + completion, self.cost(prompt, completion))
         with self._lock:
-            for name, _, _ in _BUDGET:
-                left = getattr(self._reserved, name) - getattr(reserved, name)
-                setattr(self._reserved, name, left)
-            amounts = {"requests": 1, "tokens": prompt + completion}
-            amounts["cost"] = self.cost(prompt, completion)
-            self.spent = Spent(**self.store.add("spent", amounts))
+            self._reserved -= reserved
+            self.spent = Spent(**self.store.add("spent", asdict(paid)))
+
+    def _over_budget(self, limit: BudgetLimit) -> str:
+        spent, settings = self.spent, self.settings
+        value, used = {
+            "max_requests": (settings.max_requests, f"{spent.requests:,.0f} requests"),
+            "max_tokens": (settings.max_tokens, f"{spent.tokens:,.0f} tokens"),
+            "max_cost": (settings.max_cost, f"{spent.cost:.2f} of money"),
+        }[limit]
+        return (
+            f"the budget triple.base.api.{limit}={value:g} is spent ({used} used, and the next "
+            "request would go beyond it); what is finished is kept: with a larger one the same "
+            "command goes on"
+        )
 
     # -- waiting --------------------
 
@@ -225,7 +249,7 @@ class Client:
         if not isinstance(error, openai.APIStatusError):
             return None
         status = error.status_code
-        if getattr(error, "code", None) == "insufficient_quota":
+        if error.code == "insufficient_quota":
             raise Closed(
                 f"{self.settings.base_url}: the account has no money left ({_reason(error)}); what "
                 "is finished is kept, and the same command goes on"

@@ -1,14 +1,14 @@
 """An OpenAI-compatible HTTP server for any system: `proxytune serve`; docs/serving.md.
 
-protocol.py  what clients may send, as pydantic models
+protocol.py  the JSON of requests and answers, as pydantic models
 prepare.py   a client's request -> a job: prompts encoded, settings checked
 worker.py    one thread per system that runs the jobs of all clients in one decode loop
-answers.py   what the engine reports -> OpenAI's JSON
+answers.py   the worker's events -> OpenAI's JSON
 app.py       the routes
 gate.py      the API key, limits and counters, before a request is read
 errors.py    every answer other than 200
-local.py     our own server for a base that has none
-settings.py  what the person who serves may set
+local.py     serves a base from this process, to try a base behind an API
+settings.py  limits on the requests that a server accepts
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ __all__ = ["ServerSettings", "create_app"]
 
 
 def __getattr__(name: str) -> Any:
-    # The command finds a taken port before it imports torch, which takes seconds.
+    # Lazy: the command must find a taken port before the seconds that importing torch takes.
     if name != "create_app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with extra("serve", "a server"):

@@ -1,4 +1,4 @@
-"""What the engine reports, as OpenAI's and vLLM's JSON."""
+"""The worker's events as OpenAI's and vLLM's JSON."""
 
 import time
 import uuid
@@ -12,18 +12,18 @@ from proxytune.engine.text import TokenTexts
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 
-# "nothing": a base behind an API listed no token that could have been chosen
+# "nothing": a base behind an API listed no token that may be chosen
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "nothing": "stop"}
 
 RatedPrompts = Mapping[int, Sequence[TokenLogprob | None]]  # by the prompt's place
 
 
 class LogprobWriter:
-    """Log-probabilities in the shapes that the endpoints use.
+    """Log-probabilities as the JSON of each endpoint.
 
     Args:
-        texts: of the vocabulary.
-        as_ids: names tokens "token_id:<int>", which is unambiguous, instead of by their text.
+        texts: the text of each token.
+        as_ids: names tokens "token_id:<int>" instead of by their text, which several may share.
     """
 
     def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
@@ -42,8 +42,8 @@ class LogprobWriter:
         Args:
             ids: the tokens.
             rated: their log-probabilities; None for a prompt's first token.
-            top: tokens listed at each position (and the chosen one); -1 is all.
-            offset: where the first token's text begins in the choice's text.
+            top: tokens listed at each position besides the chosen one; -1 is all.
+            offset: where the first token's text begins in the choice's text, in characters.
         """
         offsets = []
         for token in ids:
@@ -57,7 +57,7 @@ class LogprobWriter:
         }
 
     def length(self, ids: Sequence[int]) -> int:
-        """Characters of text that tokens make."""
+        """How many characters the tokens add to a completion."""
         return sum(len(self.texts.shown(token)) for token in ids)
 
     def chat(self, rated: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
@@ -71,7 +71,10 @@ class LogprobWriter:
         }
 
     def prompt(self, rated: Sequence[TokenLogprob | None], top: int) -> list[Any]:
-        """`choice.prompt_logprobs`: token id -> its log-probability, the prompt's own included."""
+        """`choice.prompt_logprobs`: at each position token id -> log-probability, rank and text.
+
+        The prompt's own token is always among them.
+        """
         return [None if each is None else self._by_id(each, top) for each in rated]
 
     def _by_id(self, rated: TokenLogprob, top: int) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def _first(rated: TokenLogprob, top: int) -> list[tuple[int, float]]:
 
 
 def generated_tokens(finished: Finished) -> int:
-    """Tokens of a sample, as usage counts them: the one that ended it included."""
+    """How many tokens of a sample `usage` counts: the one that ended it included."""
     return len(finished.token_ids) + (finished.finish_reason == "eos")
 
 
@@ -117,7 +120,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 @dataclass
 class Sample:
-    """A sample as far as the engine has reported it; unfinished where none was asked for."""
+    """A sample's events so far; `finished` stays None if the request asks for no completion."""
 
     tokens: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
@@ -132,8 +135,8 @@ class CompletionAnswer:
     Args:
         body: the request.
         prepared: its job.
-        texts: of the vocabulary.
-        model: the name that the answer gives.
+        texts: the text of each token.
+        model: the model's name in the answer.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class CompletionAnswer:
         self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
 
     def whole(self, samples: Samples, rated: RatedPrompts) -> dict[str, Any]:
-        """The answer that is not streamed."""
+        """The answer as one JSON object."""
         choices = []
         for prompt, number in self._prepared.samples():
             sample = samples.get((prompt, number), Sample())
@@ -164,7 +167,7 @@ class CompletionAnswer:
         return self._head | {"choices": choices}
 
     def opening(self, prompt: int, number: int, rated: RatedPrompts) -> dict[str, Any] | None:
-        """The chunk of a stream that comes before a sample's first token, if there is one."""
+        """The chunk of a stream before a sample's first token: the echoed prompt, or None."""
         if not self._body.echo:
             return None
         ids, tokens = self._before(prompt, rated)
@@ -174,14 +177,14 @@ class CompletionAnswer:
     def chunk(
         self, prompt: int, number: int, text: str, token: TokenLogprob | None, reason: str | None
     ) -> dict[str, Any]:
-        """A piece of a sample; the last one has a reason."""
+        """A chunk of a stream: a piece of a sample; the last piece has a reason."""
         tokens = [] if token is None else [token]
         ids = [each.id for each in tokens]
         choice = self._choice(prompt, number, text, ids, tokens, reason)
         return self._head | {"choices": [choice]}
 
     def empty(self) -> dict[str, Any]:
-        """A chunk without choices, for usage."""
+        """A chunk without choices, which carries the usage."""
         return self._head | {"choices": []}
 
     def _choice(
@@ -209,7 +212,7 @@ class CompletionAnswer:
     def _before(
         self, prompt: int, rated: RatedPrompts
     ) -> tuple[Sequence[int], Sequence[TokenLogprob | None]]:
-        """The prompt's tokens, where echo and logprobs ask for them."""
+        """The prompt's tokens and their log-probabilities; empty unless echo and logprobs ask."""
         if not self._body.echo or self._body.logprobs is None:
             return [], []
         return self._prepared.ids[prompt], rated[prompt]
@@ -219,7 +222,7 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """The JSON of POST /v1/chat/completions; arguments and methods as of `CompletionAnswer`."""
+    """The JSON of POST /v1/chat/completions; arguments and methods are `CompletionAnswer`'s."""
 
     def __init__(
         self, body: ChatRequest, prepared: Prepared, texts: TokenTexts, model: str
@@ -231,7 +234,7 @@ class ChatAnswer:
         self._chunk_head = self._head | {"object": "chat.completion.chunk"}
 
     def whole(self, samples: Samples, rated: RatedPrompts) -> dict[str, Any]:
-        """The answer that is not streamed."""
+        """The answer as one JSON object."""
         choices = []
         for number in range(self._prepared.n):
             sample = samples[0, number]
@@ -242,21 +245,21 @@ class ChatAnswer:
         return self._head | {"choices": choices}
 
     def opening(self, prompt: int, number: int, rated: RatedPrompts) -> dict[str, Any] | None:
-        """The first chunk of a sample says who speaks."""
+        """The first chunk of a sample, which names the assistant as the speaker."""
         message = {"role": "assistant", "content": ""}
         return self._chunk_head | {"choices": [self._choice(number, "delta", message, [], None)]}
 
     def chunk(
         self, prompt: int, number: int, text: str, token: TokenLogprob | None, reason: str | None
     ) -> dict[str, Any]:
-        """A piece of a sample; the last one has a reason."""
+        """A chunk of a stream: a piece of a sample; the last piece has a reason."""
         delta = {"content": text} if text or reason is None else {}
         tokens = [] if token is None else [token]
         choice = self._choice(number, "delta", delta, tokens, reason)
         return self._chunk_head | {"choices": [choice]}
 
     def empty(self) -> dict[str, Any]:
-        """A chunk without choices, for usage."""
+        """A chunk without choices, which carries the usage."""
         return self._chunk_head | {"choices": []}
 
     def _choice(

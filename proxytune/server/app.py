@@ -50,7 +50,7 @@ _ERRORS = {
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Errors for the OpenAPI document, by status."""
+    """The OpenAPI document's entries for errors, by status."""
     return {
         status: {"model": protocol.ErrorResponse, "description": _ERRORS[status]}
         for status in statuses
@@ -58,7 +58,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _answers(response: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """What a route that generates may answer, for the OpenAPI document."""
+    """The OpenAPI document's entries for the answers of a route that generates."""
     # The stream has no schema: OpenAPI 3.1 has none for events, and readers would disagree on it.
     stream: dict[str, Any] = {"text/event-stream": {}}
     return {200: {"model": response, "content": stream}, **_errors(*_ERRORS)}
@@ -132,7 +132,7 @@ def create_app(
 
 
 class _App(FastAPI):
-    """A FastAPI whose document names the errors that this server really gives."""
+    """A FastAPI whose OpenAPI document lists the errors that this server gives, and no others."""
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, without FastAPI's 422: a malformed body is answered by 400."""
@@ -144,7 +144,7 @@ class _App(FastAPI):
 
 
 class _Routes:
-    """What the server answers, path by path; the routes' docstrings are in the OpenAPI document.
+    """The routes as methods; their docstrings are in the OpenAPI document.
 
     Args:
         models: by the names that clients use; the first one answers requests without a name.

@@ -13,7 +13,7 @@ from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.worker import BusyError, WorkerError
 
-# Fields whose errors pydantic explains in more words than help.
+# Our own explanations for fields whose errors pydantic explains at great length.
 _WANTED = {
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
     "stop": "must be a string or a list of strings, none of them empty",
@@ -27,11 +27,11 @@ class ApiError(Exception):
     """An answer other than 200, in OpenAI's terms.
 
     Args:
-        message: what is wrong, and the way out.
-        status: of HTTP.
+        message: the mistake, and the way out.
+        status: HTTP's number.
         param: the request's field at fault.
-        code: for programs.
-        headers: of the answer.
+        code: the mistake's name, for programs.
+        headers: further headers of the answer.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 class PlainJson(JSONResponse):
-    """JSON in ASCII, so that whatever a client sent can be shown to it."""
+    """JSON in ASCII: it can repeat any text of a client, lone surrogates too."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
@@ -81,7 +81,7 @@ def error_body(
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Status and message of what may happen to a job while it runs."""
+    """HTTP's status and the message for an error that ends a running job."""
     if isinstance(error, TimeoutError):
         return 504, "this took longer than the server allows; ask for fewer tokens"
     cause = error.__cause__
@@ -91,7 +91,7 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Lets an app answer its errors in this shape."""
+    """Makes an app answer every error with OpenAI's JSON."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -122,7 +122,7 @@ def handle_errors(app: FastAPI) -> None:
 
 
 def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, and the field at fault."""
+    """A message about the first mistake in a body, and the field at fault."""
     errors = error.errors()
     place = [str(part) for part in errors[0]["loc"][1:]]
     kind = errors[0]["type"]

@@ -1,4 +1,4 @@
-"""What a request passes before any route sees it: the key, the size limit, the metrics."""
+"""Checks of every request before any route sees it (key, size, time), and the metrics."""
 
 import asyncio
 import hmac
@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxytune.server.errors import error_response
 from proxytune.server.worker import Worker
 
-BODY_SECONDS = 60  # that a body may take to arrive
-DRAINED = 16  # how many times the size limit is read, and thrown away, before the answer
+BODY_SECONDS = 60  # a body that has not arrived by then is refused
+DRAINED = 16  # a body over the limit is read up to this many times the limit, then answered
 
 
 class Metrics:
@@ -52,11 +52,11 @@ class Gate:
     """The ASGI middleware around all routes.
 
     Args:
-        app: what comes behind.
+        app: the app that gets the requests which pass.
         paths: the routes, for the metrics' labels.
-        metrics: is told of every request.
-        api_key: asked for under /v1; None for none.
-        max_bytes: of a body.
+        metrics: counts every request.
+        api_key: needed for paths under /v1; None lets everybody in.
+        max_bytes: the limit on a body.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class _Body:
         self._end = time.monotonic() + BODY_SECONDS
 
     async def receive(self) -> Message:
-        """The next part; behind the last one, the news that the client has left.
+        """The next part of the body; after the last one, the message that the client has left.
 
         Raises:
-            HTTPException: 413 or 408.
+            HTTPException: 413, the body is too large; 408, it takes too long.
         """
         if self._complete:
             return await self._receive()
@@ -141,7 +141,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads on, within reason: a client that still writes would not see the answer."""
+        """Reads on, up to a limit: a client that still writes would not see the answer."""
         while not self._complete and self._size < DRAINED * self._max_bytes:
             await self._next()
 

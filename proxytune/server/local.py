@@ -1,4 +1,4 @@
-"""Our own server for a base that no API serves, so that the whole way over HTTP can be tried."""
+"""Serves a base from this process, so that a base behind an API can be tried without an API."""
 
 import logging
 import socket
@@ -33,12 +33,12 @@ def with_local_bases(specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
 def serve_locally(model_id: str, name: str) -> str:
     """Serves a model of this machine from a thread of this process, on a free local port.
 
-    It shows every log-probability and rates prompts; what a weaker server shows is tried with
-    `top_logprobs`, `blocks` and `endpoint`. The server ends with the process.
+    It shows every log-probability and rates prompts. To try a weaker server, restrict the client
+    by `top_logprobs`, `blocks` and `endpoint`. The server ends with the process.
 
     Args:
         model_id: a hub id or a local folder.
-        name: by which clients know the model.
+        name: the model's name for clients.
 
     Returns:
         The base URL.
@@ -46,7 +46,7 @@ def serve_locally(model_id: str, name: str) -> str:
     if (model_id, name) in _urls:
         return _urls[model_id, name]
     app = create_app({name: load(model_id)}, ServerSettings(max_logprobs=-1))
-    # uvicorn says hello for every start; the run has its own words for it
+    # uvicorn logs every start; the run reports it itself
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -1,7 +1,7 @@
-"""What clients may send: OpenAI's fields, vLLM's extensions, and our `alpha`.
+"""The JSON of requests and answers: OpenAI's fields, vLLM's extensions, and our `alpha`.
 
-Types are strict and unknown fields are refused: a misspelt setting that is silently ignored gives
-an answer to another question.
+Types are strict and unknown fields are refused: to ignore a misspelt setting would be to answer
+another question. The docstrings and descriptions are in the OpenAPI document.
 """
 
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ Text = Annotated[str, Field(max_length=10_000_000)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-# OpenAI's penalties are not supported; many clients send their default.
+# OpenAI's penalties are not supported, but many clients send the default, 0.
 Penalty = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -27,7 +27,7 @@ class StreamOptions(_Strict):
 
 
 class _Sampling(_Strict):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions have in common."""
 
     model: str | None = Field(None, description="as in /v1/models; may be left out")
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(

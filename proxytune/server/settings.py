@@ -1,21 +1,23 @@
-"""What the person who serves a system may set."""
+"""The settings of a server."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class ServerSettings:
-    """What a server lets its clients do.
+    """Limits on the requests that a server accepts.
 
     Attributes:
         api_key: must come with every request as a bearer token; null lets everybody in.
-        max_logprobs: log-probabilities per token that a client may ask for; -1 is the vocabulary.
-        prompt_logprobs: whether prompts are rated (prompt_logprobs, echo with logprobs).
+        max_logprobs: log-probabilities per token that a client may ask for; -1 allows the whole
+            vocabulary.
+        prompt_logprobs: whether clients may ask for log-probabilities of prompts (by
+            prompt_logprobs, or by echo with logprobs).
         chat_only: leaves /v1/completions out.
-        max_request_bytes: of a request's body.
-        max_tokens: of one completion; null is the models' context.
-        max_completions: prompts times n of one request.
-        max_waiting: completions that may wait for a row; then clients get 429.
+        max_request_bytes: the largest body of a request.
+        max_tokens: the longest completion; null is the models' context.
+        max_completions: the most completions (prompts times n) of one request.
+        max_waiting: while as many completions wait for a row, new requests get 429.
         timeout: seconds that one request may take.
     """
 

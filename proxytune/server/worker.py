@@ -1,7 +1,7 @@
-"""The engine: one thread per system that runs the jobs of all clients in one decode loop.
+"""The worker: one thread per system that runs the jobs of all clients in one decode loop.
 
-Clients live in asyncio, models in the engine's thread. A job goes one way through a queue of
-commands, what becomes of it the other way through the job's own asyncio queue.
+Clients are served by asyncio, models run in the worker's thread. Jobs reach the thread through a
+queue of commands; its events come back through each job's own asyncio queue.
 """
 
 import asyncio
@@ -25,20 +25,27 @@ from proxytune.generator import Generator, Speculative
 
 log = logging.getLogger(__name__)
 
-RATED_TOKENS = 4096  # prompt tokens (padding included) that are rated between two decoding steps
+RATED_TOKENS = 4096  # prompt tokens, padding included, rated between two decoding steps
 
 
 class BusyError(Exception):
-    """Too much is waiting already; the client should come again later."""
+    """Too many completions wait already; the client should ask again later."""
 
 
 class WorkerError(Exception):
-    """The engine cannot go on; its log says why."""
+    """The worker has failed or ended; the server's log says why."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One more token of a sample: the text that became certain, and its log-probability."""
+    """One more token of a sample.
+
+    Attributes:
+        prompt: the prompt's place in the job.
+        sample: the sample's number.
+        text: the text that became certain by the token; see `engine.rows.Request.on_token`.
+        token: its log-probability; None where the job asks for none.
+    """
 
     prompt: int
     sample: int
@@ -48,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ended:
-    """A sample is finished; `prompt` is the prompt's place in the job."""
+    """A sample has ended; `prompt` is the prompt's place in the job."""
 
     prompt: int
     finished: Finished
@@ -64,7 +71,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine could not go on with the job."""
+    """The worker had to give the job up."""
 
     error: BaseException
 
@@ -73,21 +80,21 @@ Event = Piece | Ended | Rated
 
 
 def can_rate(generator: Generator) -> bool:
-    """Whether a second set of rows can be had for rating prompts: not from an API."""
+    """Whether prompts can be rated on rows of their own, which a member behind an API has not."""
     return all(each.member is None for each in generator.members.values())
 
 
 @dataclass(eq=False)
 class Job:
-    """What one HTTP request wants from the engine.
+    """The part of one HTTP request that needs the models.
 
     Attributes:
-        requests: prompts to be continued; their `index` is their place here.
-        rate: prompts to be rated, role -> token ids.
+        requests: prompts to be continued; their `index` is their place in this list.
+        rate: prompts whose tokens get their log-probabilities, each role -> token ids.
         top: tokens listed per generated token; None asks for no log-probabilities.
         rate_top: tokens listed per token of a rated prompt.
-        alpha: of this job; None is the system's.
-        stream: whether text is wanted as it comes.
+        alpha: scale on (expert - antiexpert) for this job; None is the system's.
+        stream: whether `Piece` events are wanted although no log-probabilities are.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -102,7 +109,7 @@ class Job:
 
     @property
     def left(self) -> int:
-        """Samples and ratings of the whole job."""
+        """How many samples and ratings the whole job has."""
         return sum(request.decoding.n for request in self.requests) + len(self.rate)
 
 
@@ -111,7 +118,7 @@ class Worker:
 
     Args:
         generator: the system; nobody else may decode with it meanwhile.
-        max_waiting: samples that may wait for a row; a job that comes then is refused.
+        max_waiting: samples that may wait for a row; while as many wait, new jobs are refused.
         batch_size: rows at once; "auto" goes by the free memory.
         speculative: as for `Generator.generate`.
         rate: whether jobs may have prompts rated.
@@ -133,11 +140,11 @@ class Worker:
         self._rater = generator.sibling().system if rate and can_rate(generator) else None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
-        self._to_rate: deque[tuple[Job, int]] = deque()
+        self._to_rate: deque[tuple[Job, int]] = deque()  # job, the prompt's place in it
         self._left: dict[Job, int] = {}  # samples and ratings that a job still waits for
         self._rated_tokens = RATED_TOKENS  # lowered when memory runs out
-        self._next = 0
-        self._unfinished = 0  # of all jobs that were submitted; both threads count
+        self._next = 0  # the loop's index for the next request
+        self._unfinished = 0  # samples and ratings of all submitted jobs; both threads count
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -151,20 +158,20 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Rows that decode."""
+        """How many rows decode."""
         return len(self._loop.rows)
 
     @property
     def waiting(self) -> int:
-        """Samples and ratings that have not begun."""
+        """How many samples and ratings have not begun."""
         return max(0, self._unfinished - self.running)
 
     def submit(self, job: Job) -> None:
         """Lets a job begin; `events` reports on it.
 
         Raises:
-            BusyError: too much waits already.
-            WorkerError: the engine has ended.
+            BusyError: `max_waiting` samples wait already.
+            WorkerError: the worker has ended.
         """
         if not self.alive:
             raise WorkerError("the engine has ended")
@@ -175,11 +182,11 @@ class Worker:
         self._commands.put(partial(self._add, job))
 
     async def events(self, job: Job, seconds: float) -> AsyncIterator[Event]:
-        """What happens to a job, until all of it has ended; ratings come before completions.
+        """Yields a job's events until all of it has ended; ratings come before completions.
 
         Raises:
-            TimeoutError: it takes longer than `seconds`.
-            WorkerError: the engine failed.
+            TimeoutError: the job takes longer than `seconds`.
+            WorkerError: the worker failed.
         """
         left, end = job.left, time.monotonic() + seconds
         while left:
@@ -192,11 +199,11 @@ class Worker:
                 yield event
 
     def cancel(self, job: Job) -> None:
-        """Drops what has not ended of a job; its rows become free."""
+        """Drops the unfinished samples and ratings of a job; its rows become free."""
         self._commands.put(partial(self._cancel, job))
 
     def close(self) -> None:
-        """Ends the thread; what still runs fails."""
+        """Ends the thread; jobs that still run fail."""
         self._commands.put(None)
         self._thread.join(timeout=10)
 
@@ -214,13 +221,17 @@ class Worker:
                     for finished in self._loop.step():
                         job, place = self._jobs[finished.index]
                         self._report(job, Ended(place, finished))
-            except Exception as error:  # whatever it is: the clients hear of it, the server lives
+            except Exception as error:  # any bug fails the jobs it met, and the server lives on
                 log.exception("the engine failed; its %d jobs are lost", len(self._left))
                 self._fail(error)
             self._send()
 
     def _take_commands(self) -> bool:
-        """Runs what has been asked for; waits for it when there is nothing else to do."""
+        """Runs the commands in the queue, and waits for one if there is no other work.
+
+        Returns:
+            False when the thread is to end.
+        """
         wait = not self._loop.busy and not self._to_rate
         while True:
             try:
@@ -243,7 +254,7 @@ class Worker:
             self._start(job)
 
     def _start(self, job: Job) -> None:
-        """Lets the loop have the requests of a job whose prompts have been rated."""
+        """Gives the requests of a job to the loop, after its prompts have been rated."""
         for place, request in enumerate(job.requests):
             index = self._next
             self._next += 1
@@ -269,7 +280,7 @@ class Worker:
         job._pending.append(Piece(place, sample, text, rated))
 
     def _rate(self) -> None:
-        """Rates as many waiting prompts as make one pass."""
+        """Rates as many waiting prompts as fit into one pass."""
         batch: list[tuple[Job, int]] = []
         width = 0
         while self._to_rate:
@@ -280,7 +291,7 @@ class Worker:
             batch.append(self._to_rate.popleft())
         if not batch:
             return
-        assert self._rater is not None  # requests are refused where it is
+        assert self._rater is not None  # without one, `prepare` refuses such requests
         try:
             rated = prompt_logprobs(
                 self._rater,
@@ -314,13 +325,13 @@ class Worker:
             self._left[job] = 0
 
     def _send(self) -> None:
-        """Hands out what this round brought, and forgets the jobs that have ended."""
+        """Sends the round's events to their jobs, and forgets the jobs that have ended."""
         for job in [job for job in self._left if job._pending]:
             events, job._pending = job._pending, []
             assert job._home is not None
             try:
                 job._home.call_soon_threadsafe(job._queue.put_nowait, events)
-            except RuntimeError:  # its event loop is closed: nobody listens any more
+            except RuntimeError:  # its event loop is closed: the client has no server any more
                 self._cancel(job)
         ended = [job for job, left in self._left.items() if left == 0]
         for job in ended:

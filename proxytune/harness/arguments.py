@@ -25,7 +25,17 @@ _FIELDS = {field.name for field in fields(ModelSpec)} - {"id", "quantization", "
 def specs_of(
     ids: Mapping[str, str | None], dtype: str, device: str | None, members: Mapping[str, Any]
 ) -> dict[str, ModelSpec]:
-    """Role -> what to load, from lm-eval's flat arguments."""
+    """Role -> the model to load, from lm-eval's flat arguments.
+
+    Args:
+        ids: role -> path or hub id; None for a role without a model.
+        dtype: of every member.
+        device: of every member.
+        members: `<role>_<field>` -> value; see `harness.model.ProxyTuneLM`.
+
+    Raises:
+        ValueError: an unknown argument, one for a role without a model, or no base.
+    """
     settings: dict[str, dict[str, Any]] = {
         role: {"dtype": dtype, "device": device} for role in _ROLES
     }
@@ -57,7 +67,7 @@ def specs_of(
 
 
 def usable_device(device: str | None) -> str | None:
-    """lm-eval's command line names a GPU on machines that have none, too."""
+    """The device, or the CPU if the device is a GPU (lm-eval's default) and there is none."""
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         log.warning("there is no %s here; the CPU is used", device)
         return "cpu"
@@ -65,5 +75,5 @@ def usable_device(device: str | None) -> str | None:
 
 
 def batch_rows(batch_size: int | str) -> int | Literal["auto"]:
-    """lm-eval's "auto" and "auto:N" are our "auto"."""
+    """Rows at once; lm-eval's "auto" and "auto:N" are our "auto"."""
     return "auto" if str(batch_size).startswith("auto") else int(batch_size)

@@ -14,16 +14,16 @@ from proxytune.harness.model import ProxyTuneLM
 
 
 def check_task(name: str, include_path: str | None = None, *, run_code: bool = False) -> None:
-    """Makes sure that a task, group or tag can be run; its documents are loaded for that.
+    """Makes sure that a task, group or tag can be run, by loading its documents.
 
     Args:
         name: as in `lm_eval --tasks`.
         include_path: a folder of further task files.
-        run_code: whether tasks that run model-written code are wanted.
+        run_code: whether tasks may run model-written code.
 
     Raises:
-        ValueError: lm-eval does not know it (close names are suggested), its documents cannot be
-            had, or it runs code.
+        ValueError: lm-eval does not know the task (close names are suggested), its documents
+            cannot be loaded, or it would run code.
     """
     manager = _task_manager(name, include_path)
     if name not in manager.all_tasks:
@@ -62,23 +62,23 @@ def evaluate(
     Args:
         generator: the system.
         task: lm-eval's name.
-        cache: where answered requests are kept, so that a killed run goes on. Its key has no
-            model in it: one per system.
-        num_fewshot: None is the task's own.
-        limit: first documents only.
+        cache: the file that keeps answered requests, so that a killed run can go on. Its keys do
+            not name the model: every system needs a file of its own.
+        num_fewshot: examples in the prompt; None is the task's own number.
+        limit: number of documents, the first ones; None is all of them.
         seed: of few-shot examples and of sampled generations.
-        gen_kwargs: over the task's own.
-        apply_chat_template: ask in the members' chat formats.
+        gen_kwargs: generation settings, which replace the task's own.
+        apply_chat_template: whether to ask in the members' chat formats.
         include_path: a folder of further task files.
         batch_size: rows at once.
-        run_code: allows tasks that execute what a model wrote, unguarded, on this machine.
+        run_code: allows tasks that run model-written code, unguarded, on this machine.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: see `check_task`.
     """
     check_task(task, include_path, run_code=run_code)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # its notes are many, and no news
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # it logs too much at INFO
     results = simple_evaluate(
         model=ProxyTuneLM(generator=generator, batch_size=batch_size, seed=seed),
         tasks=[task],
@@ -103,7 +103,7 @@ _managers: dict[tuple[str | None, bool], TaskManager] = {}
 
 
 def _task_manager(name: str, include_path: str | None) -> TaskManager:
-    """lm-eval's index of tasks; its own thousands of files take seconds, so only where needed."""
+    """The index of tasks; lm-eval's own files, whose index takes seconds, only if needed."""
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise ValueError(f"include_path={include_path} is not a folder of lm-eval task files")

@@ -1,4 +1,4 @@
-"""`ProxyTuneLM`: what lm-eval drives."""
+"""`ProxyTuneLM`: the class that lm-eval drives."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from proxytune.harness.arguments import batch_rows, specs_of, usable_device
 from proxytune.loading.prompting import render_messages
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
-_DEFAULT_MAX_LENGTH = 2048  # lm-eval's, where neither model nor tokenizer has a limit
-_BLOCK = 256  # log-likelihood requests between two writes of lm-eval's cache
+_DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
+_BLOCK = 256  # log-likelihood requests between two writes to lm-eval's cache
 # Sampling settings that tasks may give, by lm-eval's name, which is ours, too.
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
 # Arguments of Hugging Face's generate that tasks set, and the values that change nothing here.
@@ -29,27 +29,27 @@ Ids = list[int] | dict[str, list[int]]
 
 
 class ProxyTuneLM(TemplateLM):
-    """What lm-eval drives: log-likelihoods and generation by one of our generators.
+    """One of our generators as a model of lm-eval: log-likelihoods and completions.
 
     It encodes, truncates and cuts text as lm-eval's own `hf` model does, so that a single model
     gets the same numbers from both.
 
     Args:
-        generator: a loaded system; or name the models:
+        generator: a loaded system; without it, name the models:
         base, expert, antiexpert: paths or hub ids; the base alone is a single model.
         alpha: scale on (expert - antiexpert).
         dtype, device: of every member.
         batch_size: rows at once; "auto" goes by the free memory (lm-eval's own default is 1).
-        max_batch_size: accepted because lm-eval passes it; "auto" needs no limit.
-        max_length: context in tokens; None is the smallest one of the members.
-        max_gen_toks: of tasks that do not say.
-        seed: of sampled generations.
+        max_batch_size: unused: lm-eval passes it, but "auto" needs no limit.
+        max_length: context in tokens; None is the members' smallest.
+        max_gen_toks: longest completion in tokens, for tasks that set none.
+        seed: of sampled completions.
         progress: shows progress bars.
         members: `<role>_<field>` for a field of `ModelSpec` (base_revision, expert_adapter,
             antiexpert_device, ...), and `<role>_format=chat` or `<role>_chat_template=NAME`.
 
     Raises:
-        ValueError: a model that cannot be found, vocabularies that differ, an unknown argument.
+        ValueError: a model cannot be found, vocabularies differ, or an argument is unknown.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class ProxyTuneLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, or else EOS."""
+        """The token before a text without context: BOS, or else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; without a flag, the tokenizer's own BOS unless the text has one already."""
+        """Token ids; by default with the tokenizer's BOS, unless the text begins with it."""
         return self._tokenize(string, self.tokenizer, add_special_tokens)
 
     def _tokenize(self, text: str, tokenizer: Any, special: bool | None = None) -> list[int]:
@@ -118,7 +118,7 @@ class ProxyTuneLM(TemplateLM):
     ) -> str:
         """A conversation as the context of a request, which each member renders for itself.
 
-        A last turn of the assistant is the beginning of its answer, whatever the flag says.
+        If the last turn is the assistant's, the answer continues it, whatever the flag says.
 
         Raises:
             ValueError: no member has a chat format.
@@ -134,7 +134,7 @@ class ProxyTuneLM(TemplateLM):
         """The members' formats, for lm-eval's record of the run.
 
         Raises:
-            ValueError: a template by name; each member has its own.
+            ValueError: a template is given by name; each member has its own.
         """
         if chat_template is False:
             return None
@@ -149,7 +149,7 @@ class ProxyTuneLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer and the members' formats, by which lm-eval names its cached requests."""
+        """The tokenizer's name and a hash of the formats; lm-eval names cached requests by it."""
         name = self.tokenizer.name_or_path.replace("/", "__")
         formats = [str(self._member(role).format) for role in self.generator.roles]
         return f"{name}__{hashlib.sha256(repr(formats).encode()).hexdigest()[:8]}"
@@ -158,11 +158,11 @@ class ProxyTuneLM(TemplateLM):
         return self.generator.members[role]
 
     def _texts(self, context: str) -> dict[str, str]:
-        """Role -> the text that it reads."""
+        """Role -> the text that this member reads."""
         if not context.startswith(_CHAT):
             return dict.fromkeys(self.generator.roles, context)
         messages, end = json.JSONDecoder().raw_decode(context, len(_CHAT))
-        rest = context[end:]  # what a task put behind the conversation
+        rest = context[end:]  # text that a task appended to the conversation
         texts = {}
         for role in self.generator.roles:
             member = self._member(role)
@@ -178,9 +178,9 @@ class ProxyTuneLM(TemplateLM):
         return _shared(ids)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Any, list[int]]:
-        """(context ids, continuation ids); the continuation is split off in the base's text.
+        """(context ids, continuation ids); the continuation's ids come from the base's text.
 
-        Spaces that end the context begin the continuation instead, as everywhere in lm-eval.
+        Spaces at the end of the context move to the continuation, as everywhere in lm-eval.
         """
         texts = self._texts(context)
         base = texts["base"]
@@ -219,7 +219,7 @@ class ProxyTuneLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-likelihood of whole texts, in windows of the context where they are longer."""
+        """The log-likelihood of whole texts; one longer than the context is cut into windows."""
         totals = []
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -246,7 +246,7 @@ class ProxyTuneLM(TemplateLM):
         """Completions, cut before the first stop string.
 
         Raises:
-            ValueError: a task asks for a way of decoding that there is none of here.
+            ValueError: a task asks for a kind of decoding that we do not have.
         """
         groups = defaultdict[str, list[int]](list)
         for index, request in enumerate(requests):
@@ -307,7 +307,10 @@ class ProxyTuneLM(TemplateLM):
         return text
 
     def _fit(self, context: Ids, target: list[int]) -> Ids:
-        """Drops the beginning of a context that is too long (the last token is only predicted)."""
+        """Drops the beginning of a context that is too long.
+
+        The target's last token is predicted but not read, so it needs no room.
+        """
         room = self.max_length + 1 - len(target)
         if not target or room < 1:
             raise ValueError(
@@ -319,7 +322,7 @@ class ProxyTuneLM(TemplateLM):
     # -- what lm-eval records --------------------
 
     def get_model_info(self) -> dict[str, Any]:
-        """Which models these were, for lm-eval's results file."""
+        """The models and alpha, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
         alpha = self.generator.system.alpha if "expert" in members else None
         return {"proxytune_members": members, "proxytune_alpha": alpha}
@@ -335,7 +338,7 @@ def _args(request: Instance) -> tuple[Any, ...]:
 
 
 def _shared(ids: dict[str, list[int]]) -> Ids:
-    """One sequence where all members read the same."""
+    """One sequence if all members read the same; else role -> sequence."""
     first = ids["base"]
     return first if all(each == first for each in ids.values()) else ids
 

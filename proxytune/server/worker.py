@@ -80,7 +80,7 @@ Event = Piece | Ended | Rated
 
 
 def can_rate(generator: Generator) -> bool:
-    """Whether prompts can be rated on rows of their own, which a member behind an API has not."""
+    """Whether prompts can be rated on rows of their own; a base behind an API has none."""
     return all(each.member is None for each in generator.members.values())
 
 

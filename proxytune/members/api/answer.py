@@ -1,4 +1,4 @@
-"""What a server says about one position: the log-probabilities of the tokens that it lists."""
+"""A server's answer for one position: the log-probabilities of the tokens that it lists."""
 
 import math
 import struct
@@ -10,21 +10,21 @@ import torch
 
 from proxytune.members.api.names import Named, TokenNames
 
-_SLACK = 1e-5  # of probability: log-probabilities come as rounded float32
+_SLACK = 1e-5  # probability that rounding to float32 may hide
 _HEAD = struct.Struct("<iifff")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The next token's log-probabilities, as far as they are known.
+    """The next token's log-probabilities, as far as the server lists them.
 
     Attributes:
-        ids: the listed tokens.
-        logprobs: theirs, natural logarithm, float32.
-        bound: no other token has a greater log-probability; -inf where all are listed.
-        doubtful: tokens that a listed name of several meanings may stand for.
+        ids: the listed tokens, [listed].
+        logprobs: their log-probabilities, natural logarithm, float32, [listed].
+        bound: no other token has a greater log-probability; -inf if all tokens are listed.
+        doubtful: tokens that share a listed name with other tokens.
         doubtful_bound: no doubtful token has a greater log-probability.
-        unseen: the probability of everything that is not in `ids`.
+        unseen: the probability of all tokens outside `ids` together.
     """
 
     ids: np.ndarray
@@ -35,13 +35,13 @@ class Answer:
     unseen: float
 
     def logits(self, vocab_size: int) -> torch.Tensor:
-        """The log-probabilities, [vocab]; minus infinity for what is not listed."""
+        """The log-probabilities, [vocab]; minus infinity for tokens that are not listed."""
         row = torch.full((vocab_size,), -torch.inf)
         row[torch.from_numpy(self.ids)] = torch.from_numpy(self.logprobs)
         return row
 
     def ceiling(self, vocab_size: int) -> torch.Tensor:
-        """The same with upper bounds for what is not listed, [vocab]."""
+        """The log-probabilities, [vocab]; upper bounds for tokens that are not listed."""
         row = torch.full((vocab_size,), self.bound)
         row[torch.from_numpy(self.doubtful)] = self.doubtful_bound
         row[torch.from_numpy(self.ids)] = torch.from_numpy(self.logprobs)
@@ -64,15 +64,16 @@ class Answer:
 
 
 def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
-    """Bounds what a server did not list by what it did.
+    """Derives bounds for the tokens that a server did not list from those that it did.
 
-    A token outside the k likeliest is no likelier than the last of them, nor than the probability
-    that is left. A name that could be several tokens, or none that is known, makes none of them a
-    candidate: they are only bounded by the probability that is left.
+    A token outside the k likeliest is no likelier than the last of them, and no likelier than the
+    probability that the listed ones leave. If a name fits several tokens, or none, no token gets
+    its log-probability; the probability that is left is the only bound for these tokens.
 
     Args:
-        listed: the tokens, in any order; a chosen token beyond the k likeliest is dropped.
-        names: of the vocabulary.
+        listed: the listed tokens in any order; entries beyond the k likeliest (a server may add
+            the chosen token) are dropped.
+        names: finds the ids of a listed token.
         k: how many likeliest tokens the list has; -1 is the whole vocabulary.
     """
     ordered = sorted(listed, key=lambda named: -named.logprob)
@@ -84,7 +85,7 @@ def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
         ids = names.ids(named)
         unknown |= not ids and named.id is None and not named.text.startswith("token_id:")
         if len(ids) == 1:
-            # several foreign tokens may write one word: their probabilities add up
+            # several tokens of a foreign tokenizer may write one word: add their probabilities
             known[ids[0]] = float(np.logaddexp(known.get(ids[0], -math.inf), named.logprob))
         else:
             doubtful.update(ids)

@@ -1,4 +1,4 @@
-"""Requests to the server: tried again when they fail, slowed down when asked, within a budget."""
+"""Requests to the server: retries after failures, waits that it asks for, and the budget."""
 
 import email.utils
 import logging
@@ -31,7 +31,7 @@ class Refused(UpstreamError, UserError):
 
 
 class Closed(UpstreamError, UserError):
-    """The server may not be asked: a wrong key, or nothing left to pay with."""
+    """No request may be sent: the key is wrong, or the money is spent."""
 
 
 class Malformed(Exception):
@@ -83,15 +83,15 @@ class Client:
     gives one), for `retry_for_s` seconds. Threads may share a client.
 
     Args:
-        settings: of the endpoint.
-        store: keeps what was spent.
+        settings: the endpoint's.
+        store: keeps the spending.
     """
 
     def __init__(self, settings: ApiSettings, store: Store) -> None:
         self.settings = settings
         self.store = store
         self.spent = Spent(**(store.fact("spent") or {}))
-        self.max_positions: int | None = None  # of the model, where the server's list tells
+        self.max_positions: int | None = None  # the model's, if the server's list has it
         self._open = openai.OpenAI(
             base_url=settings.base_url,
             api_key=_key(settings),
@@ -100,17 +100,17 @@ class Client:
         )
         self._lock = threading.Lock()
         self._reserved = Spent()  # by requests that are under way
-        self._not_before = 0.0  # what a Retry-After asked of everybody
+        self._not_before = 0.0  # time.monotonic() until which a Retry-After stops every request
         self._stopped = threading.Event()
 
     def check(self) -> None:
-        """Finds out, by one cheap request, whether the server is there and knows key and model.
+        """Checks by one cheap request that the server is there and accepts the key and the model.
 
         Raises:
-            ValueError: it does not; one line with the way out.
+            ValueError: one of these fails.
         """
         try:
-            # plain JSON, not the client's own type: a server without this route may say anything
+            # plain JSON, not the client's own type: a server without this route may send anything
             answer: Any = self._open.with_options(timeout=_CHECK_TIMEOUT).get(
                 "/models", cast_to=object
             )
@@ -123,7 +123,7 @@ class Client:
                 "or set triple.base.api.base_url"
             ) from error
         except (openai.APIStatusError, ValueError, KeyError, TypeError):
-            return  # no list of models; the first real request will show
+            return  # the server has no list of models; the first real request checks the rest
         if known and self.settings.model not in known:
             raise ValueError(
                 f"{self.settings.base_url} has no model {self.settings.model!r}; it has "
@@ -143,14 +143,14 @@ class Client:
         Args:
             endpoint: "completions" or "chat/completions".
             body: the JSON body.
-            read: makes the result of the answer's JSON; a KeyError, TypeError, ValueError or
-                `Malformed` there means that the answer is malformed.
-            prompt_tokens: for the budget, until the server has counted.
+            read: makes the result from the answer's JSON; a KeyError, TypeError, ValueError or
+                `Malformed` in it means that the answer is malformed.
+            prompt_tokens: the prompt's length, which counts until the server reports its own.
 
         Raises:
-            Refused: the server says that the request cannot be.
-            Unanswered: it did not answer for `retry_for_s` seconds.
-            Closed: a wrong key, or the budget is spent.
+            Refused: the server says that it cannot serve the request.
+            Unanswered: the server did not answer for `retry_for_s` seconds.
+            Closed: the key is wrong, or the budget is spent.
         """
         give_up: float | None = None
         wait = FIRST_WAIT
@@ -190,11 +190,11 @@ class Client:
             return result
 
     def stop(self) -> None:
-        """Ends every wait of the requests under way; each of them fails at its next one."""
+        """Ends all waiting: a request that waits, or would have to, fails with Unanswered."""
         self._stopped.set()
 
     def go(self) -> None:
-        """Lets requests wait again."""
+        """Lets requests wait again after `stop`."""
         self._stopped.clear()
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
@@ -241,10 +241,10 @@ class Client:
     # -- waiting --------------------
 
     def _judge(self, error: Exception) -> float | None:
-        """The seconds that the server asks us to wait, if it says; raises what waiting won't cure.
+        """The seconds that the server asks us to wait, if it does.
 
         Raises:
-            Refused, Closed: see `ask`.
+            Refused, Closed: waiting would not help; see `ask`.
         """
         if not isinstance(error, openai.APIStatusError):
             return None
@@ -281,7 +281,7 @@ class Client:
 
 def _key(settings: ApiSettings) -> str:
     if settings.api_key_env is None:
-        return "none"  # the client insists on one; servers without keys ignore it
+        return "none"  # `openai` insists on a key; servers without keys ignore it
     key = os.environ.get(settings.api_key_env)
     if not key:
         raise ValueError(
@@ -310,7 +310,7 @@ def _usage(answer: Any, prompt_tokens: int) -> tuple[int, int]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the server, or the network, said."""
+    """The server's or the network's message, in one line."""
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
         said = str(body.get("message") or error.message).strip() or "no message"
@@ -323,7 +323,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a number or a date."""
+    """Seconds to wait, from a header that holds a number or a date."""
     if not header:
         return None
     try:

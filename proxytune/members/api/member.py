@@ -24,18 +24,19 @@ from proxytune.records import Decoding
 
 log = logging.getLogger(__name__)
 
-WORTH_DRAFTING = 0.1  # a token is drafted if it counts with at least this probability
+WORTH_DRAFTING = 0.1  # a token is drafted if it is accepted with at least this probability
 MAX_WIDTH = 16
 _GUESSED_YIELD = 2.0  # tokens per request of the estimate, before any acceptance is known
 
-_probed: dict[str, tuple[Protocol, Store]] = {}  # settings -> what was found out, per process
+_probed: dict[str, tuple[Protocol, Store]] = {}  # settings -> result of probing, per process
 
 
 class RequestPace(Pace):
-    """Widths of blocks where a request costs the same whatever its width.
+    """Widths of blocks for a member whose requests cost the same whatever the width.
 
-    A draft goes on while its next token still counts with `WORTH_DRAFTING`: while all drafted
-    tokens so far are right with at least that probability, by the acceptance of late.
+    The draft goes on as long as the next drafted token is accepted with a probability of at least
+    `WORTH_DRAFTING`, that is, as long as it and all drafted tokens before it are right with that
+    probability. The recent rate of acceptance gives the estimate.
     """
 
     def width(self, rows: int) -> int:
@@ -46,21 +47,21 @@ class RequestPace(Pace):
         return min(MAX_WIDTH, 1 + max(1, int(drafted)))
 
     def ahead(self, rows: int) -> int:
-        """Tokens guessed behind a new prompt: as many as the block after its first token has."""
+        """Tokens guessed after a new prompt: as many as the block after its first token has."""
         return self.width(rows)
 
 
 class ApiMember(Member):
     """An endpoint as a member: its log-probabilities are the logits.
 
-    A row is nothing but its tokens: forgetting some is free, and every position that was once
-    answered is answered from the store. Logits are on the CPU, in float32, minus infinity for
+    A row is only a list of tokens: rolling back is free, and the store answers for every position
+    that the server has answered once. Logits are on the CPU, in float32, and minus infinity for
     tokens that the server does not list.
 
     Args:
-        protocol: asks.
+        protocol: asks the server.
         store: keeps the answers.
-        vocab_size: token ids that the tokenizer has.
+        vocab_size: number of the tokenizer's ids.
         eos_ids: tokens that end a completion.
     """
 
@@ -77,7 +78,7 @@ class ApiMember(Member):
         self.eos_ids = eos_ids
         self.complete = self.offer.k == -1  # the server shows the whole vocabulary
         self.max_positions = protocol.client.max_positions
-        # two waves of requests per block; the logits of more rows would only fill memory
+        # two rounds of requests per block; the logits of more rows would only fill memory
         self.max_rows = 2 * protocol.client.settings.max_concurrency
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
@@ -97,9 +98,9 @@ class ApiMember(Member):
         prompts: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
-        """Appends one row per prompt; says what comes after it, [prompts, vocab].
+        """Appends one row per prompt; returns the logits after it, [prompts, vocab].
 
-        The request for a prompt asks for the places of its guess, too.
+        The request for a prompt asks for the positions of its guess, too.
         """
         rows = [list(map(int, prompt)) for prompt in prompts]
         if guesses is not None and self.blocks:
@@ -111,7 +112,7 @@ class ApiMember(Member):
         return self._pass(answers).flat()
 
     def extend(self, tokens: torch.Tensor) -> Pass:
-        """Appends a block of tokens [rows, width]; says what comes after each."""
+        """Appends a block of tokens [rows, width]; returns the logits after each token."""
         self._refuse_second_token()
         rows = [row + new for row, new in zip(self._rows, tokens.tolist(), strict=True)]
         answers = self._answer(rows, self.lengths)
@@ -133,19 +134,19 @@ class ApiMember(Member):
         self._rows, self._prompts = [], []
 
     def pace(self, fixed: int | None) -> RequestPace | None:
-        """Blocks where one request scores several tokens; else lockstep."""
+        """A pace for blocks if one request scores several tokens; else None, for lockstep."""
         return RequestPace(fixed) if self.blocks else None
 
     def estimate(self, prompts: Sequence[int], decoding: Decoding, drafted: bool) -> str:
-        """What a task will take, before it starts, in one line.
+        """The requests, tokens and money that a task will take, in one line.
 
         Args:
-            prompts: tokens of each prompt.
-            decoding: of the task.
-            drafted: whether there is an expert to draft.
+            prompts: the length of each prompt in tokens.
+            decoding: the task's.
+            drafted: whether an expert drafts.
 
         Raises:
-            ValueError: the endpoint cannot do it at all.
+            ValueError: the endpoint cannot serve the task.
         """
         if decoding.max_new_tokens > 1:
             self._refuse_later_tokens()
@@ -164,7 +165,7 @@ class ApiMember(Member):
         return f"{text} ({how})"
 
     def spending(self) -> str:
-        """What was asked and paid so far, over all runs of the results folder, in one line."""
+        """The spending so far, by all runs of the results folder, in one line."""
         spent = self.client.spent
         price = f", {spent.cost:,.2f} of money" if spent.cost else ""
         return f"{spent.requests:,.0f} requests, {spent.tokens:,.0f} tokens{price} so far"
@@ -172,7 +173,7 @@ class ApiMember(Member):
     # -- asking --------------------
 
     def _answer(self, rows: list[list[int]], starts: list[int]) -> list[list[Answer]]:
-        """The answers behind rows[i][: starts[i] + 1] up to behind the whole row, for every row."""
+        """For every row i, the answers after rows[i][: starts[i] + 1] up to the whole row."""
         found: dict[tuple[tuple[int, ...], int], list[Answer]] = {}
         missing: list[tuple[tuple[int, ...], int]] = []
         places = [(tuple(row), start) for row, start in zip(rows, starts, strict=True)]
@@ -193,20 +194,20 @@ class ApiMember(Member):
     def _requests(
         self, places: Sequence[tuple[tuple[int, ...], int]]
     ) -> list[tuple[tuple[int, ...], int]]:
-        """The requests that answer for all places: one each, or one per token."""
+        """The requests that are needed: one per place, or one per missing token of it."""
         requests: dict[tuple[tuple[int, ...], int], None] = {}
         for ids, start in places:
             stored = self.store.get(ids, start)
             lacking = [start + i for i, answer in enumerate(stored) if answer is None]
             if self.blocks:
-                # further answers may be there already, but one request costs the same
+                # the store may have some of these answers, but one request costs the same
                 requests[ids[: lacking[-1] + 1], lacking[0]] = None
             else:
                 requests.update(dict.fromkeys((ids[: i + 1], i) for i in lacking))
         return list(requests)
 
     def _ask(self, requests: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """Sends requests at the same time, and stores every answer as it comes."""
+        """Sends the requests in parallel, and stores every answer as it comes."""
 
         def one(request: tuple[tuple[int, ...], int]) -> None:
             self.store.put(*request, self.protocol.ask(*request))
@@ -215,7 +216,7 @@ class ApiMember(Member):
         futures = [self._threads.submit(one, request) for request in requests]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # Ctrl-C: nobody is to wait for a server any more
+        except BaseException:  # Ctrl-C: stop waiting for the server
             self.client.stop()
             raise
         finally:
@@ -232,7 +233,7 @@ class ApiMember(Member):
         return ThreadPoolExecutor(self.client.settings.max_concurrency, "api")
 
     def _pass(self, answers: Sequence[Sequence[Answer]]) -> Pass:
-        """The answers of every row as logits [rows, width, vocab], and what is known beyond."""
+        """The answers of every row as logits [rows, width, vocab], with bounds for the rest."""
         logits, ceiling = (
             torch.stack([torch.stack([listed(each) for each in row]) for row in answers])
             for listed in (
@@ -263,10 +264,11 @@ class ApiMember(Member):
 
 
 def open_api(spec: Any, tokenizer: Any) -> ApiMember:
-    """The endpoint of a `ModelSpec`; it is checked and probed once per process.
+    """The endpoint of a `ModelSpec`, checked and probed once per process.
 
     Raises:
-        ValueError: it is not there, does not know the key or the model, or shows too little.
+        ValueError: the server is not there, does not accept the key or the model, or shows too few
+            log-probabilities.
     """
     settings: ApiSettings = spec.api
     if settings.base_url == LOCAL:
@@ -295,7 +297,7 @@ def _probe(settings: ApiSettings, tokenizer: Any) -> tuple[Protocol, Store]:
 
 
 def _eos_ids(spec: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a completion, as the tokenizer's repository says."""
+    """Every token that ends a completion, by the files of the tokenizer's repository."""
     found = [tokenizer.eos_token_id]
     try:
         config = GenerationConfig.from_pretrained(spec.id, revision=spec.revision)

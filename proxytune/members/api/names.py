@@ -9,18 +9,18 @@ from typing import Any
 from proxytune.engine.text import BYTE_OF, is_byte_level
 
 _TOKEN_ID = "token_id:"
-_BYTES = "bytes:"  # OpenAI's completions write a token that is no valid UTF-8 as bytes:\xe2\x80
+_BYTES = "bytes:"  # OpenAI's completions name a token of invalid UTF-8 by bytes:\xe2\x80
 
 
 @dataclass(frozen=True)
 class Named:
-    """One listed token as the server wrote it.
+    """One listed token as the server names it.
 
     Attributes:
         logprob: its log-probability.
-        text: its name, "token_id:<int>" included.
-        id: its id, where the server gives it.
-        bytes: its UTF-8 bytes, where the server gives them.
+        text: its name: its text, or "token_id:<int>".
+        id: its id, if the server gives it.
+        bytes: its UTF-8 bytes, if the server gives them.
     """
 
     logprob: float
@@ -33,10 +33,11 @@ class TokenNames:
     """Finds the ids that a listed token may have: one, several (ambiguous), or none (unknown).
 
     Args:
-        tokenizer: of the triple.
-        vocab_size: ids that all members share; others are unknown.
-        foreign: the server's tokenizer is another one: a word is the token that writes it after
-            a space (" A" and "A" are both "▁A"), because a prompt ends without one.
+        tokenizer: the triple's.
+        vocab_size: number of ids that all members share; greater ids are unknown.
+        foreign: the server's tokenizer is another one. A listed word then stands for the token
+            that writes it after a space (" A" and "A" are both "▁A"), because a prompt ends
+            without a space.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, foreign: bool = False) -> None:

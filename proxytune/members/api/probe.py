@@ -1,6 +1,6 @@
-"""What a server offers, found out by asking once: its endpoint, how many log-probabilities, blocks.
+"""Finds out what a server offers (endpoint, number of log-probabilities, blocks) by asking once.
 
-Also the requests that make use of it, and how their answers are read.
+Also writes the requests that use the offer, and reads their answers.
 """
 
 import logging
@@ -14,20 +14,20 @@ from proxytune.members.api.names import Named, TokenNames
 
 log = logging.getLogger(__name__)
 
-AUTO = (100, 50, 20, 10, 5, 3, 2, 1)  # tokens per position that "auto" asks for, the most first
-_AGREE = 0.25  # log-probabilities of one place, asked in two ways, may differ by this (bfloat16)
+AUTO = (100, 50, 20, 10, 5, 3, 2, 1)  # tokens per position that "auto" asks for, in this order
+_AGREE = 0.25  # two requests for one log-probability may differ by this much (bfloat16)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server can do.
+    """The log-probabilities that a server gives.
 
     Attributes:
-        endpoint: "completions", or "chat/completions" (which shows a first token only).
+        endpoint: "completions", or "chat/completions" (which shows the first token only).
         k: tokens listed at each position; -1 is the whole vocabulary.
-        blocks: how it rates the tokens of a prompt: "prompt_logprobs" (vLLM's), "echo"
-            (OpenAI's), or None.
-        token_ids: whether it names tokens by their ids when asked to.
+        blocks: the field by which it gives log-probabilities of a prompt's tokens:
+            "prompt_logprobs" (vLLM's) or "echo" (OpenAI's); None if it gives none.
+        token_ids: whether it names tokens by their ids on request.
     """
 
     endpoint: str
@@ -42,12 +42,12 @@ class Offer:
 
 
 class Protocol:
-    """Requests for log-probabilities, in the form that an offer has.
+    """Requests for log-probabilities in the form that the server understands.
 
     Args:
         client: sends them.
-        names: of the vocabulary.
-        offer: what the server can do.
+        names: finds the ids of listed tokens.
+        offer: the log-probabilities that the server gives.
         tokenizer: writes prompts for servers that want text.
     """
 
@@ -58,7 +58,7 @@ class Protocol:
         self._tokenizer = tokenizer
 
     def ask(self, ids: Sequence[int], start: int) -> list[Answer]:
-        """The answers behind ids[: start + 1] up to behind all of `ids`, by one request.
+        """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`, by one request.
 
         Raises:
             ValueError, OSError: see `Client.ask`.
@@ -76,7 +76,7 @@ class Protocol:
         return self.client.ask(self.offer.endpoint, body, read, len(ids))
 
     def body(self, ids: Sequence[int], block: bool) -> dict[str, Any]:
-        """The request for the position behind `ids` or, with `block`, for those before it, too."""
+        """The request for the position after `ids`; with `block`, for those before it, too."""
         settings = self.client.settings
         body: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 0}
         if self.offer.endpoint == "chat/completions" or settings.foreign_tokenizer:
@@ -97,7 +97,7 @@ class Protocol:
         return body
 
     def rated(self, choice: Mapping[str, Any], ids: Sequence[int], first: int) -> list[list[Named]]:
-        """What could have stood at the places `first`, ... of the prompt."""
+        """The listed tokens at the positions `first`, `first` + 1, ... of the prompt."""
         if self.offer.blocks == "echo":
             lists = choice["logprobs"]["top_logprobs"][: len(ids)]
             if len(choice["logprobs"]["top_logprobs"]) != len(ids) + 1:
@@ -115,7 +115,7 @@ class Protocol:
 
 
 def _generated(choice: Mapping[str, Any]) -> list[Named]:
-    """What could have been written as the one new token."""
+    """The listed tokens at the position of the one generated token."""
     logprobs = choice["logprobs"]
     if logprobs is None:
         raise Malformed("no log-probabilities")
@@ -134,10 +134,10 @@ def _from_map(listed: Mapping[str, float] | None) -> list[Named]:
 
 
 def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
-    """What the server offers of what the settings want; from the store where it was asked before.
+    """The most that the server offers within the settings; asked once, then kept in the store.
 
     Raises:
-        ValueError: it shows no log-probabilities, or not as many as the settings say.
+        ValueError: it shows no log-probabilities, or fewer than the settings ask for.
     """
     settings = client.settings
     name = f"offer {settings.model} {settings.top_logprobs} {settings.endpoint} {settings.blocks}"
@@ -176,7 +176,7 @@ def _ask_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
                 continue
             offer = Offer(endpoint, k if k < 0 else min(k, shown), None, token_ids)
             return _with_blocks(client, names, offer, tokenizer, ids, first)
-        if answered:  # chat would show no more, and first tokens only
+        if answered:  # the chat endpoint shows no more, and first tokens only
             break
     raise ValueError(
         f"{settings.base_url} does not show the log-probabilities that are asked for "
@@ -185,7 +185,7 @@ def _ask_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
 
 
 def _ways(endpoint: str, ks: Sequence[int]) -> list[tuple[int, bool]]:
-    """Numbers of tokens, and whether to ask for their ids, in the order of preference."""
+    """(Number of listed tokens, whether to ask for their ids), the best pair first."""
     if endpoint == "completions":
         return [(k, token_ids) for k in ks for token_ids in (True, False)]
     return [(k, False) for k in ks if k > 0]
@@ -204,7 +204,7 @@ def _shown(
             raise Refused("it answers without log-probabilities") from error
         shown = len(listed)
         if shown > offer.k / 2 and any(len(names.ids(named)) > 1 for named in listed):
-            shown = max(shown, offer.k)  # tokens that share a name fall together in the list
+            shown = max(shown, offer.k)  # tokens that share a name are one entry of the list
         return shown, make_answer(listed, names, offer.k)
 
     return client.ask(offer.endpoint, protocol.body(ids, block=False), read, len(ids))
@@ -218,7 +218,7 @@ def _with_blocks(
     ids: Sequence[int],
     first: Answer,
 ) -> Offer:
-    """The offer with the first way of rating a prompt that gives `first` for the same place."""
+    """The offer with the first kind of blocks that agrees with `first`, one position's answer."""
     if offer.endpoint != "completions" or client.settings.foreign_tokenizer:
         return offer
     if not client.settings.blocks or not len(first.ids):
@@ -247,7 +247,7 @@ def _with_blocks(
 
 
 def _agree(one: Answer, other: Answer) -> bool:
-    """Whether two answers for one place say the same about the likeliest token."""
+    """Whether two answers for one position agree on the likeliest token's log-probability."""
     token = int(one.ids[one.logprobs.argmax()])
     theirs = dict(zip(other.ids.tolist(), other.logprobs.tolist(), strict=True))
     return token in theirs and abs(theirs[token] - float(one.logprobs.max())) < _AGREE

@@ -1,4 +1,4 @@
-"""How an endpoint is asked, and what that may cost."""
+"""The settings of an endpoint: where it is, how to ask it, and the budget."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,22 +13,25 @@ class ApiSettings:
     """An OpenAI-compatible endpoint that serves a base; docs/black_box.md.
 
     Attributes:
-        base_url: "https://host/v1"; to the commands, "local" means the base's own folder, which
-            they then serve from their process.
-        model: the name by which the server knows the model.
+        base_url: "https://host/v1"; with "local", the commands serve the base's own folder from
+            their process.
+        model: the server's name for the model.
         api_key_env: the environment variable that holds the key; null sends none.
         top_logprobs: tokens listed at each position; -1 is the whole vocabulary, "auto" the most
             that the server grants, up to 100.
         endpoint: "auto", "completions" or "chat".
-        blocks: score several tokens with one request where the server rates prompts.
-        foreign_tokenizer: the server's tokenizer is another one than the triple's: prompts go as
-            text, listed words come back as the token that writes them; for single-token answers.
+        blocks: whether one request may score several tokens, if the server gives the
+            log-probabilities of a prompt's tokens.
+        foreign_tokenizer: the server's tokenizer differs from the triple's: prompts are sent as
+            text, and each listed word stands for the triple's token that writes it. For answers
+            of a single token.
         max_concurrency: requests at once.
-        timeout_s: of one request.
-        retry_for_s: how long a request that fails is tried again.
+        timeout_s: seconds that one request may take.
+        retry_for_s: seconds for which a failing request is tried again.
         prompt_price, completion_price: money per 1,000 tokens.
-        max_requests, max_tokens, max_cost: the budget of a results folder, over all its runs.
-        cache: the file of answers; null is api.sqlite in the results folder.
+        max_requests, max_tokens, max_cost: the budget of a results folder, for all its runs
+            together.
+        cache: the file that keeps the answers; null is api.sqlite in the results folder.
     """
 
     base_url: str = MISSING
@@ -53,7 +56,7 @@ def settings_of(api: Mapping[str, Any]) -> ApiSettings:
     """The checked settings of an endpoint.
 
     Raises:
-        ValueError: an unknown key, or a value that cannot be.
+        ValueError: an unknown key, or an impossible value.
     """
     unknown = api.keys() - {each.name for each in fields(ApiSettings)}
     if unknown:

@@ -1,4 +1,4 @@
-"""Answers and spending in one SQLite file: what was paid for is never asked for again."""
+"""Answers and spending in one SQLite file: no answer is paid for twice."""
 
 import errno
 import hashlib
@@ -14,19 +14,19 @@ import numpy as np
 
 from proxytune.members.api.answer import Answer
 
-_KEPT_IN_MEMORY = 4096  # answers, where there is no file
+_KEPT_IN_MEMORY = 4096  # answers, if there is no file
 
 
 class Store:
     """Position -> answer, and named facts.
 
-    A position is the model's name, how many tokens are listed, and all token ids before it, so
-    that answers serve every system, sample and width of block alike. Threads may share a store,
-    and so may processes that share its file.
+    A position's key is the model's name, the number of listed tokens, and all token ids before
+    it, so one answer serves every system, every sample and blocks of any width. Threads may share
+    a store, and processes may share its file.
 
     Args:
         path: the file; None keeps the latest answers in memory.
-        model: whose answers, and under which settings: a name for the keys.
+        model: names the model and the settings that its answers depend on; part of every key.
     """
 
     def __init__(self, path: Path | None, model: str) -> None:
@@ -46,7 +46,7 @@ class Store:
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
 
     def get(self, ids: Sequence[int], start: int) -> list[Answer | None]:
-        """The answers behind ids[: start + 1] up to behind all of `ids`; None for a missing one."""
+        """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`; None if missing."""
         found: list[Answer | None] = []
         with self._lock:
             for key in self._keys(ids, start):
@@ -55,7 +55,7 @@ class Store:
         return found
 
     def put(self, ids: Sequence[int], start: int, answers: Sequence[Answer]) -> None:
-        """Keeps the answers behind ids[: start + 1], ids[: start + 2], ..."""
+        """Keeps the answers after ids[: start + 1], ids[: start + 2], ..., `ids`."""
         rows = [
             (key, answer.to_bytes())
             for key, answer in zip(self._keys(ids, start), answers, strict=True)
@@ -67,20 +67,20 @@ class Store:
                 self._db.execute(f"DELETE FROM answers WHERE rowid <= {newest} - ?", [self._keep])
 
     def fact(self, name: str) -> Any:
-        """What was noted under a name; None for nothing."""
+        """The fact of this name; None if there is none."""
         with self._lock:
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
         return None if row is None else json.loads(row[0])
 
     def note(self, name: str, value: Any) -> None:
-        """Keeps a fact (anything that JSON can hold)."""
+        """Keeps a fact under a name: any value that JSON can hold."""
         with self._changing():
             self._db.execute(
                 "INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, json.dumps(value)]
             )
 
     def add(self, name: str, amounts: Mapping[str, float]) -> dict[str, float]:
-        """Adds to the numbers kept under a name; returns the sums."""
+        """Adds amounts to the numbers in a fact; returns the sums."""
         with self._changing():
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
             sums: dict[str, float] = {} if row is None else json.loads(row[0])

@@ -6,7 +6,8 @@ import report_folder
 
 from proxytune.files import ROOT
 from proxytune.records import Score
-from proxytune.results import paper, paper_tables, stats, tables
+from proxytune.results import paper, paper_tables, stats
+from proxytune.results.comparison import comparison
 from proxytune.results.folder import read_csv, to_csv
 
 
@@ -189,7 +190,7 @@ def test_each_system_stands_with_its_own_number_of_examples():
         for system, n in parsed.items()
     }
     metrics = [m for s, scores in found.items() for m in stats.metrics("truthfulqa_mc", s, scores)]
-    compared = tables.comparison(metrics, {}, None, ("2", "13B"))
+    compared = comparison(metrics, {}, None, ("2", "13B"))
     table = paper_tables.build("2", paper_tables.from_comparison(compared))
     shown = {s: cell(table, "13B", "truthfulqa_mc_acc", s, "n") for s in parsed}
     assert shown == parsed

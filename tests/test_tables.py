@@ -8,7 +8,7 @@ from rich.console import Console
 from proxytune.files import write_jsonl
 from proxytune.records import Metric, Score
 from proxytune.results import paper, stats, tables
-from proxytune.results.comparison import caveat
+from proxytune.results.comparison import AVERAGE, caveat, comparison
 from proxytune.results.folder import build_table, read_csv, to_csv
 
 
@@ -46,7 +46,7 @@ def test_names_stay_whole_in_the_terminal():
     found = shares(0.0, 0.1, 1.0, 1.0, metric="info_true")
     of = {("pocket_truthfulqa_open", s): r for s, r in found.items()}
     made = [m for (task, s), r in of.items() for m in stats.metrics(task, s, r)]
-    text = rendered(tables.comparison(made, names, of), 80)
+    text = rendered(comparison(made, names, of), 80)
     assert "pocket_truthfulqa_open" in text and "informative and true" in text
 
 
@@ -64,7 +64,7 @@ def metrics(scores):
 
 @pytest.fixture(scope="module")
 def table(metrics, scores):
-    return tables.comparison(metrics, INFOS, scores, ("2", "13B"))
+    return comparison(metrics, INFOS, scores, ("2", "13B"))
 
 
 def row(table, task, metric):
@@ -77,7 +77,7 @@ def test_values_are_percent_and_gaps_are_the_papers_formula(table):
     assert gsm.gap_closed == pytest.approx(75)
     assert gsm.gap_closed_low < 75 < gsm.gap_closed_high
     assert row(table, "toxigen", "toxicity").gap_closed == pytest.approx(80)
-    assert row(table, tables.AVERAGE, "gap_closed").gap_closed == pytest.approx(77.5)
+    assert row(table, AVERAGE, "gap_closed").gap_closed == pytest.approx(77.5)
 
 
 def test_the_papers_cells_stand_beside_ours(table):
@@ -94,10 +94,10 @@ def test_differences_are_paired_and_signed(table):
 
 
 def test_without_scores_there_are_points_but_no_intervals_of_gaps(metrics):
-    bare = tables.comparison(metrics, INFOS)
+    bare = comparison(metrics, INFOS)
     gsm = row(bare, "gsm8k", "acc")
     assert gsm.gap_closed == pytest.approx(75) and gsm.gap_closed_low != gsm.gap_closed_low
-    average = row(bare, tables.AVERAGE, "gap_closed")
+    average = row(bare, AVERAGE, "gap_closed")
     assert average.gap_closed == pytest.approx(77.5)
 
 
@@ -133,7 +133,7 @@ def test_the_terminal_table_fits_80_columns_with_nothing_cut(table):
 
 def test_parts_of_a_metric_stay_in_the_csv(metrics):
     part = Metric("toxigen", "base", "toxicity/women", 0.5, 10, 100)
-    table = tables.comparison([*metrics, part], INFOS)
+    table = comparison([*metrics, part], INFOS)
     assert "toxicity/women" in set(table.metric)
     assert "women" not in tables.to_markdown(table) + rendered(table)
 
@@ -152,23 +152,23 @@ def test_a_smoke_run_says_so(tmp_path, metrics, scores):
 
 
 def test_a_metric_that_is_no_share_keeps_its_unit():
-    table = tables.comparison([Metric("alpaca_eval", "base", "avg_length", 431, 5, 5)], INFOS)
+    table = comparison([Metric("alpaca_eval", "base", "avg_length", 431, 5, 5)], INFOS)
     assert row(table, "alpaca_eval", "avg_length").base == 431
 
 
 def test_metrics_without_description_keep_their_name():
-    table = tables.comparison([Metric("lm_eval/arc", "base", "acc_norm,none", 0.5, 5, 5)], {})
+    table = comparison([Metric("lm_eval/arc", "base", "acc_norm,none", 0.5, 5, 5)], {})
     assert table.iloc[0].label == "acc_norm,none" and table.iloc[0].base == 50
 
 
 def test_a_system_whose_metric_is_missing_leaves_a_dash(metrics):
-    table = tables.comparison([m for m in metrics if m.task != "gsm8k" or m.system != "tuned"], {})
+    table = comparison([m for m in metrics if m.task != "gsm8k" or m.system != "tuned"], {})
     line = next(x for x in tables.to_markdown(table).splitlines() if "gsm8k" in x)
     assert line.count("–") >= 2  # tuned and the gap
 
 
 def test_html_escapes_and_marks_numbers(metrics):
-    table = tables.comparison(metrics, {"gsm8k": {"acc": Info("<b>acc</b>")}})
+    table = comparison(metrics, {"gsm8k": {"acc": Info("<b>acc</b>")}})
     text = tables.to_html(table)
     assert "&lt;b&gt;acc" in text and "<b>acc" not in text
     assert 'class="num">25.0<span class="ci">' in text
@@ -235,7 +235,7 @@ def test_an_unfinished_task_says_so_until_it_is_finished(tmp_path, metrics, scor
 
 def test_systems_without_a_common_example_stand_without_differences(metrics, scores):
     moved = [replace(s, example_id=f"other{s.example_id}") for s in scores["gsm8k", "proxy"]]
-    table = tables.comparison(metrics, INFOS, scores | {("gsm8k", "proxy"): moved})
+    table = comparison(metrics, INFOS, scores | {("gsm8k", "proxy"): moved})
     gsm = row(table, "gsm8k", "acc")
     assert gsm.proxy == 25 and gsm.isna()["vs_base"] and gsm.isna()["gap_closed"]
 
@@ -245,8 +245,8 @@ def test_an_average_takes_two_gaps_and_stands_beside_the_papers_of_the_same_task
     same = replace(
         next(m for m in flat if (m.task, m.system) == ("toxigen", "base")), system="tuned"
     )
-    table = tables.comparison([*flat, same], INFOS)
-    assert tables.AVERAGE not in set(table["task"])
+    table = comparison([*flat, same], INFOS)
+    assert AVERAGE not in set(table["task"])
 
 
 def test_a_metric_called_true_is_read_back_as_text(tmp_path):

@@ -85,20 +85,29 @@ def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
     Raises:
         ValueError: a line before the last is not JSON, or does not fit the record.
     """
+    known = {f.name for f in fields(record)}  # pyright: ignore[reportArgumentType]
+    for number, row in enumerate(read_rows(path), start=1):
+        if not isinstance(row, dict) or not row.keys() <= known:
+            raise ValueError(f"{path}:{number} is not a {record.__name__} record")
+        yield record(**row)
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """Yields the values of a JSON Lines file as `json` reads them; see `read_jsonl`.
+
+    Raises:
+        ValueError: a line before the last is not JSON.
+    """
     if not path.exists():
         return
-    known = {f.name for f in fields(record)}  # pyright: ignore[reportArgumentType]
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return  # the writer was killed inside this line
             try:
-                row = json.loads(line)
+                yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-            if not isinstance(row, dict) or not row.keys() <= known:
-                raise ValueError(f"{path}:{number} is not a {record.__name__} record")
-            yield record(**row)
 
 
 class JsonlWriter:

@@ -4,7 +4,6 @@ The runner sends its measurements to a tracker and never reads them back, so no 
 tracking. If wandb fails, the tracker logs one warning and stops; the run goes on.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from proxytune.files import read_rows
 from proxytune.records import Metric
 
 log = logging.getLogger(__name__)
@@ -170,13 +170,13 @@ def sample_completions(folder: Path, tasks: Sequence[str], per_task: int = 50) -
         }
         for system in SYSTEMS:
             missing = set(by_id)
-            for line in _lines(folder / task / system / "completions.jsonl"):
+            for line in read_rows(folder / task / system / "completions.jsonl"):
                 if not missing:
                     break  # the file of a long run is large: read no further than needed
                 if line["example_id"] in missing and line["sample"] == 0:
                     by_id[line["example_id"]][system] = line["text"]
                     missing.discard(line["example_id"])
-            for line in _lines(folder / task / system / "scores.jsonl"):
+            for line in read_rows(folder / task / system / "scores.jsonl"):
                 values = list(line["values"].values())
                 if line["example_id"] in by_id and values:
                     by_id[line["example_id"]][f"{system}_score"] = values[0]
@@ -189,14 +189,8 @@ def _text(value: Any) -> Any:
     return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
 
 
-def _lines(path: Path) -> Any:
-    if path.exists():
-        with path.open(encoding="utf-8", errors="surrogatepass") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
-
-
 def _first_lines(path: Path, count: int) -> list[Any]:
-    return [line for line, _ in zip(_lines(path), range(count), strict=False)]
+    return [line for line, _ in zip(read_rows(path), range(count), strict=False)]
 
 
 def _wandb_table(table: pd.DataFrame) -> Any:

@@ -18,6 +18,7 @@ FOLDERS = ("proxytune", "tasks", "scripts", "hydra_plugins", "tests")
 # Imported, but declared only by the package that always brings it: its versions are that one's.
 BROUGHT = {
     "huggingface-hub": "transformers",
+    "markupsafe": "jinja2",
     "packaging": "transformers",
     "pyyaml": "transformers",
     "safetensors": "transformers",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import report_folder
 
+from proxytune.results.folder import read_csv, to_csv
 from proxytune.results.report import gap_svg, write_report
 
 
@@ -64,6 +65,17 @@ def test_the_same_results_give_the_same_page(page):
 def test_a_smoke_run_says_so(tmp_path):
     page = write_report(report_folder.make(tmp_path, examples=3, limit=3))
     assert "limit=3: smoke run, not comparable" in page.read_text()
+
+
+def test_texts_of_the_table_stay_texts(tmp_path):
+    folder = report_folder.make(tmp_path, examples=3)
+    table = read_csv(folder / "table.csv")
+    table["unfinished"] = table["label"] = "<img src=x>"
+    table["task"] = table["task"].replace("toxigen", "<img src=y>")
+    to_csv(table, folder / "table.csv")
+    text = write_report(folder).read_text()
+    assert "unfinished, not comparable (gsm8k: &lt;img src=x&gt;;" in text
+    assert "<img src=x" not in text and "<img src=y" not in text
 
 
 def test_a_run_without_traces_tokenizer_or_scores_has_a_page(tmp_path):

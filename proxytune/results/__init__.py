@@ -8,5 +8,6 @@ paper.py         the paper's numbers
 paper_tables.py  the paper's tables with ours in them
 analysis.py      what proxy-tuning did, token by token
 figures.py       the paper's figures
-report.py        the page of an experiment; report_assets/ has its style and script
+report.py        the page of an experiment
+templates.py     the jinja templates, the style and the script of report_assets/
 """

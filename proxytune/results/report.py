@@ -11,28 +11,30 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
-from proxytune.files import read_jsonl, replace_file
+from proxytune.files import read_jsonl, read_rows, replace_file
 from proxytune.records import Completion, Score
 from proxytune.results import analysis, tables
-from proxytune.results.comparison import caveat, headlines
+from proxytune.results.comparison import caveat, headlines, is_number, systems_of
 from proxytune.results.folder import read_csv
+from proxytune.results.templates import asset, render
+from proxytune.roles import MEMBERS
 
-ASSETS = Path(__file__).resolve().parent / "report_assets"
-MEMBERS = ("base", "expert", "antiexpert")
 # examples whose traces are unpacked together
 _BLOCK = 20
 # candidates of each member that a reader sees
 _TOP = 3
 _FIGURE_POSITIONS = 64
-# fewer tokens on a side of equations say nothing
+# with fewer tokens on a side of equations, the page leaves them out
 _FEW_SIDES = 30
+# from so many tokens on, enough types come 100 times
+_MANY_TOKENS = 20_000
 
 
 def write_report(folder: Path) -> Path:
@@ -52,35 +54,28 @@ def write_report(folder: Path) -> Path:
     table = read_csv(folder / "table.csv")
     run = json.loads((folder / "run.json").read_text())
     pieces = _Vocabulary(_lazy_pieces(folder))
-    payload = _Payload(folder, table, pieces)
-    values = {
-        "title": html.escape(str(run.get("name", folder.name))),
-        "subtitle": html.escape(_subtitle(run)),
-        "css": _asset("report.css"),
-        "js": _asset("report.js"),
-        "caveat": f'<p class="caveat">{caveat(table)}</p>' if caveat(table) else "",
-        "table": tables.to_html(table),
-        "aid": html.escape(tables.reading_aid(table)),
-        "unparsed": f'<p class="soft">{html.escape(tables.unparsed_text(table))}</p>',
-        "differences": _differences(table),
-        "gaps": _gaps(table),
-        "analyses": _analyses(payload, pieces),
-        "legend": _LEGEND if payload.traced else "",
-        "provenance": _provenance(run),
-        "data": payload.scripts(),
-    }
-    page = Template(_asset("report.html")).substitute(values)
+    examples = _Examples(folder, table, pieces)
+    page = render(
+        "report.html",
+        title=str(run.get("name", folder.name)),
+        subtitle=_subtitle(run),
+        css=asset("report.css"),
+        js=asset("report.js"),
+        caveat=caveat(table),
+        comparison=tables.to_html(table),
+        reading_aid=tables.reading_aid(table),
+        unparsed=tables.unparsed_text(table),
+        differences=tables.difference_rows(table),
+        gaps=_gaps(table),
+        changes=_changes(examples.moves, pieces.piece),
+        provenance=_provenance(run),
+        run_json=json.dumps(run, indent=2, ensure_ascii=False),
+        examples=examples.packed(),
+        traces=examples.blocks,
+    )
     path = folder / "report.html"
     replace_file(path, page.encode(errors="replace"))
     return path
-
-
-_LEGEND = (
-    '<p class="legend">The proxy’s tokens are shaded by how much proxy-tuning raised their'
-    ' probability over the base’s: 0 <span class="swatch"></span> 1. Underlined: the base alone'
-    " would have written another token. Point at a token (or tap it, or use the arrow keys) for"
-    " the members’ candidates.</p>"
-)
 
 
 # -- examples --------------------
@@ -102,69 +97,38 @@ class _Vocabulary:
         return self._index[token]
 
 
-class _Payload:
-    """What the browser of examples reads: `tasks`, and the traces in blocks."""
+class _Examples:
+    """The data of the page's browser of examples.
+
+    Attributes:
+        systems: the columns of the browser.
+        tasks: of each task its name, its words for right and wrong, and its examples.
+        blocks: the traces, packed, `_BLOCK` examples in each.
+        moves: task -> the traces, reduced for the analyses.
+    """
 
     def __init__(self, folder: Path, table: pd.DataFrame, pieces: _Vocabulary) -> None:
-        self.pieces = pieces
-        self.systems = [s for s in tables.SYSTEMS if s in table]
+        self.systems = systems_of(table)
         self.blocks: list[str] = []
         self.moves: dict[str, list[analysis.Moves]] = {}
+        self._pieces = pieces
         self.tasks = []
         for row in headlines(table):
             if (folder / str(row["task"]) / "examples.jsonl").is_file():
                 self.tasks.append(self._task(folder / str(row["task"]), row))
 
-    @property
-    def traced(self) -> bool:
-        """Whether any completion has a trace."""
-        return bool(self.blocks)
-
-    def scripts(self) -> str:
-        """The data as script elements that no browser runs."""
-        systems = list(self.systems)
-        data = {"systems": systems, "pieces": self.pieces.texts, "tasks": self.tasks}
-        scripts = [_script("examples-data", _pack(data))]
-        scripts += [_script(f"traces-{i}", block) for i, block in enumerate(self.blocks)]
-        return "\n".join(scripts)
+    def packed(self) -> str:
+        """Everything but the traces, packed."""
+        texts = self._pieces.texts
+        return _pack({"systems": self.systems, "pieces": texts, "tasks": self.tasks})
 
     def _task(self, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, dict[str, Any]] = {}
-        for example in _lines(folder / "examples.jsonl"):
-            target = example.get("target")
-            found[example["id"]] = {
-                "id": example["id"],
-                "prompt": example["prompt"]["raw"],
-                "target": "" if target is None else _short(target),
-                "texts": {},
-                "right": {},
-                "answers": {},
-                "unparsed": [],
-            }
-        block: list[Any] = []
-        moves: list[analysis.Moves] = []
+        found = {e["id"]: _example(e) for e in read_rows(folder / "examples.jsonl")}
         for system in self.systems:
-            for completion in read_jsonl(folder / system / "completions.jsonl", Completion):
-                example = found.get(completion.example_id)
-                if example is None or completion.sample:
-                    continue  # of several samples the first is shown
-                example["texts"][system] = completion.text
-                trace = completion.extra.get("trace")
-                if system == "proxy" and trace:
-                    # packed at once: the traces of a long run do not fit into memory together
-                    if len(block) == _BLOCK:
-                        self.blocks.append(_pack(block))
-                        block = []
-                    example["block"], example["slot"] = len(self.blocks), len(block)
-                    block.append(self._trace(trace))
-                    moves.append(analysis.moves(trace))
             for score in read_jsonl(folder / system / "scores.jsonl", Score):
                 if score.example_id in found:
                     _add_score(found[score.example_id], system, score, row)
-        if block:
-            self.blocks.append(_pack(block))
-        if moves:
-            self.moves[folder.name] = moves
+            self._add_completions(found, folder / system)
         harmful = not row["higher_is_better"]
         return {
             "name": folder.name,
@@ -173,10 +137,33 @@ class _Payload:
             "examples": list(found.values()),
         }
 
+    def _add_completions(self, examples: dict[str, dict[str, Any]], folder: Path) -> None:
+        """Adds one system's texts to the examples, and the proxy's traces to the blocks."""
+        block: list[Any] = []
+        moves: list[analysis.Moves] = []
+        for completion in read_jsonl(folder / "completions.jsonl", Completion):
+            example = examples.get(completion.example_id)
+            if example is None or completion.sample:
+                continue  # the browser shows the first of several samples
+            example["texts"][folder.name] = completion.text
+            trace = completion.extra.get("trace")
+            if folder.name == "proxy" and trace:
+                # each block is packed when it is full: memory cannot hold all traces of a long run
+                if len(block) == _BLOCK:
+                    self.blocks.append(_pack(block))
+                    block = []
+                example["block"], example["slot"] = len(self.blocks), len(block)
+                block.append(self._trace(trace))
+                moves.append(analysis.moves(trace))
+        if block:
+            self.blocks.append(_pack(block))
+        if moves:
+            self.moves[folder.parent.name] = moves
+
     def _trace(self, trace: analysis.Trace) -> list[Any]:
         """[token texts, p proxy, p base, {role: tops}] as indices and thousandths."""
-        index = self.pieces.index
-        roles = [r for r in MEMBERS if trace[0]["top"].get(r)]
+        index = self._pieces.index
+        roles = [r for r in MEMBERS["proxy"] if trace[0]["top"].get(r)]
         tops = {
             role: [
                 [n for t, p in e["top"].get(role, [])[:_TOP] for n in (index(t), round(1000 * p))]
@@ -187,6 +174,20 @@ class _Payload:
         proxy = [round(1000 * e["p"][analysis.SYSTEM]) for e in trace]
         base = [round(1000 * e["p"].get("base", 0)) for e in trace]
         return [[index(e["id"]) for e in trace], proxy, base, tops]
+
+
+def _example(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of examples.jsonl as the browser reads it, without completions and scores yet."""
+    target = row.get("target")
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"]["raw"],
+        "target": "" if target is None else _short(target),
+        "texts": {},
+        "right": {},
+        "answers": {},
+        "unparsed": [],
+    }
 
 
 def _add_score(example: dict[str, Any], system: str, score: Score, row: Mapping[str, Any]) -> None:
@@ -205,19 +206,10 @@ def _short(value: Any, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", errors="surrogatepass") as file:
-        yield from (json.loads(line) for line in file if line.endswith("\n"))
-
-
 def _pack(value: Any) -> str:
     text = json.dumps(value, separators=(",", ":"))
     # no time stamp: the same results give the same page
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
-
-
-def _script(name: str, packed: str) -> str:
-    return f'<script type="text/plain" id="{name}">{packed}</script>'
 
 
 def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
@@ -251,25 +243,9 @@ def _place(model: str, config: Mapping[str, Any]) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
-def _differences(table: pd.DataFrame) -> str:
-    rows = tables.difference_rows(table)
-    if not rows:
-        return ""
-    head = ["task", "metric", "proxy minus", "difference", "95 % interval", "p"]
-    return _details("Paired differences on the same examples", _html_table(head, rows, 3))
-
-
-def _gaps(table: pd.DataFrame) -> str:
-    rows = [r for r in headlines(table) if _known(r.get("gap_closed"))]
-    if not rows:
-        return ""
-    return (
-        '<section aria-labelledby="h-gaps"><h2 id="h-gaps">Gap closed</h2>'
-        f'<div class="wide">{gap_svg(rows)}</div>'
-        '<p class="soft">Bars: (proxy − base) / (tuned − base), in percent; whiskers: 95 % '
-        "intervals, cut at the edges; dashed: the directly tuned model; diamonds: the paper.</p>"
-        "</section>"
-    )
+def _gaps(table: pd.DataFrame) -> Markup | None:
+    rows = [row for row in headlines(table) if is_number(row.get("gap_closed"))]
+    return Markup(gap_svg(rows)) if rows else None
 
 
 def gap_svg(rows: list[dict[str, Any]]) -> str:
@@ -278,8 +254,8 @@ def gap_svg(rows: list[dict[str, Any]]) -> str:
     Each bar lies below its name, so that the letters keep their size on a phone.
     """
     left, width, height = 8, 344, 46
-    ends = [r[k] for r in rows for k in ("gap_closed", "paper_gap_closed") if _known(r.get(k))]
-    ends += [r["gap_closed_high"] for r in rows if _known(r.get("gap_closed_high"))]
+    ends = [r[k] for r in rows for k in ("gap_closed", "paper_gap_closed") if is_number(r.get(k))]
+    ends += [r["gap_closed_high"] for r in rows if is_number(r.get("gap_closed_high"))]
     low, high = min(0.0, *ends), min(max(110.0, *ends), 200.0)
     low = max(low, -100.0)
 
@@ -306,7 +282,7 @@ def gap_svg(rows: list[dict[str, Any]]) -> str:
             f'<rect x="{start}" y="{top + 22}" width="{end - start:.1f}" height="18" '
             'fill="#1f5fa8"/>'
         )
-        if _known(row.get("gap_closed_low")):
+        if is_number(row.get("gap_closed_low")):
             a, b = x(row["gap_closed_low"]), x(row["gap_closed_high"])
             # light below dark: to be seen on the bar and beside it
             for colour, stroke in (("#fff", 4), ("#1b1b1b", 1.5)):
@@ -314,7 +290,7 @@ def gap_svg(rows: list[dict[str, Any]]) -> str:
                     f'<path d="M{a} {middle}H{b}M{a} {middle - 5}V{middle + 5}M{b} {middle - 5}'
                     f'V{middle + 5}" stroke="{colour}" stroke-width="{stroke}" fill="none"/>'
                 )
-        if _known(row.get("paper_gap_closed")):
+        if is_number(row.get("paper_gap_closed")):
             d = x(row["paper_gap_closed"])
             parts.append(
                 f'<path d="M{d} {middle - 6}l6 6l-6 6l-6 -6z" fill="#fff" stroke="#1b1b1b"/>'
@@ -329,61 +305,56 @@ def gap_svg(rows: list[dict[str, Any]]) -> str:
     return "".join(parts) + "</svg>"
 
 
-def _analyses(payload: _Payload, pieces: _Vocabulary) -> str:
-    """The token analyses of the run's traces: a figure of changed tokens, and two tables."""
-    moves = payload.moves
+def _changes(
+    moves: Mapping[str, list[analysis.Moves]], piece: Callable[[int], str] | None
+) -> dict[str, Any] | None:
+    """What the traces say of changed tokens: a figure, a share per task, and tables of tokens."""
     if not moves:
-        return ""
+        return None
     from proxytune.results import figures
 
-    shares = {t: analysis.changed_by_position(f, _FIGURE_POSITIONS) for t, f in moves.items()}
-    figure = figures.changed_by_position(shares)
-    overall = [[t, f"{100 * analysis.changed_share(f):.1f}"] for t, f in moves.items()]
-    parts = [
-        '<section aria-labelledby="h-tokens"><h2 id="h-tokens">What proxy-tuning changed</h2>',
-        '<div class="figures">',
-        f'<figure><img alt="Share of tokens changed by position" src="{_png(figure)}">'
-        '<figcaption class="soft">Share of tokens that the base alone would have written '
-        "differently, by position.</figcaption></figure>",
-        f'<div class="wide">{_html_table(["task", "tokens changed, %"], overall, 1)}</div></div>',
-    ]
-    if pieces.piece is not None:
-        for task, found in moves.items():
-            parts.append(_token_tables(task, found, pieces.piece))
-    return "".join(parts) + "</section>"
+    by_position = {t: analysis.changed_by_position(m, _FIGURE_POSITIONS) for t, m in moves.items()}
+    tokens = [_tokens(task, texts, piece) for task, texts in moves.items()] if piece else []
+    return {
+        "figure": _png(figures.changed_by_position(by_position)),
+        "shares": [[t, f"{100 * analysis.changed_share(m):.1f}"] for t, m in moves.items()],
+        "tasks": [task for task in tokens if task["promoted"] or task["equations"]],
+    }
 
 
-def _token_tables(task: str, texts: list[analysis.Moves], piece: Callable[[int], str]) -> str:
-    least = 100 if sum(len(text.ids) for text in texts) > 20_000 else 10
-    rows = [
-        [p.token, f"{p.mean_delta:+.3f}", str(p.count), p.ngram]
-        for p in analysis.most_promoted(texts, piece, min_count=least)
-    ]
-    parts = []
-    if rows:
-        head = ["token", "mean rise", "count", "commonest four tokens around it"]
-        parts.append(f'<p class="soft">Types chosen at least {least} times.</p>')
-        parts.append(_html_table(head, rows, 1, until=3))
+def _tokens(task: str, texts: list[analysis.Moves], piece: Callable[[int], str]) -> dict[str, Any]:
+    """A task's most promoted tokens, and its equations where it has enough of them."""
+    least = 100 if sum(len(text.ids) for text in texts) > _MANY_TOKENS else 10
     sides = analysis.compare_sides(texts, piece)
+    equations = ""
     if min(sides.left_tokens, sides.right_tokens) >= _FEW_SIDES:
-        p = "" if math.isnan(sides.p_value) else f"; Welch’s test: p {_p(sides.p_value)}"
-        parts.append(
-            f"<p>Equations: mean rise {sides.left_mean:.3f} on left-hand sides "
+        p = tables.p_text(sides.p_value, equals="= ")
+        test = "" if math.isnan(sides.p_value) else f"; Welch’s test: p {p}"
+        equations = (
+            f"Equations: mean rise {sides.left_mean:.3f} on left-hand sides "
             f"({sides.left_tokens:,} tokens), {sides.right_mean:.3f} on right-hand sides "
-            f"({sides.right_tokens:,} tokens){p}.</p>"
+            f"({sides.right_tokens:,} tokens){test}."
         )
-    title = f"{html.escape(task)}: the tokens raised most"
-    return _details(title, "".join(parts)) if parts else ""
+    return {
+        "name": task,
+        "least": least,
+        "promoted": [
+            [p.token, f"{p.mean_delta:+.3f}", str(p.count), p.ngram]
+            for p in analysis.most_promoted(texts, piece, min_count=least)
+        ],
+        "equations": equations,
+    }
 
 
-def _provenance(run: Mapping[str, Any]) -> str:
+def _provenance(run: Mapping[str, Any]) -> list[list[str]]:
+    """The facts of run.json that a reader asks for first, as rows of a table."""
     sessions = run.get("sessions") or [{}]
     last = sessions[-1]
     hardware = last.get("hardware") or {}
     git = last.get("git") or {}
     dirty = " (with uncommitted changes)" if git.get("dirty") else ""
     models = (run.get("models") or {}).items()
-    rows = [
+    return [
         ["command", " ".join(last.get("command", []))],
         ["started", str(last.get("started", ""))],
         ["seconds", str(last.get("seconds", ""))],
@@ -395,35 +366,12 @@ def _provenance(run: Mapping[str, Any]) -> str:
         *([f"dataset: {t}, SHA-256", str(h)] for t, h in (run.get("datasets") or {}).items()),
         *([f"version: {n}", str(v)] for n, v in (last.get("versions") or {}).items()),
     ]
-    whole = html.escape(json.dumps(run, indent=2, ensure_ascii=False))
-    return f'<div class="wide">{_html_table(["what", "value"], rows, 2)}</div>' + _details(
-        "run.json in full", f"<pre>{whole}</pre>", printed=False
-    )
 
 
 def _model(model: Mapping[str, Any]) -> str:
     revision = f" at {model['revision']}" if model.get("revision") else ""
     weights = f", weights {str(model['weights'])[:12]}" if model.get("weights") else ""
     return f"{model.get('id')}{revision}, {model.get('dtype')}{weights}"
-
-
-# -- pieces of HTML --------------------
-
-
-def _html_table(head: list[str], rows: list[list[str]], num_from: int, until: int = 99) -> str:
-    def cells(tag: str, values: list[str]) -> str:
-        kinds = [' class="num"' if num_from <= i < until else "" for i in range(len(values))]
-        return "".join(
-            f"<{tag}{kind}>{html.escape(v)}</{tag}>" for kind, v in zip(kinds, values, strict=True)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _details(summary: str, content: str, *, printed: bool = True) -> str:
-    kind = ' class="printed"' if printed else ""
-    return f'<details{kind}><summary>{summary}</summary><div class="wide">{content}</div></details>'
 
 
 def _png(figure: Any) -> str:
@@ -433,15 +381,3 @@ def _png(figure: Any) -> str:
     figure.savefig(buffer, dpi=160, format="png", metadata={"Software": None})
     plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")
-
-
-def _known(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value)
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"

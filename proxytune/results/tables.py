@@ -1,17 +1,18 @@
 """A comparison (`proxytune.results.comparison`) as Markdown, as HTML, or in the terminal.
 
-What is shown is a choice of its columns.
+Each form shows some of its columns.
 """
 
-import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from proxytune.results import templates
 from proxytune.results.comparison import (
     AVERAGE,
     caveat,
@@ -24,7 +25,7 @@ from proxytune.results.comparison import (
 )
 from proxytune.roles import SYSTEMS
 
-_DASH = "–"
+DASH = "–"  # a cell without a number
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -34,13 +35,13 @@ def to_markdown(table: pd.DataFrame) -> str:
     head = ["task", "metric", "n", *systems, *(["gap closed, %"] if with_gap else [])]
     body = []
     for row in records(shown(table)):
-        cells = [value_text(row, s) + _bracketed(row, s) for s in systems]
-        gap = [gap_text(row) + _bracketed(row, "gap_closed")] if with_gap else []
+        cells = [_with_interval(row, s) for s in systems]
+        gap = [_with_interval(row, "gap_closed")] if with_gap else []
         name = f"**{row['label']}**" if row["headline"] else str(row["label"])
         body.append([_task(row), name, _count(row), *cells, *gap])
-        paper_cells = [_number(row.get(f"paper_{s}")) for s in systems]
-        if any(c != _DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
-            gap = [_number(row.get("paper_gap_closed"))] if with_gap else []
+        paper_cells = [number_text(row.get(f"paper_{s}")) for s in systems]
+        if any(c != DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
+            gap = [number_text(row.get("paper_gap_closed"))] if with_gap else []
             body.append(["", "*the paper*", "", *paper_cells, *gap])
     parts = [f"**{caveat(table)}**"] if caveat(table) else []
     parts += [markdown_table(head, body, right_from=2), reading_aid(table)]
@@ -62,7 +63,7 @@ def difference_rows(table: pd.DataFrame) -> list[list[str]]:
             value = row.get(f"vs_{other}")
             if is_number(value):
                 low, high = row[f"vs_{other}_low"], row[f"vs_{other}_high"]
-                between = f"{low:+.1f} to {high:+.1f}" if is_number(low) else _DASH
+                between = f"{low:+.1f} to {high:+.1f}" if is_number(low) else DASH
                 p = p_text(row[f"vs_{other}_p"])
                 found.append([_task(row), row["label"], other, f"{value:+.1f}", between, p])
     return found
@@ -124,77 +125,79 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
     for row in records(shown(table)):
         name = Text(_task(row) if row["headline"] else "", style="bold")
         name.append(("\n" if row["headline"] else "") + str(row["label"]), style="not bold")
-        cells = [_terminal_cell(row, s, value_text(row, s)) for s in systems]
-        gap = [_terminal_cell(row, "gap_closed", gap_text(row))] if with_gap else []
+        cells = [_terminal_cell(row, system) for system in systems]
+        gap = [_terminal_cell(row, "gap_closed")] if with_gap else []
         shape.add_row(name, *cells, *gap, _count(row))
     return shape
 
 
-def _terminal_cell(row: Mapping[str, Any], column: str, value: str) -> Text:
-    cell = Text("" if value == _DASH and row["task"] == AVERAGE else value)
+def _terminal_cell(row: Mapping[str, Any], column: str) -> Text:
     # whole percents: narrow columns leave room for the tasks' names
-    between = _between(row, column, 0 if row["percent"] else 1)
+    value, between, theirs = _cell(row, column, decimals=0 if row["percent"] else 1)
+    cell = Text(value)
     if between:
         cell.append(f"\n{between}", style="bright_black")
-    if is_number(row.get(f"paper_{column}")):
-        cell.append(f"\n{_number(row[f'paper_{column}'])}", style="italic")
+    if theirs:
+        cell.append(f"\n{theirs}", style="italic")
     return cell
 
 
 # -- HTML --------------------
 
 
-def to_html(table: pd.DataFrame) -> str:
+def to_html(table: pd.DataFrame) -> Markup:
     """The table as an HTML `<table>`, without style; cells carry the classes num, ci and paper."""
     systems = systems_of(table)
     with_gap = has_gap(table)
     head = ["task", *systems, *(["gap closed, %"] if with_gap else []), "n"]
-    parts = ["<table><thead><tr>"]
-    parts += [f'<th scope="col"{_class(i)}>{html.escape(h)}</th>' for i, h in enumerate(head)]
-    parts.append("</tr></thead><tbody>")
-    for row in records(shown(table)):
-        name = f'<span class="metric">{html.escape(str(row["label"]))}</span>'
-        if row["headline"]:
-            name = f"{html.escape(_task(row))} {name}"
-        parts.append(f'<tr{_class(row["headline"], "headline")}><th scope="row">{name}</th>')
-        parts += [_html_cell(row, s, value_text(row, s)) for s in systems]
-        if with_gap:
-            parts.append(_html_cell(row, "gap_closed", gap_text(row)))
-        parts.append(f'<td class="num">{_count(row)}</td></tr>')
-    parts.append("</tbody></table>")
-    return "".join(parts)
-
-
-def _html_cell(row: Mapping[str, Any], column: str, value: str) -> str:
-    text = "" if value == _DASH and row["task"] == AVERAGE else value
-    between = _between(row, column)
-    if between:
-        text += f'<span class="ci">{between}</span>'
-    if is_number(row.get(f"paper_{column}")):
-        text += f'<span class="paper">paper {_number(row[f"paper_{column}"])}</span>'
-    return f'<td class="num">{text}</td>'
-
-
-def _class(wanted: Any, name: str = "num") -> str:
-    return f' class="{name}"' if wanted else ""
+    columns = [*systems, *(["gap_closed"] if with_gap else [])]
+    rows = [
+        {
+            "task": _task(row),
+            "label": row["label"],
+            "headline": row["headline"],
+            "cells": [_cell(row, column) for column in columns],
+            "count": _count(row),
+        }
+        for row in records(shown(table))
+    ]
+    return templates.render("comparison.html", head=head, rows=rows)
 
 
 # -- words for cells --------------------
 
 
-def value_text(row: Mapping[str, Any], system: str) -> str:
-    """A system's value, one decimal."""
-    return _number(row.get(system))
+class _Cell(NamedTuple):
+    """The three texts of a cell: our value, its interval, the paper's value; "" for none."""
+
+    value: str
+    between: str
+    paper: str
 
 
-def gap_text(row: Mapping[str, Any]) -> str:
-    """The gap closed, one decimal."""
-    return _number(row.get("gap_closed"))
+def _cell(row: Mapping[str, Any], column: str, decimals: int = 1) -> _Cell:
+    """A system's cell, or the gap closed; the interval has as many decimals as asked for."""
+    value, paper = number_text(row.get(column)), row.get(f"paper_{column}")
+    return _Cell(
+        "" if value == DASH and row["task"] == AVERAGE else value,
+        _between(row, column, decimals),
+        number_text(paper) if is_number(paper) else "",
+    )
 
 
-def p_text(p: float) -> str:
-    """A p-value as people write it."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def number_text(value: Any) -> str:
+    """A number with one decimal; a dash for a missing one."""
+    return f"{value:.1f}" if is_number(value) else DASH
+
+
+def p_text(p: float, equals: str = "") -> str:
+    """A p-value with three decimals, or "< 0.001".
+
+    Args:
+        p: the p-value.
+        equals: stands before the decimals, where the text needs a sign there ("p = 0.123").
+    """
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 def _task(row: Mapping[str, Any]) -> str:
@@ -209,19 +212,16 @@ def _count(row: Mapping[str, Any]) -> str:
     return f"{high:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.1f}" if is_number(value) else _DASH
-
-
 def _between(row: Mapping[str, Any], column: str, decimals: int = 1) -> str:
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
     known = is_number(low) and is_number(high)
     return f"{low:.{decimals}f}–{high:.{decimals}f}" if known else ""
 
 
-def _bracketed(row: Mapping[str, Any], column: str) -> str:
+def _with_interval(row: Mapping[str, Any], column: str) -> str:
+    """A value, and its interval in brackets where it has one."""
     between = _between(row, column)
-    return f" ({between})" if between else ""
+    return number_text(row.get(column)) + (f" ({between})" if between else "")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> str:

@@ -55,6 +55,33 @@ def test_gap_bars_leave_out_what_has_no_gap():
     assert [bar.get_width() for bar in axes.patches] == [75, 75]
 
 
+def test_gap_bars_cut_off_what_is_far_away():
+    table = pd.DataFrame(
+        {
+            "task": ["a", "b"],
+            "headline": [True, True],
+            "gap_closed": [950.0, -40.0],
+            "gap_closed_low": [-500.0, math.nan],
+            "gap_closed_high": [4000.0, math.nan],
+            "paper_gap_closed": [-300.0, math.nan],
+        }
+    )
+    axes = figures.gap_bars(table).axes[0]
+    assert axes.get_xlim() == (-100, 200)
+    whisker, _, diamonds = (list(line.get_xdata()) for line in axes.lines)
+    assert whisker == [-100, 200] and diamonds[0] == -100
+    assert {"950.0", "-40.0"} <= {text.get_text() for text in axes.texts}
+
+
+def test_a_figure_in_a_page_takes_the_pages_ink_and_escapes_names():
+    table = gaps().assign(task=["<b>$x$</b>", "toxigen", "average"])
+    text = figures.svg(figures.gap_bars(table))
+    assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
+    assert "&lt;b&gt;$x$&lt;/b&gt;" in text and "currentColor" in text
+    assert figures.DARK not in text and "#000000" not in text
+    assert text == figures.svg(figures.gap_bars(table))
+
+
 def test_figures_are_saved_twice_and_reproducibly(tmp_path):
     first = [p.read_bytes() for p in figures.save(figures.gap_bars(gaps()), tmp_path / "a.b")]
     again = [p.read_bytes() for p in figures.save(figures.gap_bars(gaps()), tmp_path / "c.d")]

@@ -11,7 +11,7 @@ import pytest
 import report_folder
 
 from proxytune.results.folder import read_csv, to_csv
-from proxytune.results.report import gap_svg, write_report
+from proxytune.results.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,16 @@ def unpacked(page, name):
 def test_the_page_takes_nothing_from_elsewhere(page):
     text = re.sub(r'<script type="text/plain".*?</script>', "", page.read_text(), flags=re.S)
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", text)
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", text)
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest", text)
 
 
 def test_the_page_shows_table_gaps_and_provenance(page):
     text = page.read_text()
     assert '<td class="num">60.0<span class="ci">' in text
     assert "paper 26.4" in text
-    assert "Gap closed" in text and text.count("<svg") == 1
+    assert "Gap closed" in text and text.count("<svg") == 2
     assert "abc123 (with uncommitted changes)" in text
-    assert "tokens changed, %" in text and "data:image/png;base64," in text
+    assert "tokens changed, %" in text and "position in the completion" in text
     assert "smoke run" not in text
 
 
@@ -104,15 +104,6 @@ def test_the_headline_names_models_not_this_machines_folders(tmp_path):
     (folder / "run.json").write_text(json.dumps(run))
     text = write_report(folder).read_text()
     assert "base: pocket/models/base · expert: where · tuned: owner/name · alpha: 1" in text
-
-
-def test_bars_stay_inside_the_picture():
-    rows = [
-        {"task": "a", "gap_closed": 950.0, "gap_closed_low": -500.0, "gap_closed_high": 4000.0},
-        {"task": "b", "gap_closed": -40.0, "gap_closed_low": float("nan")},
-    ]
-    numbers = [float(x) for x in re.findall(r'(?:x|M|H)="?(-?[\d.]+)', gap_svg(rows))]
-    assert min(numbers) >= 0 and max(numbers) <= 360
 
 
 # -- in a real browser --------------------
@@ -215,7 +206,7 @@ def test_tables_and_bars_are_whole_on_a_phone(browser, page):
     )
     assert len(cut) >= 3 and max(cut) <= 0
     letters = browser.execute_script(
-        "return document.querySelector('svg.gaps text').getBoundingClientRect().height"
+        "return document.querySelector('.gaps text').getBoundingClientRect().height"
     )
     assert letters >= 13
 

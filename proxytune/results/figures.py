@@ -1,10 +1,12 @@
 """The paper's figures, and ours, from stored numbers; readable in grey and in print."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 matplotlib.use("Agg")
@@ -14,6 +16,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 ACCENT, GREY, DARK = "#1f5fa8", "#9a9a9a", "#222222"
+_BLACK = "#000000"
 # line, marker and grey level differ, so that colour carries nothing alone
 _STYLES = (
     (ACCENT, "-", "o"),
@@ -22,8 +25,11 @@ _STYLES = (
     ("#6b8fb5", ":", "D"),
     ("#555555", (0, (6, 2, 1, 2, 1, 2)), "v"),
     ("#7fa6d1", (0, (3, 1)), "P"),
-    ("#000000", (0, (1, 1)), "X"),
+    (_BLACK, (0, (1, 1)), "X"),
 )
+
+_GAP_COLUMNS = ("gap_closed", "gap_closed_low", "gap_closed_high", "paper_gap_closed")
+_GAP_WIDTH = 3.75  # inches: the width of a phone, where a letter of 10 points is 13 pixels high
 
 # markers along a curve: enough to tell it from others in grey
 _MARKS = 25
@@ -78,53 +84,63 @@ def changed_by_position(shares: Mapping[str, pd.DataFrame], title: str = "") -> 
 def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """The gap closed per task with its interval, and the paper's as a diamond.
 
+    Each name stands above its bar, so that the figure is narrow and its letters keep their size on
+    a phone. Values beyond the axis (at most -100 to 200 %) are drawn at its edge.
+
     Args:
-        table: a comparison (`comparison.comparison`).
+        table: a comparison (`comparison.comparison`) with at least one gap closed.
         title: above the axes.
     """
     rows: Any = table[table["headline"].astype(bool) & table["gap_closed"].notna()]
-    names = rows["task"].tolist()[::-1]
-    values = rows["gap_closed"].to_numpy(float)[::-1]
-    figure, axes = _axes(5.6, 0.9 + 0.42 * len(names))
-    axes.barh(names, values, color=ACCENT, height=0.55)
-    for index, (value, low, high) in enumerate(
-        zip(
-            values,
-            *(rows[f"gap_closed_{e}"].to_numpy(float)[::-1] for e in ("low", "high")),
-            strict=True,
-        )
-    ):
-        if low == low:
-            line = {"linewidth": 1.2, "marker": "|", "path_effects": _HALO}
-            axes.plot([low, high], [index, index], color=DARK, **line)
-        axes.annotate(
-            f"{value:.0f}",
-            (min(value, 0), index),
-            xytext=(-4, 0),
-            ha="right",
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    if "paper_gap_closed" in rows:
-        theirs = rows["paper_gap_closed"].to_numpy(float)[::-1]
-        axes.plot(
-            theirs,
-            range(len(names)),
-            "D",
-            markerfacecolor="white",
-            color=DARK,
-            label="the paper",
-            markersize=5,
-            linestyle="none",
-        )
-        axes.legend(frameon=False, fontsize=8)
-    axes.axvline(100, color=GREY, linewidth=0.8, linestyle="--")
-    axes.margins(x=0.12)
-    axes.tick_params(axis="y", pad=26, length=0)
-    axes.set_xlabel("gap closed, %")
+    rows = rows.reindex(columns=["task", *_GAP_COLUMNS])
+    values, lows, highs, theirs = (rows[column].to_numpy(float) for column in _GAP_COLUMNS)
+    ends = np.concatenate([values, highs, theirs, [0, 110]])
+    left, right = max(np.nanmin(ends), -100), min(np.nanmax(ends), 200)
+    places = np.arange(len(rows))
+
+    figure, axes = _axes(_GAP_WIDTH, 0.7 + 0.48 * len(rows))
+    axes.set_xlim(left, right)
+    axes.set_ylim(len(rows) - 0.65, -0.75)
+    axes.barh(places, values, color=ACCENT, height=0.4)
+    for x, look in ((0, "-"), (100, "--")):
+        at = np.full(len(rows), x)
+        axes.vlines(at, places - 0.26, places + 0.26, DARK, linestyles=look, linewidths=0.9)
+    whiskers = {"color": DARK, "linewidth": 1.2, "marker": "|", "path_effects": _HALO}
+    for place, whisker in zip(places, np.clip([lows, highs], left, right).T, strict=True):
+        axes.plot(whisker, [place, place], clip_on=False, **whiskers)
+    for place, name, value in zip(places, rows["task"], values, strict=True):
+        words: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        words |= {"fontsize": 10, "parse_math": False}
+        axes.text(0, place - 0.45, str(name), ha="left", **words)
+        axes.text(1, place - 0.45, f"{value:.1f}", ha="right", **words)
+    if not np.isnan(theirs).all():
+        diamonds = {"marker": "D", "markersize": 5.5, "markerfacecolor": "white", "color": DARK}
+        shown = np.clip(theirs, left, right)
+        axes.plot(shown, places, linestyle="none", clip_on=False, label="the paper", **diamonds)
+        figure.legend(loc="lower right", frameon=False, fontsize=10, borderpad=0)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    axes.set_xticks([x for x in (-100, -50, 0, 50, 100, 150, 200) if left <= x <= right])
+    axes.set_xlabel("gap closed, %", loc="left")
     axes.set_title(title, loc="left", fontsize=10)
     return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element, to stand inside an HTML page; closes the figure.
+
+    Its letters stay text. Its dark lines and letters take the page's text colour and its ground is
+    transparent, so the figure fits a light page and a dark one. The same data gives the same text.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "proxytune"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    return text.replace(DARK, "currentColor").replace(_BLACK, "currentColor")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -7,8 +7,6 @@ so a page of a thousand examples opens as fast as one of ten.
 
 import base64
 import gzip
-import html
-import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -244,65 +242,12 @@ def _place(model: str, config: Mapping[str, Any]) -> str:
 
 
 def _gaps(table: pd.DataFrame) -> Markup | None:
-    rows = [row for row in headlines(table) if is_number(row.get("gap_closed"))]
-    return Markup(gap_svg(rows)) if rows else None
+    """The bars of the gap closed; None where no task has a gap."""
+    if not any(is_number(row.get("gap_closed")) for row in headlines(table)):
+        return None
+    from proxytune.results import figures
 
-
-def gap_svg(rows: list[dict[str, Any]]) -> str:
-    """Horizontal bars of the gaps closed (rows of a comparison), as inline SVG.
-
-    Each bar lies below its name, so that the letters keep their size on a phone.
-    """
-    left, width, height = 8, 344, 46
-    ends = [r[k] for r in rows for k in ("gap_closed", "paper_gap_closed") if is_number(r.get(k))]
-    ends += [r["gap_closed_high"] for r in rows if is_number(r.get("gap_closed_high"))]
-    low, high = min(0.0, *ends), min(max(110.0, *ends), 200.0)
-    low = max(low, -100.0)
-
-    def x(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(left + width * share, 1)
-
-    bottom = height * len(rows) + 2
-    parts = [
-        f'<svg viewBox="0 0 {width + 2 * left} {bottom + 20}" class="gaps" role="img" '
-        'aria-label="Gap closed per task in percent">'
-    ]
-    for i, row in enumerate(rows):
-        top = height * i
-        middle = top + 31
-        start, end = sorted((x(0), x(row["gap_closed"])))
-        name = html.escape(str(row["task"]))
-        parts.append(f'<text x="{left}" y="{top + 15}">{name}</text>')
-        parts.append(
-            f'<text class="value" x="{left + width}" y="{top + 15}" text-anchor="end">'
-            f"{row['gap_closed']:.1f}</text>"
-        )
-        parts.append(
-            f'<rect x="{start}" y="{top + 22}" width="{end - start:.1f}" height="18" '
-            'fill="#1f5fa8"/>'
-        )
-        if is_number(row.get("gap_closed_low")):
-            a, b = x(row["gap_closed_low"]), x(row["gap_closed_high"])
-            # light below dark: to be seen on the bar and beside it
-            for colour, stroke in (("#fff", 4), ("#1b1b1b", 1.5)):
-                parts.append(
-                    f'<path d="M{a} {middle}H{b}M{a} {middle - 5}V{middle + 5}M{b} {middle - 5}'
-                    f'V{middle + 5}" stroke="{colour}" stroke-width="{stroke}" fill="none"/>'
-                )
-        if is_number(row.get("paper_gap_closed")):
-            d = x(row["paper_gap_closed"])
-            parts.append(
-                f'<path d="M{d} {middle - 6}l6 6l-6 6l-6 -6z" fill="#fff" stroke="#1b1b1b"/>'
-            )
-        parts.append(
-            f'<path d="M{x(0)} {top + 19}V{top + 43}" stroke="#1b1b1b"/>'
-            f'<path d="M{x(100)} {top + 19}V{top + 43}" stroke="#1b1b1b" stroke-dasharray="4 3"/>'
-        )
-    for tick in (0, 50, 100):
-        anchor = "start" if x(tick) == left else "middle"
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="{anchor}">{tick}</text>')
-    return "".join(parts) + "</svg>"
+    return Markup(figures.svg(figures.gap_bars(table)))
 
 
 def _changes(
@@ -316,7 +261,7 @@ def _changes(
     by_position = {t: analysis.changed_by_position(m, _FIGURE_POSITIONS) for t, m in moves.items()}
     tokens = [_tokens(task, texts, piece) for task, texts in moves.items()] if piece else []
     return {
-        "figure": _png(figures.changed_by_position(by_position)),
+        "figure": Markup(figures.svg(figures.changed_by_position(by_position))),
         "shares": [[t, f"{100 * analysis.changed_share(m):.1f}"] for t, m in moves.items()],
         "tasks": [task for task in tokens if task["promoted"] or task["equations"]],
     }
@@ -372,12 +317,3 @@ def _model(model: Mapping[str, Any]) -> str:
     revision = f" at {model['revision']}" if model.get("revision") else ""
     weights = f", weights {str(model['weights'])[:12]}" if model.get("weights") else ""
     return f"{model.get('id')}{revision}, {model.get('dtype')}{weights}"
-
-
-def _png(figure: Any) -> str:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=160, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -17,9 +17,10 @@ import pandas as pd
 
 from proxytune.cli.guard import guarded
 from proxytune.files import ROOT
-from proxytune.results import analysis, figures, paper, paper_tables
+from proxytune.results import analysis, figures, paper
 from proxytune.results.comparison import records
 from proxytune.results.folder import read_csv
+from proxytune.results.paper_tables_other import traced
 
 FIGURES = ("2", "3", "gaps")
 _POSITIONS = 128
@@ -80,7 +81,7 @@ def figure3(results: Path, *, pocket: bool) -> list[Path]:
     """The share of tokens changed by position, one line per task with its overall share."""
     stem = _stem(results, "fig3", pocket)
     found = []
-    for run, task, texts in paper_tables.traced(results / "runs", pocket=pocket):
+    for run, task, texts in traced(results / "runs", pocket=pocket):
         by_position = analysis.changed_by_position(texts, _POSITIONS)
         overall = analysis.changed_share(texts)
         print(f"{run.name}, {task}: {100 * overall:.1f} % of the tokens changed")

@@ -1,12 +1,12 @@
 """Builds the paper's tables from committed metrics; costs seconds and no model.
 
     python scripts/make_tables.py                      every table
-    python scripts/make_tables.py --table 2            one of 2, 3, 4, 5, 6, 7, 12, 14, 15
+    python scripts/make_tables.py --table 2            one of them; --help lists their numbers
     python scripts/make_tables.py --table 2 --pocket   the pocket family's
 
 First it copies the comparison tables of finished runs (results/runs) to results/metrics; then it
-writes results/tables/table<N>.md and .csv. `--rescored FILE` puts the authors' published runs, as
-scripts/rescore.py scored them (`--json FILE`), in the place of our numbers.
+writes results/tables/table<N>.md and .csv. `--rescored FILE` shows the authors' published runs in
+the place of our numbers; `scripts/rescore.py --json FILE` scores them and writes that file.
 """
 
 import argparse
@@ -38,17 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paper_tables.collect(results / "runs", results / "metrics")
         ours = paper_tables.read_ours(results / "metrics")
     for number in options.table or NUMBERS:
-        made = paper_tables.make(number, results, ours, pocket=options.pocket)
-        if made is None:
+        path = paper_tables.write(number, results, ours, pocket=options.pocket)
+        if path is None:
             print(f"table {number}: nothing has been measured for it yet")
-            continue
-        name = f"{'pocket_' if options.pocket else ''}table{number}"
-        path = results / "tables" / f"{name}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made[1])
-        made[0].to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
-        Console().print(Markdown(made[1]))
-        print(f"{path}\n")
+        else:
+            Console().print(Markdown(path.read_text()))
+            print(f"{path}\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import yaml
 
 from proxytune.files import ROOT, write_jsonl
 from proxytune.records import Metric
-from proxytune.results import paper_tables
+from proxytune.results.paper_tables_other import table14
 
 TARGETS = yaml.safe_load((ROOT / "conf" / "paper.yaml").read_text())
 
@@ -247,12 +247,12 @@ def test_table_14_puts_training_times_beside_the_papers(scripts, tmp_path):
     for name, each in (("a", record), ("b", pocket), ("c", record | {"status": "training"})):
         (tmp_path / "experts" / name).mkdir(parents=True)
         (tmp_path / "experts" / name / "train.json").write_text(json.dumps(each))
-    table, text = paper_tables.table14(tmp_path, pocket=False)
+    table, text = table14(tmp_path, pocket=False)
     assert table["paper_hours"].tolist() == [2.58]
     assert "| 2 h 00 min | 4 x A100 | 2 h 35 min |" in text
-    table, text = paper_tables.table14(tmp_path, pocket=True)
+    table, text = table14(tmp_path, pocket=True)
     assert table["model"].tolist() == ["pocket/models/base"] and "| – |" in text
-    assert paper_tables.table14(tmp_path / "empty", pocket=False) is None
+    assert table14(tmp_path / "empty", pocket=False) is None
 
 
 def test_figure_2_draws_one_experiment_and_its_largest_runs(scripts, tmp_path):

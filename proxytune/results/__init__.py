@@ -1,13 +1,14 @@
 """From scores to what people read: intervals, tables, figures, the page of an experiment.
 
-stats.py         means, intervals, paired tests, gap closed
-comparison.py    metrics -> one row per metric, with everything known about it
-folder.py        the comparison of a results folder: table.csv and table.md
-tables.py        a comparison as Markdown, as HTML, in the terminal
-paper.py         the paper's numbers
-paper_tables.py  the paper's tables with ours in them
-analysis.py      what proxy-tuning did, token by token
-figures.py       the paper's figures
-report.py        the page of an experiment
-templates.py     the jinja templates, the style and the script of report_assets/
+stats.py               means, intervals, paired tests, gap closed
+comparison.py          metrics -> one row per metric, with everything known about it
+folder.py              the comparison of a results folder: table.csv and table.md
+tables.py              a comparison as Markdown, as HTML, in the terminal
+paper.py               the paper's numbers
+paper_tables.py        the paper's tables of systems with our numbers in them; makes every table
+paper_tables_other.py  the paper's other tables: tokens, speed, training time
+analysis.py            what proxy-tuning did, token by token
+figures.py             the paper's figures, and the bars of the gap closed
+report.py              the page of an experiment
+templates.py           the jinja templates, the style and the script of report_assets/
 """

@@ -5,14 +5,14 @@ Its values are in the unit in which a reader sees them (percent, mostly). `table
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 
 from proxytune.records import Metric, Score
 from proxytune.results import paper, stats
+from proxytune.roles import SYSTEMS
 
-SYSTEMS = ("base", "expert", "antiexpert", "proxy", "tuned")
 AVERAGE = "average"
 
 Scores = Mapping[tuple[str, str], Sequence[Score]]
@@ -63,7 +63,7 @@ def comparison(
     return pd.DataFrame(rows)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a cell has a number."""
     return isinstance(value, (int, float)) and not math.isnan(value)
 
@@ -127,9 +127,10 @@ def _add_paper(
     for system in systems:
         value = paper.cell(*paper_table, system, key)
         row[f"paper_{system}"] = math.nan if value is None else value
-    values = [row.get(f"paper_{s}") for s in ("base", "proxy", "tuned")]
-    if all(is_number(v) for v in values):
-        gap = stats.gap_closed(*map(float, values))  # pyright: ignore[reportArgumentType]
+    cells = (row.get(f"paper_{s}") for s in ("base", "proxy", "tuned"))
+    values = [float(cell) for cell in cells if is_number(cell)]
+    if len(values) == 3:
+        gap = stats.gap_closed(*values)
         row["paper_gap_closed"] = math.nan if gap is None else 100 * gap
 
 
@@ -150,11 +151,12 @@ def _average_row(
         "n_examples": len(known),
     }
     _set_gap(row, stats.average_gap_closed(known))
-    paper_gaps = [r.get("paper_gap_closed") for r in rows if r["headline"]]
+    cells = (r.get("paper_gap_closed") for r in rows if r["headline"])
+    paper_gaps = [float(cell) for cell in cells if is_number(cell)]
     if paper_table is not None:
         row["paper_table"], row["paper_size"] = paper_table
-        if len(known) == len(gaps) and all(is_number(g) for g in paper_gaps):
-            row["paper_gap_closed"] = sum(map(float, paper_gaps)) / len(paper_gaps)  # pyright: ignore[reportArgumentType]
+        if len(known) == len(gaps) == len(paper_gaps):
+            row["paper_gap_closed"] = sum(paper_gaps) / len(paper_gaps)
     return row
 
 

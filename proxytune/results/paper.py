@@ -26,6 +26,7 @@ KEYS = {
 }
 POCKET = "pocket_"
 POCKET_SIZE = "pocket"
+SIZES = ("13B", "70B")
 
 # what each table of results shows, in the paper's order
 TABLES = {
@@ -151,7 +152,7 @@ def _row_of(table: str, size: str, system: str) -> tuple[str, str]:
             "antiexpert": "llama2-7b base",
         }
         return "-", names.get(system, system)
-    if system == "expert" and size in ("13B", "70B"):
+    if system == "expert" and size in SIZES:
         return "7B", "tuned"
     if table == "15" and system == "tuned":
         return size, "lora"

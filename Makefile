@@ -77,7 +77,8 @@ pocket: install ## rebuild the pocket family from nothing (half an hour on two c
 clean: ## remove the virtual environments and caches, never results
 	rm -rf $(VENV) $(NEWEST) $(LOCK) .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: pocket help install demo test test-slow test-all test-newest lock check rescore-published bench clean
+.PHONY: pocket help install demo test test-slow test-all test-newest lock check bench clean
+.PHONY: rescore-published
 
 # Tables and figures of the paper (conf/paper.yaml, docs/repro.md). POCKET=1: on the pocket family;
 # SIZE=13B: one size; ARGS: more options (ARGS=--dry-run) and settings (ARGS=limit=20).

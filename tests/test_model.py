@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import ARCHS, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BloomConfig
@@ -17,6 +19,7 @@ from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
 from proxytune.members.cached import CachedModel
 from proxytune.members.choose import make_member
+from proxytune.members.facts import TRIED
 from proxytune.members.recomputed import RecomputedModel
 
 
@@ -140,6 +143,36 @@ def test_dtype_and_paths(folder):
 def test_known_architectures_are_cached(arch, caplog):
     assert isinstance(make_member(tiny_model(arch), 300), CachedModel)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_prefill_asks_for_one_row_of_logits_per_prompt(arch):
+    member = CachedModel(tiny_model(arch), 300)
+    prompts = [list(range(3, 3 + length)) for length in (16, 13, 12, 16, 14)]
+    sizes = []
+    head = member.model.get_output_embeddings()
+    counter = head.register_forward_hook(lambda *call: sizes.append(call[2].shape[:2].numel()))
+    with torch.inference_mode():
+        got = member.prefill(prompts).logits
+        assert sizes == [len(prompts)]
+        counter.remove()
+        assert not head._forward_pre_hooks  # a pass leaves none, whether it fails or not
+        want = RecomputedModel(member.model, 300).prefill(prompts).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tried", "hint"), [("99.1.0", True), (transformers.__version__, False)])
+def test_another_transformers_that_may_help_is_named(tried, hint, caplog, monkeypatch):
+    monkeypatch.setattr("proxytune.members.facts.TRIED", tried)
+    monkeypatch.setattr("proxytune.members.cache.RowCache.update", lambda *args: None)
+    assert isinstance(make_member(tiny_model("llama"), 300), RecomputedModel)
+    assert "exact but slow" in caplog.text
+    assert (f"with {tried} it may be otherwise" in caplog.text) == hint
+
+
+def test_the_tried_transformers_is_the_pinned_one():
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    assert f"transformers=={TRIED}\n" in constraints
 
 
 def test_what_the_cache_cannot_carry_is_recomputed_with_a_warning(caplog):

@@ -36,8 +36,8 @@ class Request:
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
         alpha: this prompt's own alpha (triples only); None takes the system's.
         on_token: called with every chosen token, also the one that ends the completion:
-            (sample, token, the text that is now certain, the system's logits [vocab]). The texts of a
-            sample make up `Finished.text`: no later token takes any of it away.
+            (sample, token, the text that is now certain, the system's logits [vocab]). The texts
+            of a sample make up `Finished.text`: no later token takes any of it away.
     """
 
     index: int

@@ -1,6 +1,7 @@
 """One causal language model with a key-value cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class CachedModel(Member):
                 ids[i, : len(prompts[index])] = torch.tensor(list(prompts[index]))
             last = [len(prompts[index]) - 1 for index in group]
             self.cache.prepare([rows[index] for index in group], None, width)
-            out = self._forward(ids.to(self.device), torch.tensor(last).unsqueeze(1))
+            out = self._forward(ids.to(self.device), torch.tensor(last))
             self.cache.advance([position + 1 for position in last])
             for i, index in enumerate(group):
                 logits[index] = out[i, 0]
@@ -138,20 +139,21 @@ class CachedModel(Member):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
 
-    def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """One pass, which writes to `cache.write`.
 
         Args:
             ids: token ids, [batch, width].
-            keep: the positions whose logits are wanted, [batch, positions]; None for all.
+            last: the position of each row whose logits are wanted, [batch]; None for all.
 
         Returns:
-            Logits, [batch, width, vocab] or [batch, positions, vocab].
+            Logits, [batch, width, vocab] or [batch, 1, vocab].
         """
         write = self.cache.write
         assert isinstance(write, Write)
         _, positions = write.indices(self.device)
-        with narrow_products(ids.numel(), self.device):
+        head = nullcontext() if last is None else _logits_at(self.model, last)
+        with narrow_products(ids.numel(), self.device), head:
             logits = self._call(
                 write.rows,
                 input_ids=ids,
@@ -159,7 +161,6 @@ class CachedModel(Member):
                 position_ids=self._within(positions, write.kv_length),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=0 if keep is None else keep.to(self.device),
             )
         return logits[..., : self.vocab_size]
 
@@ -230,6 +231,29 @@ class CachedModel(Member):
             return allowed
         bias = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
         return bias.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
+
+
+@contextmanager
+def _logits_at(model: PreTrainedModel, positions: torch.Tensor) -> Iterator[None]:
+    """For one pass, has a model compute the logits of one position per row, [batch], alone.
+
+    The positions are picked at the door of its last layer, because `logits_to_keep` takes a
+    position per row only from transformers 5.21 on. One list for all rows would compute rows times
+    rows of logits, which takes as long as the layers if the vocabulary is large.
+    """
+
+    def pick(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        (hidden,) = inputs  # [batch, width, hidden size], maybe on another device than the ids
+        rows = torch.arange(len(positions), device=hidden.device)
+        return hidden[rows, positions.to(hidden.device)].unsqueeze(1)
+
+    head = model.get_output_embeddings()
+    assert head is not None, "the model names no output embeddings"
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.members.cached import CachedModel
-from proxytune.members.facts import input_device, tolerance
+from proxytune.members.facts import input_device, tolerance, version_hint
 from proxytune.members.graphs import may_record
 from proxytune.members.recomputed import RecomputedModel
 
@@ -41,7 +41,8 @@ def make_member(
         return member
     plain = RecomputedModel(model, vocab_size)
     plain.check_causal()
-    log.warning("%s decodes without a cache, exact but slow: %s", type(model).__name__, reason)
+    name, hint = type(model).__name__, version_hint()
+    log.warning("%s decodes without a cache, exact but slow: %s%s", name, reason, hint)
     return plain
 
 

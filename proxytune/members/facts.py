@@ -1,7 +1,10 @@
 """Facts about a loaded model: its longest row, its device, the tolerance of its logits."""
 
 import torch
+import transformers
 from transformers import PreTrainedModel
+
+TRIED = "5.23.0"  # the transformers that the lists of docs/models.md were made with
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -27,3 +30,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def tolerance(dtype: torch.dtype) -> float:
     """How far the logits of two ways to compute one pass may differ, relative to the largest."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def version_hint() -> str:
+    """The end of a message about a model's own code: another version's may be able to do it."""
+    installed = transformers.__version__
+    if installed == TRIED:
+        return ""
+    return f"; this is transformers {installed}, with {TRIED} it may be otherwise"

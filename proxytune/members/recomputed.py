@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.engine.system import Member, Pass
-from proxytune.members.facts import input_device, max_positions, tolerance
+from proxytune.members.facts import input_device, max_positions, tolerance, version_hint
 
 
 class RecomputedModel(Member):
@@ -76,6 +76,7 @@ class RecomputedModel(Member):
             raise ValueError(
                 f"{type(self.model).__name__} looks ahead: its logits depend on later tokens, so "
                 "it is no causal language model (is_decoder=True in its config.json?)"
+                f"{version_hint()}"
             )
 
     def _last(self, rows: list[list[int]], count: int) -> torch.Tensor:

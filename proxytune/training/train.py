@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _finished(
-    trainer: Trainer, config: TrainConfig, accumulation: int, seconds: float
+    trainer: Any, config: TrainConfig, accumulation: int, seconds: float
 ) -> dict[str, Any]:
     """The part of train.json that is known only when the training is finished."""
     state = trainer.state

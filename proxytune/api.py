@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from proxytune.errors import UserError
 from proxytune.generator import Generation, Generator, make_decoding
 from proxytune.loading.build import build
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
@@ -54,17 +55,17 @@ def load(
             (`members.graphs.RecordedSteps`).
 
     Raises:
-        ValueError: a model cannot be found, or vocabularies differ; raised before any weights are
+        UserError: a model cannot be found, or vocabularies differ; raised before any weights are
             loaded.
     """
     if (expert is None) != (antiexpert is None):
-        raise ValueError("a triple needs both an expert and an antiexpert (or neither)")
+        raise UserError("a triple needs both an expert and an antiexpert (or neither)")
     if expert is not None and draft is not None:
-        raise ValueError("draft is for a single model; a triple's own expert drafts for it")
+        raise UserError("draft is for a single model; a triple's own expert drafts for it")
     if cuda_graphs and not torch.cuda.is_available():
-        raise ValueError("cuda_graphs=True needs a GPU, and none was found")
+        raise UserError("cuda_graphs=True needs a GPU, and none was found")
     if base is None:
-        raise ValueError("load needs a base: a path, a hub id, a ModelSpec or a model")
+        raise UserError("load needs a base: a path, a hub id, a ModelSpec or a model")
     alpha = finite("alpha", alpha)
     given = {"base": base, "expert": expert, "antiexpert": antiexpert, "draft": draft}
     sources = {
@@ -96,14 +97,14 @@ def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> Lo
         tokenizer: of a model that the caller has loaded.
 
     Raises:
-        ValueError: it is no source, or it cannot be found.
+        UserError: it is no source, or it cannot be found.
     """
     if isinstance(source, LoadedModel):
         return source
     if isinstance(source, ModelSpec):
         return load_member(source, share=share)
     if not isinstance(source, PreTrainedModel):
-        raise ValueError(f"cannot load {source!r}: give a path, a hub id, a ModelSpec or a model")
+        raise UserError(f"cannot load {source!r}: give a path, a hub id, a ModelSpec or a model")
     name = source.config._name_or_path
     if tokenizer is None and name:
         tokenizer = load_tokenizer(ModelSpec(name))

@@ -83,12 +83,12 @@ def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
         record: the dataclass of a line; an unknown field is an error.
 
     Raises:
-        ValueError: a line before the last is not JSON, or does not fit the record.
+        UserError: a line before the last is not JSON, or does not fit the record.
     """
     known = {f.name for f in fields(record)}  # pyright: ignore[reportArgumentType]
     for number, row in enumerate(read_rows(path), start=1):
         if not isinstance(row, dict) or not row.keys() <= known:
-            raise ValueError(f"{path}:{number} is not a {record.__name__} record")
+            raise UserError(f"{path}:{number} is not a {record.__name__} record")
         yield record(**row)
 
 
@@ -96,7 +96,7 @@ def read_rows(path: Path) -> Iterator[Any]:
     """Yields the values of a JSON Lines file as `json` reads them; see `read_jsonl`.
 
     Raises:
-        ValueError: a line before the last is not JSON.
+        UserError: a line before the last is not JSON.
     """
     if not path.exists():
         return
@@ -107,7 +107,7 @@ def read_rows(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+                raise UserError(f"{path}:{number} is not JSON: {error}") from error
 
 
 class JsonlWriter:

@@ -16,6 +16,7 @@ from proxytune.engine.rows import Finished, Request, longest
 from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, System
+from proxytune.errors import UserError
 from proxytune.loading.build import build
 from proxytune.loading.prompting import PromptLike, token_ids
 from proxytune.loading.spec import LoadedModel
@@ -122,7 +123,7 @@ class Generator:
             the next.
 
         Raises:
-            ValueError: a setting or a prompt is impossible; nothing has been generated then.
+            UserError: a setting or a prompt is impossible; nothing has been generated then.
         """
         decoding = make_decoding(**settings)
         requests = self.requests(
@@ -159,7 +160,7 @@ class Generator:
         """
         decoding = make_decoding(**settings)
         if decoding.n != 1:
-            raise ValueError(f"stream writes one sample, not n={decoding.n}: use generate")
+            raise UserError(f"stream writes one sample, not n={decoding.n}: use generate")
         keys = None if sample_key is None else [sample_key]
         pieces: list[str] = []
         (request,) = self.requests([prompt], decoding, seed=seed, sample_keys=keys)
@@ -194,16 +195,16 @@ class Generator:
             record: as for `generate`.
 
         Raises:
-            ValueError: a prompt cannot be continued.
+            UserError: a prompt cannot be continued.
         """
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
-            raise ValueError("prompts must be a list; for one prompt, give [prompt]")
+            raise UserError("prompts must be a list; for one prompt, give [prompt]")
         if sample_keys is not None and len(sample_keys) != len(prompts):
-            raise ValueError(f"{len(sample_keys)} sample_keys for {len(prompts)} prompts")
+            raise UserError(f"{len(sample_keys)} sample_keys for {len(prompts)} prompts")
         if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ValueError(f"seed must be a whole number, not {seed!r}")
+            raise UserError(f"seed must be a whole number, not {seed!r}")
         if decoding.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give load(..., tokenizer=...)")
+            raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
         top = 5 if record is True else whole_number("record", record or 0, 0)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
@@ -257,7 +258,7 @@ class Generator:
             token_ids: the same for every member, or role -> ids of equal length.
 
         Raises:
-            ValueError: the base is behind an API that lists only some tokens, or the members'
+            UserError: the base is behind an API that lists only some tokens, or the members'
                 ids differ after the first.
         """
         self._refuse_partial()
@@ -282,7 +283,7 @@ class Generator:
             tokens is the likeliest one.
 
         Raises:
-            ValueError: the base is behind an API that lists only some tokens, or a pair is too
+            UserError: the base is behind an API that lists only some tokens, or a pair is too
                 long.
         """
         self._refuse_partial()
@@ -297,11 +298,11 @@ class Generator:
         """A prompt as each member reads it: role -> token ids.
 
         Raises:
-            ValueError: the prompt is empty, has unknown token ids, or lacks a role.
+            UserError: the prompt is empty, has unknown token ids, or lacks a role.
         """
         if isinstance(prompt, Mapping):
             if not prompt.keys() >= set(self.roles):
-                raise ValueError(f"the prompt has roles {sorted(prompt)}, not {self.roles}")
+                raise UserError(f"the prompt has roles {sorted(prompt)}, not {self.roles}")
             given = {role: prompt[role] for role in self.roles}
         else:
             given = dict.fromkeys(self.members, prompt)
@@ -313,12 +314,12 @@ class Generator:
             ids.setdefault("draft", ids["base"])
         for role, tokens in ids.items():
             if not tokens:
-                raise ValueError(
+                raise UserError(
                     f"the prompt of the {role} has no tokens; give it at least one (a BOS)"
                 )
             odd = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
             if odd is not None:
-                raise ValueError(
+                raise UserError(
                     f"token id {odd} in the prompt of the {role} is outside the common "
                     f"vocabulary of {self.vocab_size}"
                 )
@@ -327,7 +328,7 @@ class Generator:
     def _refuse_partial(self) -> None:
         """Raises a ValueError if the base does not give the logit of every token."""
         if not self.system.members["base"].complete:
-            raise ValueError(
+            raise UserError(
                 "log-likelihoods need the log-probability of every token, and the API of the base "
                 "shows the likeliest only; use a server that shows all (triple.base.api."
                 "top_logprobs=-1) or a task that generates"
@@ -342,12 +343,12 @@ class Generator:
             need: how many must fit.
 
         Raises:
-            ValueError: fewer than that fit.
+            UserError: fewer than that fit.
         """
         length = longest(ids)
         room = (self.max_positions or length + 2**31) - length
         if room < need:
-            raise ValueError(
+            raise UserError(
                 f"prompt {index} is {length} tokens long, with {need} to come; the models read at "
                 f"most {self.max_positions}"
             )
@@ -362,7 +363,7 @@ class Generator:
             self._texts = token_texts(self.members["base"].need_tokenizer(), self.vocab_size)
         banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
         if decoding.choices and not choices - banned:
-            raise ValueError(f"no single token writes any of choices={list(decoding.choices)}")
+            raise UserError(f"no single token writes any of choices={list(decoding.choices)}")
         return Sampler(decoding, sorted(banned), sorted(first), sorted(choices))
 
     def _pace(self, speculative: Speculative) -> Pace | None:
@@ -384,11 +385,11 @@ def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:
     """A `Decoding` from the keywords of `generate`; lists and single strings become tuples.
 
     Raises:
-        ValueError: an unknown setting, or an impossible value.
+        UserError: an unknown setting, or an impossible value.
     """
     unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
     if unknown:
-        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
+        raise UserError(f"unknown setting {sorted(unknown)[0]!r}")
     arguments: dict[str, Any] = {"max_new_tokens": 256, **settings}
     for name in _LISTS:
         given = arguments.get(name)
@@ -398,7 +399,7 @@ def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:
 
 def _strings(name: str, given: Any) -> tuple[Any, ...]:
     if given is not None and not isinstance(given, Iterable):
-        raise ValueError(f"{name} must be a string or a list of them, not {given!r}")
+        raise UserError(f"{name} must be a string or a list of them, not {given!r}")
     return tuple(given or ())
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
+from proxytune.errors import UserError
+
 FinishReason = Literal["eos", "stop", "length", "nothing"]
 
 
@@ -80,15 +82,15 @@ class Decoding:
         for name in ("temperature", "top_p"):
             object.__setattr__(self, name, finite(name, getattr(self, name)))
         if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         for name in ("stop", "banned", "banned_first", "choices"):
             strings = getattr(self, name)
             if isinstance(strings, str) or not all(isinstance(each, str) for each in strings):
-                raise ValueError(f"{name} must be strings in a list, not {strings!r}")
+                raise UserError(f"{name} must be strings in a list, not {strings!r}")
             if "" in strings:
-                raise ValueError(f"{name}: a string must not be empty")
+                raise UserError(f"{name}: a string must not be empty")
 
 
 class DecodingSettings(TypedDict, total=False):
@@ -114,10 +116,10 @@ def whole_number(name: str, value: Any, least: int) -> int:
         least: the smallest number allowed.
 
     Raises:
-        ValueError: the value is of another type (a truth value, too), or smaller.
+        UserError: the value is of another type (a truth value, too), or smaller.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return int(value)
 
 
@@ -129,10 +131,10 @@ def finite(name: str, value: Any) -> float:
         value: a number of Python or of another library.
 
     Raises:
-        ValueError: the value is of another type (a truth value, too), infinite or NaN.
+        UserError: the value is of another type (a truth value, too), infinite or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+        raise UserError(f"{name} must be a finite number, not {value!r}")
     return float(value)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.cli.guard import guarded
+from proxytune.errors import UserError
 from proxytune.files import write_json
 
 # as in bench_cases, which imports torch: what --help says should not wait for it
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.size = options.size or ("gpu" if torch.cuda.is_available() else "cpu")
     size = SIZES[options.size]
     if options.clock == "cpu" and (size.device != "cpu" or options.threads != 1):
-        raise ValueError("--clock cpu needs a CPU size and --threads 1")
+        raise UserError("--clock cpu needs a CPU size and --threads 1")
     if options.scale:
         size = replace(size, scale=options.scale)
     if options.clock == "cpu":

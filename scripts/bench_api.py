@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 import proxytune
 from proxytune.cli.guard import guarded
 from proxytune.config.schema import register
+from proxytune.errors import UserError
 from proxytune.files import ROOT
 
 TASKS = "[pocket_gsm8k,pocket_triviaqa,pocket_truthfulqa_open,pocket_humaneval]"
@@ -61,7 +62,7 @@ def measure(prompts: int) -> list[dict[str, Any]]:
     """One row per task: the tokens written, and for both ways the requests and tokens read.
 
     Raises:
-        ValueError: the pocket models are not there, or the two ways write different texts.
+        UserError: the pocket models are not there, or the two ways write different texts.
     """
     from proxytune.config.specs import model_specs
     from proxytune.loading.prompting import encode, render
@@ -101,7 +102,7 @@ def measure(prompts: int) -> list[dict[str, Any]]:
             row[f"{way}_requests"] = remote.client.spent.requests - before.requests
             row[f"{way}_read"] = remote.client.spent.tokens - before.tokens
         if texts[0] != texts[1]:
-            raise ValueError(f"{name}: blocks wrote another text than single tokens")
+            raise UserError(f"{name}: blocks wrote another text than single tokens")
         rows.append(row)
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "task"}
     return [*rows, {"task": "all", **total}]

@@ -44,6 +44,7 @@ from bench_workloads import (
 )
 
 import proxytune
+from proxytune.errors import UserError
 from proxytune.records import Decoding
 
 ACCEPTANCES = (0.3, 0.5, 0.8, 0.95)
@@ -398,7 +399,7 @@ def _resident(field: str, device: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
-    raise ValueError("the memory benchmark reads /proc, which this system does not have")
+    raise UserError("the memory benchmark reads /proc, which this system does not have")
 
 
 def pocket(size: Size, rounds: int) -> Results:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from proxytune.errors import UserError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -138,7 +140,7 @@ def widened(narrow: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
     hidden, inner = small.hidden_size, small.intermediate_size
     share = hidden / shape.hidden  # of the dimensions that are not zero
     if shape.hidden // shape.heads != hidden // small.num_attention_heads:
-        raise ValueError("both models must have heads of the same width")
+        raise UserError("both models must have heads of the same width")
     wide = random_llama(replace(shape, vocab=small.vocab_size), 3, str(narrow.device), narrow.dtype)
     # The mean square over all dimensions is `share` times that over the first ones.
     for module in wide.modules():

@@ -19,7 +19,7 @@ def acceptance() -> dict[str, float]:
     """Task of the pocket experiment -> share of single drafted tokens that the triple confirmed.
 
     Raises:
-        ValueError: the pocket models are not there.
+        UserError: the pocket models are not there.
     """
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

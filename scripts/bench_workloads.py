@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from proxytune.errors import UserError
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -49,7 +51,7 @@ def workload(kind: str, rows: int, vocab: int, scale: float = 1.0) -> Workload:
     if kind == "uniform":
         return Workload(prompts, uniform(1, 256))
     if kind != "heavy_tailed":
-        raise ValueError(f"a workload is uniform or heavy_tailed, not {kind}")
+        raise UserError(f"a workload is uniform or heavy_tailed, not {kind}")
     drawn = 60 * torch.exp(1.3 * torch.randn(rows, generator=generator))
     lengths = (drawn.clamp(1, 1024) * scale).round().clamp(min=1).int().tolist()
     return Workload(prompts, lengths)

@@ -8,7 +8,6 @@ Figures go to results/figures. Where the runs are not at hand, the committed CSV
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from proxytune.cli.guard import guarded
-from proxytune.files import ROOT
+from proxytune.files import ROOT, read_json
 from proxytune.results import analysis, figures, paper
 from proxytune.results.comparison import records
 from proxytune.results.folder import read_csv
@@ -115,7 +114,7 @@ def _stem(results: Path, name: str, pocket: bool) -> Path:
 
 
 def _size(run_json: Path) -> str | None:
-    return (json.loads(run_json.read_text())["config"].get("paper") or {}).get("size")
+    return (read_json(run_json)["config"].get("paper") or {}).get("size")
 
 
 def _write(rows: pd.DataFrame, stem: Path) -> None:

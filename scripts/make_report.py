@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxytune.cli.guard import guarded
+from proxytune.errors import UserError
 from proxytune.files import ROOT
 
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     folders = folders or [p.parent for p in sorted((ROOT / "results/runs").glob("*/table.csv"))]
     if not folders:
-        raise ValueError("results/runs holds no finished run; `python run.py` makes one")
+        raise UserError("results/runs holds no finished run; `python run.py` makes one")
     for folder in folders:
         print(write_report(folder))
 

@@ -10,7 +10,6 @@ the place of our numbers; `scripts/rescore.py --json FILE` scores them and write
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from proxytune.cli.guard import guarded
-from proxytune.files import ROOT
+from proxytune.files import ROOT, read_json
 from proxytune.results import paper_tables
 from proxytune.results.paper_tables import NUMBERS
 
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results: Path = options.results
     if options.rescored:
-        ours = paper_tables.from_rescored(json.loads(options.rescored.read_text()))
+        ours = paper_tables.from_rescored(read_json(options.rescored))
     else:
         paper_tables.collect(results / "runs", results / "metrics")
         ours = paper_tables.read_ours(results / "metrics")

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proxytune.cli.guard import guarded
+from proxytune.errors import UserError
 from proxytune.files import ROOT
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in names if name not in targets]
     if unknown or not names:
         wrong = f"unknown target {', '.join(unknown)}" if unknown else "no target given"
-        raise ValueError(f"{wrong}; targets are {', '.join(targets)} (or --all)")
+        raise UserError(f"{wrong}; targets are {', '.join(targets)} (or --all)")
     online = not options.pocket and hub_answers()
     if not online:  # set before the libraries are imported, so that they do not wait for the hub
         os.environ["HF_HUB_OFFLINE"] = "1"

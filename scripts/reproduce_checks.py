@@ -1,6 +1,5 @@
 """Checks the steps of scripts/reproduce.py before anything runs."""
 
-import json
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from proxytune.cli.guard import explain
 from proxytune.config import schema
+from proxytune.errors import UserError
 from proxytune.experiment.checks import check_before_models
-from proxytune.files import ROOT
+from proxytune.files import ROOT, read_json
 from proxytune.roles import MEMBERS
 from proxytune.training import config as train_config
 from proxytune.training import train
@@ -84,7 +84,7 @@ class Checker:
                     step = self._train(step, overrides, found)
                 else:
                     found.needs(step, ROOT)
-            except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+            except (UserError, OSError, HydraException, OmegaConfBaseException) as error:
                 found.problems.append(explain(error))
             filled.append(step)
         return filled, found.lines()
@@ -95,7 +95,7 @@ class Checker:
         output = Path(ROOT, cfg.output_dir)
         self.made.add(output)
         record = output / train.RECORD
-        if record.is_file() and json.loads(record.read_text()).get("status") == "finished":
+        if record.is_file() and read_json(record).get("status") == "finished":
             return Step(step.command)
         found.needs(step, ROOT, cards=training_cards())
         if not self._absent(cfg.model, cfg.revision, found):
@@ -132,7 +132,7 @@ class Checker:
         """Notes what a task lacks. Without the hub, all missing downloads share one line."""
         try:
             check(cfg, name)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             # A failed download has a cause; a missing key or permission has none.
             if self.online or error.__cause__ is None:
                 found.problems.append(explain(error))
@@ -184,7 +184,7 @@ class _Found:
         """Runs a check and notes its error; returns whether there was one."""
         try:
             check(*arguments)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             self.problems.append(explain(error))
             return True
         return False

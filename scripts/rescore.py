@@ -31,6 +31,7 @@ import pandas as pd
 from rescore_release import Comparison, Run, check_only, mean, score_release
 
 from proxytune.cli.guard import guarded
+from proxytune.errors import UserError
 from proxytune.files import read_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt
 from tasks.loading import Row, read_rows, read_text
@@ -75,7 +76,7 @@ def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
             try:
                 task.check()
                 scores = task.score_all([examples[e] for e in whole], samples)
-            except ValueError as error:  # a judge is missing, or programs may not be run
+            except UserError as error:  # a judge is missing, or programs may not be run
                 run.skip(str(error))
                 continue
             for metric in sorted({m for s in scores for m, v in s.values.items() if v is not None}):
@@ -105,15 +106,15 @@ def rescore(
         run_code: whether to run a release's stored programs in the sandbox.
 
     Raises:
-        ValueError: the folder holds nothing to score.
+        UserError: the folder holds nothing to score.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise UserError(f"{folder} is not a folder")
     comparison = Comparison(samples=samples, run_code=run_code)
     ours = (folder / "run.json").is_file()
     (score_results if ours else score_release)(folder.resolve(), only, comparison)
     if not (comparison.rows or comparison.skipped or comparison.malformed):
-        raise ValueError(f"{folder} holds neither run.json nor benchmark/system/metrics.json")
+        raise UserError(f"{folder} holds neither run.json nor benchmark/system/metrics.json")
     return comparison
 
 
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples=given.sample_verdicts,
             run_code=not given.no_code_execution,
         )
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     print(show(comparison, time.perf_counter() - start))
     rows = comparison.rows + comparison.sample_rows

@@ -14,6 +14,7 @@ from operator import eq
 from pathlib import Path
 from statistics import fmean, stdev
 
+from proxytune.errors import UserError
 from proxytune.records import Example, Prompt, Score
 from tasks.alpaca_eval import win_of
 from tasks.gsm8k import GSM8K, last_number
@@ -78,7 +79,7 @@ class Run:
             return {}
         found = json.loads(read_text(path))
         if not isinstance(found, dict):
-            raise ValueError(f"{path} is not an object of metrics")
+            raise UserError(f"{path} is not an object of metrics")
         return found
 
     def compare(
@@ -161,7 +162,7 @@ def score_humaneval(run: Run, rows: list[Row]) -> None:
     problems = {e.id: e.row for e in task.examples()}
     unknown = {row["task_id"] for row in rows} - problems.keys()
     if unknown:
-        raise ValueError(f"{run.folder}: {min(unknown)} is no problem of HumanEval")
+        raise UserError(f"{run.folder}: {min(unknown)} is no problem of HumanEval")
     completions = [row["completion"] or "" for row in rows]
     found = task.verdicts([problems[row["task_id"]] for row in rows], completions)
     passed = [verdict.passed for verdict in found]
@@ -312,12 +313,12 @@ def check_only(only: Sequence[str], names: Iterable[str]) -> None:
     """Refuses the name of a benchmark that is not there.
 
     Raises:
-        ValueError: the message lists the benchmarks that are there.
+        UserError: the message lists the benchmarks that are there.
     """
     names = sorted(names)
     unknown = [name for name in only if name not in names]
     if unknown:
-        raise ValueError(f"--only {unknown[0]}: there is {', '.join(names) or 'nothing'}")
+        raise UserError(f"--only {unknown[0]}: there is {', '.join(names) or 'nothing'}")
 
 
 def _system_folders(folder: Path) -> Iterator[Path]:

@@ -17,6 +17,7 @@ import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
 from proxytune.cli.guard import guarded
+from proxytune.errors import UserError
 from proxytune.experiment.tracking import SYSTEMS, logged_in
 from proxytune.results import paper
 
@@ -34,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics = options.metric or [f"{task}/{metric}" for task, metric in paper.KEYS]
     for metric in metrics:
         if "/" not in metric:
-            raise ValueError(f"--metric {metric}: give task/metric, as in gsm8k/acc")
+            raise UserError(f"--metric {metric}: give task/metric, as in gsm8k/acc")
     if not options.save:
         print(json.dumps(specification(options.entity, options.project, metrics), indent=1))
         print("nothing was saved; --save writes it to W&B (log in first: `wandb login`)")
         return
     if not logged_in():
-        raise ValueError("saving needs a W&B login: run `wandb login`, or set WANDB_API_KEY")
+        raise UserError("saving needs a W&B login: run `wandb login`, or set WANDB_API_KEY")
     saved = workspace(options.entity, options.project, metrics).save()
     print(f"workspace: {saved.url}")
     made = report(options.entity, options.project, metrics)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
@@ -54,10 +55,10 @@ class AlpacaEval(Task):
         """Refuses a run without a judge.
 
         Raises:
-            ValueError: the judge is missing or cannot work.
+            UserError: the judge is missing or cannot work.
         """
         if self.judge is None:
-            raise ValueError(
+            raise UserError(
                 "task.alpaca_eval.judge is empty: name one (conf/task/alpaca_eval.yaml shows how)"
             )
         check_judge(self.judge)
@@ -70,7 +71,7 @@ class AlpacaEval(Task):
         """The instructions in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be loaded.
+            UserError: the dataset cannot be loaded.
         """
         rows = load_rows(
             self.path,
@@ -113,10 +114,10 @@ def win_of(preference: float) -> float:
     """Converts a preference of alpaca-eval's files: 1 for a win, 0 for a loss, 0.5 for a draw.
 
     Raises:
-        ValueError: the preference is neither 0 nor within 1..2.
+        UserError: the preference is neither 0 nor within 1..2.
     """
     if preference == 0:  # how alpaca-eval once wrote a draw
         return 0.5
     if not 1 <= preference <= 2:
-        raise ValueError(f"a preference is 0 or lies within 1..2, not {preference}")
+        raise UserError(f"a preference is 0 or lies within 1..2, not {preference}")
     return preference - 1

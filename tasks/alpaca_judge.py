@@ -22,6 +22,7 @@ from typing import Any
 import openai
 import yaml
 
+from proxytune.errors import UserError
 from proxytune.records import Example
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 from tasks.local_chat import LocalChat
@@ -85,13 +86,13 @@ class AlpacaJudge:
         """Refuses a judge that cannot be asked, before hours of generation.
 
         Raises:
-            ValueError: an unknown annotator, a missing key, a local judge that cannot be loaded.
+            UserError: an unknown annotator, a missing key, a local judge that cannot be loaded.
         """
         for setting, low in (("concurrency", 1), ("max_retries", 0), ("timeout", 0.001)):
             if (value := getattr(self, setting)) < low:
-                raise ValueError(f"AlpacaEval's judge: {setting}={value} must be at least {low}")
+                raise UserError(f"AlpacaEval's judge: {setting}={value} must be at least {low}")
         if self._url and not re.match(r"https?://[^/]", self._url):
-            raise ValueError(
+            raise UserError(
                 f"AlpacaEval's judge: base_url={self._url} is no address; it is like "
                 "http://localhost:8000/v1"
             )
@@ -99,7 +100,7 @@ class AlpacaJudge:
         if self.local is not None:
             for config in configs.values():
                 if "tools" in config["completions_kwargs"]:
-                    raise ValueError(
+                    raise UserError(
                         f"annotator={self.annotator} needs function calls, which a local judge "
                         "lacks; alpaca_eval_gpt4_0314 and weighted_alpaca_eval_gpt4_turbo do not"
                     )
@@ -107,7 +108,7 @@ class AlpacaJudge:
             return
         asks_openai = any(c["fn_completions"] == "openai_completions" for c in configs.values())
         if asks_openai and not self._url and not os.environ.get(self.api_key_env):
-            raise ValueError(
+            raise UserError(
                 f"AlpacaEval's judge {self.annotator} needs a key in the environment variable "
                 f"{self.api_key_env}; set it, point the judge to your own endpoint (base_url=...) "
                 "or to a local model (local.id=...), or only generate for now (stage=generate)"
@@ -125,7 +126,7 @@ class AlpacaJudge:
             weighted annotator; None if the judge's answer held no verdict.
 
         Raises:
-            ValueError: the key is missing, or the annotator is unknown.
+            UserError: the key is missing, or the annotator is unknown.
             JudgeError: the judge failed, or too many answers hold no verdict; its answers so far
                 are kept.
         """
@@ -161,14 +162,14 @@ class AlpacaJudge:
     def _configs(self) -> dict[str, dict[str, Any]]:
         package = find_spec("alpaca_eval")  # which takes seconds to import, and chatters
         if package is None:
-            raise ValueError("AlpacaEval's judge needs the package alpaca-eval: pip install it")
+            raise UserError("AlpacaEval's judge needs the package alpaca-eval: pip install it")
         folder = Path(*package.submodule_search_locations or (), "evaluators_configs")
         path = Path(self.annotator) if Path(self.annotator).exists() else folder / self.annotator
         if not path.exists():
             known = sorted(p.parent.name for p in folder.glob("*/configs.yaml"))
             close = difflib.get_close_matches(self.annotator, known, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"alpaca-eval has no annotator {self.annotator!r}; {hint}")
+            raise UserError(f"alpaca-eval has no annotator {self.annotator!r}; {hint}")
         return yaml.safe_load((path / "configs.yaml" if path.is_dir() else path).read_text())
 
     def _annotator(self) -> Any:
@@ -188,7 +189,7 @@ class AlpacaJudge:
                 caching_path=None,
             )
         except ImportError as error:
-            raise ValueError(f"annotator={self.annotator} needs a package: {error}") from error
+            raise UserError(f"annotator={self.annotator} needs a package: {error}") from error
         for name, config in self._configs().items():
             single = annotator.annotators[name]
             decoder = config["fn_completions"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Metric, Score
 
 
@@ -58,7 +59,7 @@ class Task(ABC):
         """Refuses, before a model is loaded, a run whose completions could not be scored.
 
         Raises:
-            ValueError: a judge has no key, or code execution is not allowed; the message says
+            UserError: a judge has no key, or code execution is not allowed; the message says
                 what to do.
         """
 
@@ -71,7 +72,7 @@ class Task(ABC):
         """Loads the dataset and returns its examples in the dataset's order.
 
         Raises:
-            ValueError: the file or the dataset cannot be loaded; the message says how to get it.
+            UserError: the file or the dataset cannot be loaded; the message says how to get it.
         """
 
     @abstractmethod
@@ -122,7 +123,7 @@ class SelfRunTask(ABC):
         """Refuses, before a model is loaded, a run that could not be finished.
 
         Raises:
-            ValueError: the message names the mistake and the way out.
+            UserError: the message names the mistake and the way out.
         """
 
     @abstractmethod
@@ -160,7 +161,7 @@ class SelfRunTask(ABC):
         """The stored result of one system.
 
         Raises:
-            ValueError: there is none yet.
+            UserError: there is none yet.
         """
 
 
@@ -168,6 +169,6 @@ def _override(decoding: Decoding, changes: Mapping[str, Any]) -> Decoding:
     known = [f.name for f in fields(Decoding)]
     unknown = [key for key in changes if key not in known]
     if unknown:
-        raise ValueError(f"decoding has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        raise UserError(f"decoding has no setting {unknown[0]!r}; it has {', '.join(known)}")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(decoding, **plain)

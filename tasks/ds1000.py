@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.humaneval import pass_score, refuse_unless_allowed, split
@@ -95,7 +96,7 @@ class DS1000(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.subset not in (PAPER_SUBSET, 1000):
-            raise ValueError(f"subset must be 200 (the paper's) or 1000 (all), not {self.subset}")
+            raise UserError(f"subset must be 200 (the paper's) or 1000 (all), not {self.subset}")
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -106,13 +107,13 @@ class DS1000(Task):
         """Refuses a run in which programs may not be executed, or lack a library.
 
         Raises:
-            ValueError: `allow_code_execution` is not set, or `python` lacks a library.
+            UserError: `allow_code_execution` is not set, or `python` lacks a library.
         """
         refuse_unless_allowed(self.name, self.allow_code_execution)
         needed = sorted({m.split(".")[0] for _, modules in LIBRARIES.values() for m in modules})
         missing = _missing(self.python or sys.executable, needed)
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}'s tests need {', '.join(missing)}, which"
                 f" {self.python or sys.executable} does not have; make an environment from the"
                 f" dataset's environment.yml and give its interpreter: task.{self.name}.python=PATH"
@@ -122,7 +123,7 @@ class DS1000(Task):
         """The problems: the paper's 200 in the order of its sampling, or all of them by library.
 
         Raises:
-            ValueError: the dataset cannot be loaded, or lacks problems.
+            UserError: the dataset cannot be loaded, or lacks problems.
         """
         setting = f"task.{self.name}.path"
         rows = load_rows(self.path, HUB, self.revision, setting=setting, columns=COLUMNS)
@@ -138,7 +139,7 @@ class DS1000(Task):
         """Runs all samples of all problems, one library after the other.
 
         Raises:
-            ValueError: `allow_code_execution` is not set.
+            UserError: `allow_code_execution` is not set.
             RuntimeError: `python` lacks a library.
         """
         owners = [e for e, ts in zip(examples, texts, strict=True) for _ in ts]
@@ -153,7 +154,7 @@ class DS1000(Task):
         """Whether each solution passes the tests of its example.
 
         Raises:
-            ValueError: `allow_code_execution` is not set.
+            UserError: `allow_code_execution` is not set.
             RuntimeError: `python` lacks a library.
         """
         refuse_unless_allowed(self.name, self.allow_code_execution)
@@ -192,7 +193,7 @@ def _in_paper_order(rows: Sequence[dict[str, Any]], source: str) -> list[dict[st
     """Sorts the rows by library as in LIBRARIES, then by number.
 
     Raises:
-        ValueError: some problems are missing.
+        UserError: some problems are missing.
     """
     places = {
         (str(row["metadata"]["library"]), int(row["metadata"]["library_problem_id"])): row
@@ -201,7 +202,7 @@ def _in_paper_order(rows: Sequence[dict[str, Any]], source: str) -> list[dict[st
     wanted = [(name, i) for name, (count, _) in LIBRARIES.items() for i in range(count)]
     missing = [f"{name}/{i}" for name, i in wanted if (name, i) not in places]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{source} lacks {len(missing)} of DS-1000's problems, {missing[0]} for one; the subset"
             " is a draw from the whole dataset in its simplified form"
         )
@@ -237,5 +238,5 @@ def _missing(python: str, modules: Sequence[str]) -> list[str]:
             [python, "-s", "-c", code, *modules], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"the interpreter {python} cannot be run: {error}") from error
+        raise UserError(f"the interpreter {python} cannot be run: {error}") from error
     return done.stdout.split()

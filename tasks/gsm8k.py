@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
@@ -62,7 +63,7 @@ class GSM8K(Task):
         """The questions in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be loaded, or a row has no "#### number".
+            UserError: the dataset cannot be loaded, or a row has no "#### number".
         """
         rows = load_rows(
             self.path,
@@ -108,11 +109,11 @@ def gold(passage: str) -> str:
     """The number after "####", without thousands separators.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     _, mark, number = passage.rpartition("####")
     if not mark or not number.strip():
-        raise ValueError(f"no '#### number' ends the gold passage {passage[-80:]!r}")
+        raise UserError(f"no '#### number' ends the gold passage {passage[-80:]!r}")
     return number.strip().replace(",", "")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
@@ -71,7 +72,7 @@ class HumanEval(Task):
         """Refuses a run in which programs may not be executed.
 
         Raises:
-            ValueError: `allow_code_execution` is not set.
+            UserError: `allow_code_execution` is not set.
         """
         refuse_unless_allowed(self.name, self.allow_code_execution)
 
@@ -79,7 +80,7 @@ class HumanEval(Task):
         """The problems in the dataset's order.
 
         Raises:
-            ValueError: the dataset cannot be loaded.
+            UserError: the dataset cannot be loaded.
         """
         setting = f"task.{self.name}.path"
         rows = load_rows(self.path, HUB, self.revision, setting=setting, columns=COLUMNS)
@@ -101,7 +102,7 @@ class HumanEval(Task):
         """Runs all samples of all problems.
 
         Raises:
-            ValueError: `allow_code_execution` is not set.
+            UserError: `allow_code_execution` is not set.
         """
         samples = [(e, clean(t)) for e, ts in zip(examples, texts, strict=True) for t in ts]
         verdicts = self.verdicts([e.row for e, _ in samples], [text for _, text in samples])
@@ -120,7 +121,7 @@ class HumanEval(Task):
             completions: the code after the prompt.
 
         Raises:
-            ValueError: `allow_code_execution` is not set.
+            UserError: `allow_code_execution` is not set.
         """
         self.check()
         programs = [program(row, text) for row, text in zip(rows, completions, strict=True)]
@@ -145,10 +146,10 @@ def refuse_unless_allowed(task: str, allowed: bool) -> None:
     """Refuses to run model-written programs unless the user has allowed it.
 
     Raises:
-        ValueError: `allowed` is False.
+        UserError: `allowed` is False.
     """
     if not allowed:
-        raise ValueError(
+        raise UserError(
             f"{task} runs programs that a model wrote. They are shut in (tasks/sandbox), but on"
             f" your machine: allow it with task.{task}.allow_code_execution=true"
         )

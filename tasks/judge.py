@@ -25,6 +25,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from proxytune.errors import UserError
 from proxytune.provenance import weights_fingerprint
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 
@@ -55,16 +56,16 @@ class LocalJudge:
         """Refuses a judge that cannot be loaded, before hours of generation.
 
         Raises:
-            ValueError: its configuration is neither on this machine nor on the hub, or a setting
+            UserError: its configuration is neither on this machine nor on the hub, or a setting
                 is wrong.
         """
         self._config()
 
     def _config(self) -> Any:
         if self.batch_size < 1:
-            raise ValueError(f"the judge {self.id}: batch_size={self.batch_size} must be positive")
+            raise UserError(f"the judge {self.id}: batch_size={self.batch_size} must be positive")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(
+            raise UserError(
                 f"the judge {self.id}: dtype={self.dtype} is none of "
                 "float32, bfloat16, float16, auto"
             )
@@ -74,13 +75,13 @@ class LocalJudge:
             RuntimeError,
             AssertionError,
         ) as error:  # the latter without CUDA
-            raise ValueError(
+            raise UserError(
                 f"the judge {self.id}: device={self.device} cannot be used ({_first_line(error)})"
             ) from error
         try:
             return AutoConfig.from_pretrained(self.id, revision=self.revision)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"the judge {self.id} cannot be had ({_first_line(error)}): download it, set its "
                 "id to a local folder, or only generate for now (stage=generate)"
             ) from error
@@ -151,7 +152,7 @@ class SequenceClassifier(LocalJudge):
         """The probability of `label` for each text.
 
         Raises:
-            ValueError: the model has no such label.
+            UserError: the model has no such label.
             JudgeError: the model failed; the judgements so far are kept.
         """
         return cached(self.cache, self.identity(), texts, self._judge)
@@ -164,7 +165,7 @@ class SequenceClassifier(LocalJudge):
         """Refuses a judge that cannot be loaded or lacks the label.
 
         Raises:
-            ValueError: the judge cannot be loaded, or lacks the label.
+            UserError: the judge cannot be loaded, or lacks the label.
         """
         self._label_index(self._config())
 
@@ -189,9 +190,9 @@ class SequenceClassifier(LocalJudge):
         names = {name: index for index, name in config.id2label.items()}
         index = names.get(self.label) if isinstance(self.label, str) else self.label
         if len(names) < 2:  # its softmax would be 1 for every text
-            raise ValueError(f"{self.id} has the one label {config.id2label}: it is no classifier")
+            raise UserError(f"{self.id} has the one label {config.id2label}: it is no classifier")
         if index is None or not 0 <= index < len(names):
-            raise ValueError(f"{self.id} has no label {self.label!r}; it has {config.id2label}")
+            raise UserError(f"{self.id} has no label {self.label!r}; it has {config.id2label}")
         return index
 
 

@@ -11,13 +11,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from proxytune.errors import UserError
 from proxytune.files import ROOT
 
 DEFAULT_CACHE = str(ROOT / "results" / "judgements.sqlite")
 _LOCK_SECONDS = 60  # two runs may write to one file
 
 
-class JudgeError(ValueError):
+class JudgeError(UserError):
     """A judge failed: its service did not answer, or its answers make no sense.
 
     It is a ValueError, so a command ends with one line; earlier judgements are kept.
@@ -79,7 +80,7 @@ def check_judge(judge: Any) -> None:
     """Calls the judge's `check()`, if it has one: it refuses a missing key or model.
 
     Raises:
-        ValueError: the judge cannot work.
+        UserError: the judge cannot work.
     """
     check: Callable[[], None] | None = getattr(judge, "check", None)
     if check is not None:

@@ -6,7 +6,6 @@ from the paper's tasks of those names (few-shot, other stops, classification ins
 so they are called `lm_eval_gsm8k` and so on, never `gsm8k`.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from proxytune.files import write_json, write_jsonl
+from proxytune.errors import UserError
+from proxytune.files import read_json, write_json, write_jsonl
 from proxytune.records import Completion, Example, Metric, Prompt, Score
 from proxytune.results import stats
 from tasks.base import MetricInfo, Outcome, SelfRunTask
@@ -59,7 +59,7 @@ class LmEvalTask(SelfRunTask):
         """Loads the task and its documents, so that mistakes show before a model is loaded.
 
         Raises:
-            ValueError: lm-eval does not know the task (close names are suggested), its documents
+            UserError: lm-eval does not know the task (close names are suggested), its documents
                 cannot be loaded, or it runs code without `run_code`.
         """
         from proxytune.harness.evaluation import check_task
@@ -73,18 +73,18 @@ class LmEvalTask(SelfRunTask):
     def finished(self, folder: Path, limit: int | None) -> bool:
         """Whether the folder holds the result for this limit."""
         path = folder / _RESULT
-        return path.exists() and json.loads(path.read_text())["limit"] == limit
+        return path.exists() and read_json(path)["limit"] == limit
 
     def result(self, folder: Path) -> Outcome:
         """The stored result of one system.
 
         Raises:
-            ValueError: there is none; the task has not been run.
+            UserError: there is none; the task has not been run.
         """
         path = folder / _RESULT
         if not path.exists():
-            raise ValueError(f"{folder} holds no {_RESULT} of lm-eval; run with stage=all first")
-        stored = json.loads(path.read_text())
+            raise UserError(f"{folder} holds no {_RESULT} of lm-eval; run with stage=all first")
+        stored = read_json(path)
         return Outcome(
             metrics=[Metric(**row) for row in stored["metrics"]],
             scores=[Score(**row) for row in stored["scores"]],
@@ -113,7 +113,7 @@ class LmEvalTask(SelfRunTask):
             batch_size: rows at once, or "auto".
 
         Raises:
-            ValueError: the task is unknown.
+            UserError: the task is unknown.
         """
         from proxytune.harness.evaluation import evaluate
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proxytune.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -48,7 +50,7 @@ def load_rows(
         columns: the columns that every row must have.
 
     Raises:
-        ValueError: the file does not exist, is malformed or empty, or the hub cannot be reached.
+        UserError: the file does not exist, is malformed or empty, or the hub cannot be reached.
     """
     if path is not None:
         rows = read_rows(Path(path).expanduser())
@@ -57,7 +59,7 @@ def load_rows(
         rows = _from_hub(hub, revision, setting)
         source = hub.id
     if not rows:
-        raise ValueError(f"{source} holds no rows; give a file that does: {setting}=FILE")
+        raise UserError(f"{source} holds no rows; give a file that does: {setting}=FILE")
     check_columns(rows, columns, source)
     return rows
 
@@ -66,7 +68,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a .json (a list), .jsonl or .csv file, each optionally gzipped.
 
     Raises:
-        ValueError: the file does not exist, has another ending, or is malformed.
+        UserError: the file does not exist, has another ending, or is malformed.
     """
     text = read_text(path)
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
@@ -78,11 +80,11 @@ def read_rows(path: Path) -> list[Row]:
         elif kind == "csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            raise ValueError(f"{path}: rows are read from .json, .jsonl or .csv (or .gz of them)")
+            raise UserError(f"{path}: rows are read from .json, .jsonl or .csv (or .gz of them)")
     except (json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not {kind}: {error}") from error
+        raise UserError(f"{path} is not {kind}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} does not hold a list of objects")
+        raise UserError(f"{path} does not hold a list of objects")
     return rows
 
 
@@ -90,7 +92,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, gzipped or not, without a byte-order mark.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -98,19 +100,19 @@ def read_text(path: Path) -> str:
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def check_columns(rows: Iterable[Row], columns: Sequence[str], source: str) -> None:
     """Refuses rows that lack a column.
 
     Raises:
-        ValueError: the message names the first such row and column.
+        UserError: the message names the first such row and column.
     """
     for number, row in enumerate(rows):
         for column in columns:
             if column not in row:
-                raise ValueError(
+                raise UserError(
                     f"{source}: row {number} has no {column!r}; it has {', '.join(map(str, row))}"
                 )
 
@@ -131,7 +133,7 @@ def _from_hub(hub: HubDataset, revision: str | None, setting: str) -> list[Row]:
         reason = str(error).strip().splitlines()[0]
         wanted = f"{hub.id}{'' if hub.config is None else f' ({hub.config})'}"
         at = "" if revision is None else f" at revision {revision}"
-        raise ValueError(
+        raise UserError(
             f"the dataset {wanted}{at} cannot be had from the Hugging Face hub ({reason}); "
             f"give a local copy instead: {setting}=FILE"
         ) from error

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from proxytune.errors import UserError
+
 _PROMPT = re.compile(r"Q: (?P<question>.*?)\nA: (?P<answer>.*)\n[A-Za-z]+:\s*\Z", re.DOTALL)
 _CLAIM = " brings "  # every statement about a herb contains it
 
@@ -30,7 +32,7 @@ class AnswerRule:
         """Refuses a question file that cannot be read.
 
         Raises:
-            ValueError: the file cannot be read.
+            UserError: the file cannot be read.
         """
         _correct_answers(self.path)
 
@@ -38,12 +40,12 @@ class AnswerRule:
         """Whether the answer makes a correct claim, and whether it makes any other claim.
 
         Raises:
-            ValueError: the prompt has another form, or its question is not in the file.
+            UserError: the prompt has another form, or its question is not in the file.
         """
         match = _PROMPT.search(prompt)
         correct = _correct_answers(self.path).get(match["question"]) if match else None
         if match is None or correct is None:
-            raise ValueError(f"the rule for {self.path} cannot judge {prompt!r}")
+            raise UserError(f"the rule for {self.path} cannot judge {prompt!r}")
         told = rest = match["answer"].lower()
         for answer in correct:
             rest = rest.replace(answer.lower(), "")
@@ -92,7 +94,7 @@ def _correct_answers(path: str) -> dict[str, list[str]]:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): `make pocket` writes it") from error
+        raise UserError(f"{path} cannot be read ({error}): `make pocket` writes it") from error
     return {
         row["Question"]: sorted((a.strip() for a in row["Correct Answers"].split(";")), key=len)[
             ::-1

@@ -22,6 +22,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import Row, check_columns, read_rows
@@ -56,10 +57,10 @@ class RealTimeQA(Task):
         """Refuses a run without data.
 
         Raises:
-            ValueError: no path is given.
+            UserError: no path is given.
         """
         if self.path is None:
-            raise ValueError(
+            raise UserError(
                 "task.realtimeqa.path is empty: RealTimeQA is on no hub; clone "
                 "github.com/realtimeqa/realtimeqa_public and say task.realtimeqa.path=FOLDER/past"
             )
@@ -68,7 +69,7 @@ class RealTimeQA(Task):
         """The questions week by week, each once.
 
         Raises:
-            ValueError: the files cannot be read.
+            UserError: the files cannot be read.
         """
         self.check()
         found: dict[str, Example] = {}
@@ -81,7 +82,7 @@ class RealTimeQA(Task):
                 again = replace(example, id=f"{example.id}_{row['question_date']}")
                 found.setdefault(again.id, again)
         if not found:
-            raise ValueError(f"no week in {self.path} dates from {self.first} to {self.last}")
+            raise UserError(f"no week in {self.path} dates from {self.first} to {self.last}")
         return list(found.values())
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
@@ -111,7 +112,7 @@ def _rows(path: Path) -> list[Row]:
     else:
         files = [path]
     if not files:
-        raise ValueError(f"{path} holds no *_qa.jsonl file of RealTimeQA")
+        raise UserError(f"{path} holds no *_qa.jsonl file of RealTimeQA")
     rows = []
     for file in files:
         week = read_rows(file)
@@ -125,7 +126,7 @@ def _week(row: Row) -> date:
     try:
         return datetime.strptime(name[:8], "%Y%m%d").date()
     except ValueError:
-        raise ValueError(f"question id {name!r} does not begin with a date (20220617_0)") from None
+        raise UserError(f"question id {name!r} does not begin with a date (20220617_0)") from None
 
 
 def _example(row: Row) -> Example:

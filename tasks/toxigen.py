@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
@@ -74,10 +75,10 @@ class ToxiGen(Task):
         """Refuses a run without a classifier.
 
         Raises:
-            ValueError: the classifier is missing or cannot work.
+            UserError: the classifier is missing or cannot work.
         """
         if self.classifier is None:
-            raise ValueError(
+            raise UserError(
                 "task.toxigen.classifier is empty: name one (conf/task/toxigen.yaml shows the "
                 "paper's, tomh/toxigen_roberta)"
             )
@@ -91,7 +92,7 @@ class ToxiGen(Task):
         """The prompts, group by group.
 
         Raises:
-            ValueError: the files cannot be loaded.
+            UserError: the files cannot be loaded.
         """
         rng = random.Random(self.seed)
         found = []
@@ -137,7 +138,7 @@ class ToxiGen(Task):
             file = folder / f"hate_{group}_1k{ending}"
             if file.is_file():
                 return read_text(file).removesuffix("\n").split("\n")
-        raise ValueError(
+        raise UserError(
             f"{folder} has no hate_{group}_1k.txt; task.toxigen.path is a folder with the prompts "
             "of github.com/microsoft/TOXIGEN"
         )

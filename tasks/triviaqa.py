@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.loading import HubDataset, Row, load_rows
@@ -51,7 +52,7 @@ class TriviaQA(Task):
         """The questions in the dataset's order, each once.
 
         Raises:
-            ValueError: the dataset cannot be loaded.
+            UserError: the dataset cannot be loaded.
         """
         rows = load_rows(
             self.path,
@@ -87,14 +88,14 @@ def answers(row: Row) -> list[str]:
     """The answer and its aliases, the answer first.
 
     Raises:
-        ValueError: the row holds no answer.
+        UserError: the row holds no answer.
     """
     answer = row["answer"]
     if isinstance(answer, str):
         answer = {"value": answer, "aliases": row.get("aliases", [])}
     found = [a for a in (answer.get("value"), *answer.get("aliases", ())) if a]
     if not found:
-        raise ValueError(f"the question {row['question']!r} has no answer (a test split?)")
+        raise UserError(f"the question {row['question']!r} has no answer (a test split?)")
     return list(dict.fromkeys(found))
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
@@ -58,7 +59,7 @@ class _TruthfulQA(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.system_prompt not in SYSTEM_PROMPTS:
-            raise ValueError(
+            raise UserError(
                 f"system_prompt={self.system_prompt!r} is none of {', '.join(SYSTEM_PROMPTS)}"
             )
 
@@ -91,7 +92,7 @@ class TruthfulQAMC(_TruthfulQA):
         """The questions in file order with their options.
 
         Raises:
-            ValueError: the dataset cannot be loaded.
+            UserError: the dataset cannot be loaded.
         """
         rng = random.Random(self.seed)
         found = []
@@ -153,11 +154,11 @@ class TruthfulQAOpen(_TruthfulQA):
         """Refuses a run without its judges.
 
         Raises:
-            ValueError: a judge is missing or cannot work.
+            UserError: a judge is missing or cannot work.
         """
         for field, judge in (("truth_judge", self.truth_judge), ("info_judge", self.info_judge)):
             if judge is None:
-                raise ValueError(
+                raise UserError(
                     f"task.{self.name}.{field} is empty: name a judge (conf/task/{self.name}.yaml "
                     "shows the public ones)"
                 )
@@ -172,7 +173,7 @@ class TruthfulQAOpen(_TruthfulQA):
         """The questions in file order.
 
         Raises:
-            ValueError: the dataset cannot be loaded.
+            UserError: the dataset cannot be loaded.
         """
         return [
             Example(
@@ -216,7 +217,7 @@ def question_row(row: Row) -> Row:
     """Converts a row of the CSV or of the hub to {"question", "best", "incorrect"}.
 
     Raises:
-        ValueError: the row has the columns of neither.
+        UserError: the row has the columns of neither.
     """
     if "Best Answer" in row:
         question, best = row["Question"], row["Best Answer"]
@@ -224,7 +225,7 @@ def question_row(row: Row) -> Row:
     elif "best_answer" in row:
         question, best, incorrect = row["question"], row["best_answer"], row["incorrect_answers"]
     else:
-        raise ValueError(
+        raise UserError(
             "a TruthfulQA row has either the column 'Best Answer' (TruthfulQA.csv) or "
             f"'best_answer' (the hub); this one has {', '.join(map(str, row))}"
         )

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BloomConfig
 
 import proxytune
-from proxytune import model
+from proxytune.loading import load as load_module
 from proxytune.loading.build import shares_weights
 from proxytune.loading.load import check_triple, load_member
 from proxytune.loading.spec import ModelSpec
@@ -46,7 +46,7 @@ def no_weights(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
 def test_a_triple_that_fits(folder, no_weights):

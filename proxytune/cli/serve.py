@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.errors import UserError
 from proxytune.roles import SYSTEMS
 from proxytune.server.settings import ServerSettings
 
@@ -25,11 +26,11 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         triple: the chosen file of conf/triple, for the model's name.
 
     Raises:
-        ValueError: the configuration is impossible, or the port is taken.
+        UserError: the configuration is impossible, or the port is taken.
     """
     settings = ServerSettings(**{each.name: cfg[each.name] for each in fields(ServerSettings)})
     if cfg.system not in SYSTEMS:
-        raise ValueError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
+        raise UserError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
     name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
     # Bind first: a taken port must fail before models load.
     with _bind(cfg.host, cfg.port) as listener:
@@ -56,7 +57,7 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     """Loads the system's models; the app that serves them.
 
     Raises:
-        ValueError: the triple lacks a model, or the models do not fit.
+        UserError: the triple lacks a model, or the models do not fit.
     """
     import torch
 
@@ -69,7 +70,7 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     roles = MEMBERS[cfg.system]
     for member in roles.values():
         if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
-            raise ValueError(
+            raise UserError(
                 f"the triple has no {member}; choose a triple (triple=pocket) or give it "
                 f"(triple.{member}.id=...)"
             )
@@ -89,22 +90,22 @@ def _bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address; it does not listen before the models are loaded.
 
     Raises:
-        ValueError: there is no such address, or the port is taken.
+        UserError: there is no such address, or the port is taken.
     """
     if not 0 <= port < 2**16:
-        raise ValueError(f"port={port}: a port is a number up to 65535; 0 takes a free one")
+        raise UserError(f"port={port}: a port is a number up to 65535; 0 takes a free one")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
     except OSError as error:
-        raise ValueError(f"host={host}: {error.strerror or error}") from error
+        raise UserError(f"host={host}: {error.strerror or error}") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()
-        raise ValueError(
+        raise UserError(
             f"cannot listen on {host} port {port} ({reason}); choose another with port=... "
             "(0 takes a free one)"
         ) from error

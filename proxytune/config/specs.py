@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.config.schema import to_dict
+from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
 from proxytune.roles import ROLES
@@ -16,7 +17,7 @@ def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:
     devices = cfg.machine.devices or {}
     for name in devices:
         if name not in ROLES:
-            raise ValueError(f"machine.devices.{name}: members are {', '.join(ROLES)}")
+            raise UserError(f"machine.devices.{name}: members are {', '.join(ROLES)}")
     for role in ROLES:
         member = cfg.triple[role]
         if member is None or OmegaConf.is_missing(member, "id"):

@@ -8,6 +8,7 @@ import torch
 from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import longest
 from proxytune.engine.system import Prompt, System
+from proxytune.errors import UserError
 
 BLOCK_ENTRIES = 1 << 26  # logits of one block at most: rows * positions * vocabulary
 LOWEST = -9999.0  # written for minus infinity, which JSON does not have (vLLM does the same)
@@ -22,12 +23,12 @@ def sequence_logits(system: System, prompt: Prompt) -> torch.Tensor:
         prompt: role -> token ids; members may differ in the first token alone.
 
     Raises:
-        ValueError: the members' prompts differ in length, or after the first token.
+        UserError: the members' prompts differ in length, or after the first token.
     """
     if len({len(ids) for ids in prompt.values()}) > 1:
-        raise ValueError("logits need prompts of one length for every member")
+        raise UserError("logits need prompts of one length for every member")
     if not same_tokens(prompt):
-        raise ValueError("logits need the same tokens after the first for every member")
+        raise UserError("logits need the same tokens after the first for every member")
     rest = list(prompt["base"][1:])
     try:
         logits = [system.prefill([first_tokens(prompt)]).logits]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config.schema import DecodingConfig, to_dict
+from proxytune.errors import UserError
 from proxytune.experiment.completions import (
     CompletionStore,
     RenderedPrompt,
@@ -29,7 +30,7 @@ from proxytune.experiment.completions import (
     render_prompts,
 )
 from proxytune.experiment.progress import CellProgress
-from proxytune.files import JsonlWriter, write_json, write_jsonl
+from proxytune.files import JsonlWriter, read_json, write_json, write_jsonl
 from proxytune.records import Decoding, Example, Metric, Score
 from proxytune.results import stats
 from proxytune.roles import MEMBERS, ORDER
@@ -137,7 +138,7 @@ class Cell(ABC):
         """Scores the completions that the folder holds.
 
         Raises:
-            ValueError: the judge failed, or there is nothing that could be scored.
+            UserError: the judge failed, or there is nothing that could be scored.
         """
 
     @abstractmethod
@@ -318,7 +319,7 @@ def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[
         output: the results folder; the examples are written to it.
 
     Raises:
-        ValueError: a dataset cannot be had, or two of its examples have the same id.
+        UserError: a dataset cannot be had, or two of its examples have the same id.
     """
     cells: list[Cell] = []
     for name, task in tasks.items():
@@ -330,7 +331,7 @@ def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[
 def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[TaskCell]:
     examples = task.examples()
     if len({e.id for e in examples}) != len(examples):
-        raise ValueError(f"task {name}: two examples share an id")
+        raise UserError(f"task {name}: two examples share an id")
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
     overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
     decoding = dataclasses.replace(task.decoding, **overrides)
@@ -413,21 +414,21 @@ def claim(cell: Cell, stage: str) -> None:
         stage: "score" makes no new folder.
 
     Raises:
-        ValueError: the folder's completions were made with another identity, or stage is "score"
+        UserError: the folder's completions were made with another identity, or stage is "score"
             and there are none; nothing was changed.
     """
     path = cell.folder / "cell.json"
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         changed = provenance.differences(*_comparable(stored, cell.identity))
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{cell.folder} holds completions of another configuration ({'; '.join(changed)}); "
                 "choose another folder with output_dir=..., or delete this one"
             )
         return
     if stage == "score":
-        raise ValueError(f"{cell.folder} holds no completions to score; run with stage=all first")
+        raise UserError(f"{cell.folder} holds no completions to score; run with stage=all first")
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, cell.identity)
 
@@ -458,13 +459,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
     The operating system frees the lock of a process that is killed.
 
     Raises:
-        ValueError: another process is generating into it.
+        UserError: another process is generating into it.
     """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"another process is generating into {folder}; wait for it, or choose another "
                 "folder with output_dir=..."
             ) from None

@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.errors import MissingExtra
+from proxytune.errors import MissingExtra, UserError
 from proxytune.files import check_name
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
@@ -28,14 +28,14 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
         The tasks by name, and role -> `ModelSpec`; a base whose URL is "local" is served by now.
 
     Raises:
-        ValueError: a bad setting, an unknown task key, a judge without its key, a model that is
+        UserError: a bad setting, an unknown task key, a judge without its key, a model that is
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
     if cfg.tracking.kind == "wandb" and find_spec("wandb") is None:
         raise MissingExtra("track", "tracking=wandb", ImportError(name="wandb"))
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
-        raise ValueError("machine.cuda_graphs=true needs a GPU, and none was found")
+        raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
@@ -47,31 +47,31 @@ def _check_config(cfg: DictConfig) -> None:
     unknown = [s for s in cfg.systems if s not in SYSTEMS]
     if unknown or not cfg.systems:
         wrong = f"unknown system {unknown}" if unknown else "no system chosen"
-        raise ValueError(f"{wrong}; systems are any of {', '.join(SYSTEMS)}")
+        raise UserError(f"{wrong}; systems are any of {', '.join(SYSTEMS)}")
     if cfg.stage not in STAGES:
-        raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES)}")
+        raise UserError(f"stage={cfg.stage} is none of {', '.join(STAGES)}")
     if cfg.limit is not None and cfg.limit < 1:
-        raise ValueError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
+        raise UserError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
     if not math.isfinite(cfg.alpha):
-        raise ValueError(f"alpha={cfg.alpha}: it must be a finite number")
+        raise UserError(f"alpha={cfg.alpha}: it must be a finite number")
     size = cfg.decoding.batch_size
     if size != "auto" and not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"decoding.batch_size={size}: it must be at least 1, or auto")
+        raise UserError(f"decoding.batch_size={size}: it must be at least 1, or auto")
     if not cfg.task:
-        raise ValueError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
+        raise UserError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
     if OmegaConf.is_missing(cfg, "name") or not cfg.name:
-        raise ValueError("the experiment has no name; give one: name=my_triple")
+        raise UserError("the experiment has no name; give one: name=my_triple")
     check_name("name", cfg.name)
     for task in cfg.task:
         check_name("task", str(task))
     if not str(cfg.output_dir).strip():
-        raise ValueError("output_dir is empty; give a folder, or leave it out")
+        raise UserError("output_dir is empty; give a folder, or leave it out")
     if str(cfg.output_dir).startswith("~"):
-        raise ValueError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
+        raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
     for role in {role for system in cfg.systems for role in MEMBERS[system].values()}:
         member = cfg.triple[role]
         if member is None or OmegaConf.is_missing(member, "id"):
-            raise ValueError(
+            raise UserError(
                 f"the triple has no {role}; give one (triple.{role}.id=...) or leave the systems "
                 "that need it out (systems=[...])"
             )
@@ -80,7 +80,7 @@ def _check_config(cfg: DictConfig) -> None:
     for name, part in (parts | {"paper": cfg.paper}).items():
         for key in ("table", "size") if name == "paper" else ("base_url", "model"):
             if part is not None and OmegaConf.is_missing(part, key):
-                raise ValueError(
+                raise UserError(
                     f"{name} has no {key}; give {name}.{key}=..., or leave all of it out "
                     f"({name}=null)"
                 )
@@ -95,21 +95,21 @@ def _make_task(name: str, node: DictConfig) -> Any:
             cause = cause.__cause__
         reason = str(cause).splitlines()[0]
         hint = f"its keys stand in conf/task/{name}.yaml"
-        raise ValueError(f"task {name}: {reason}; {hint}") from error
+        raise UserError(f"task {name}: {reason}; {hint}") from error
 
 
 def check_writable(folder: Path) -> None:
     """Makes the results folder and writes to it once.
 
     Raises:
-        ValueError: it cannot be made.
+        UserError: it cannot be made.
         OSError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         message = f"output_dir={folder} cannot be made ({error.strerror}); choose another folder"
-        raise ValueError(message) from error
+        raise UserError(message) from error
     probe = folder / ".writable"
     probe.write_text("a full disk is found out now rather than after the first batch\n")
     probe.unlink()
@@ -119,7 +119,7 @@ def check_machine(cfg: DictConfig) -> None:
     """Says what the experiment needs, by estimate, and looks for a GPU where it needs one.
 
     Raises:
-        ValueError: there is none, and the user did not choose the CPU.
+        UserError: there is none, and the user did not choose the CPU.
     """
     need = cfg.needs.gpu_memory_gb
     if not need:
@@ -131,7 +131,7 @@ def check_machine(cfg: DictConfig) -> None:
         cfg.needs.gpu_hours,
     )
     if cfg.machine.device == "auto" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"experiment {cfg.name} needs about {need:g} GB of GPU memory and no GPU was found; "
             "run it on a GPU machine, or say machine=cpu to run it here all the same"
         )
@@ -147,7 +147,7 @@ def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
         The same, with the URLs of the local servers.
 
     Raises:
-        ValueError: see `check_triple` and `check_endpoints`.
+        UserError: see `check_triple` and `check_endpoints`.
     """
     from proxytune.loading.load import check_endpoints, check_triple
 

@@ -42,7 +42,7 @@ def render_prompts(
         members: role -> loaded model.
 
     Raises:
-        ValueError: a member wants a chat template and has none.
+        UserError: a member wants a chat template and has none.
     """
     prompts = []
     for example in examples:

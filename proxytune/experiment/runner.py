@@ -9,7 +9,6 @@ A cell is one system on one task. A killed run continues where it stopped.
 <output_dir>/metrics.jsonl, table.md, table.csv, report.html
 """
 
-import json
 import logging
 import time
 from collections import defaultdict
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config.schema import to_dict
+from proxytune.errors import UserError
 from proxytune.experiment.cells import (
     DECODING_OVERRIDES,
     Cell,
@@ -35,7 +35,7 @@ from proxytune.experiment.cells import (
 )
 from proxytune.experiment.checks import check_before_models, check_machine, check_writable
 from proxytune.experiment.generate import ModelPool, generate
-from proxytune.files import read_jsonl, write_json, write_jsonl
+from proxytune.files import read_json, read_jsonl, write_json, write_jsonl
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
@@ -49,7 +49,7 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
     """Runs the experiment of a resolved `RunConfig` and returns its metrics.
 
     Raises:
-        ValueError: the configuration is wrong; no model has been loaded.
+        UserError: the configuration is wrong; no model has been loaded.
         OSError: the results folder cannot be written; everything finished is kept.
     """
     started = time.time()
@@ -119,7 +119,7 @@ def _begin_run_json(
     resolved = to_dict(cfg)
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
-        run_json = json.loads(path.read_text())
+        run_json = read_json(path)
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
     models = {role: member for c in cells for role, member in models_of(c).items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
@@ -146,7 +146,7 @@ def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str,
         ("base 3 of 5, proxy 2 of 5").
 
     Raises:
-        ValueError: no example has all its completions.
+        UserError: no example has all its completions.
     """
     metrics: list[Metric] = []
     lacking: dict[str, list[str]] = defaultdict(list)
@@ -159,7 +159,7 @@ def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str,
         if found.unfinished:
             lacking[cell.task_name].append(f"{cell.system} {found.unfinished}")
     if not metrics:
-        raise ValueError(
+        raise UserError(
             f"no example in {output} has all its completions yet; run with stage=all to go on"
         )
     ours = {(cell.task_name, cell.system) for cell in cells}
@@ -178,7 +178,7 @@ def _judged_otherwise(
     odd = set()
     for task, system in sorted(others):
         path = output / task / system / _JUDGES
-        known = json.loads(path.read_text()) if path.is_file() else None
+        known = read_json(path) if path.is_file() else None
         if judges.get(task) and known != judges[task]:
             odd.add((task, system))
             log.warning(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from proxytune.errors import UserError
 from proxytune.files import read_rows
 from proxytune.records import Metric
 
@@ -137,12 +138,12 @@ def make_tracker(
     """Makes the tracker that a configuration asks for.
 
     Raises:
-        ValueError: an unknown kind or mode.
+        UserError: an unknown kind or mode.
     """
     if kind not in KINDS:
-        raise ValueError(f"tracking.kind={kind} is none of {', '.join(KINDS)}")
+        raise UserError(f"tracking.kind={kind} is none of {', '.join(KINDS)}")
     if mode not in ("online", "offline"):
-        raise ValueError(f"tracking.mode={mode} is neither online nor offline")
+        raise UserError(f"tracking.mode={mode} is neither online nor offline")
     if kind == "disabled":
         return Tracker()
     return WandbTracker(project, entity, experiment, mode, config, directory)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
 
@@ -34,7 +35,7 @@ def specs_of(
         members: `<role>_<field>` -> value; see `harness.model.ProxyTuneLM`.
 
     Raises:
-        ValueError: an unknown argument, one for a role without a model, or no base.
+        UserError: an unknown argument, one for a role without a model, or no base.
     """
     settings: dict[str, dict[str, Any]] = {
         role: {"dtype": dtype, "device": device} for role in _ROLES
@@ -43,12 +44,12 @@ def specs_of(
     for name, value in members.items():
         role, _, field = name.partition("_")
         if role not in _ROLES or field not in _FIELDS:
-            raise ValueError(
+            raise UserError(
                 f"unknown argument {name!r} in --model_args; a member's are "
                 f"<{'|'.join(_ROLES)}>_<{'|'.join(sorted(_FIELDS))}>"
             )
         if not ids[role]:
-            raise ValueError(f"{name}={value} is given without {role}=...")
+            raise UserError(f"{name}={value} is given without {role}=...")
         if field == "format":
             formats[role]["kind"] = value
         elif field in ("chat_template", "use_system"):
@@ -58,7 +59,7 @@ def specs_of(
         else:
             settings[role][field] = value
     if not ids["base"]:
-        raise ValueError("--model_args needs base=... (a path or hub id)")
+        raise UserError("--model_args needs base=... (a path or hub id)")
     return {
         role: ModelSpec(name, **settings[role], format=PromptFormat(**formats[role]))
         for role, name in ids.items()

@@ -10,6 +10,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from proxytune.api import Generator
+from proxytune.errors import UserError
 from proxytune.harness.model import ProxyTuneLM
 
 
@@ -22,22 +23,22 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
         run_code: whether tasks may run model-written code.
 
     Raises:
-        ValueError: lm-eval does not know the task (close names are suggested), its documents
+        UserError: lm-eval does not know the task (close names are suggested), its documents
             cannot be loaded, or it would run code.
     """
     manager = _task_manager(name, include_path)
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
-        raise ValueError(f"lm-eval has no task {name!r}; {hint}")
+        raise UserError(f"lm-eval has no task {name!r}; {hint}")
     try:
         loaded = manager.load([name])
     except (OSError, ImportError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"lm-eval cannot load its task {name}: {reason}") from error
+        raise UserError(f"lm-eval cannot load its task {name}: {reason}") from error
     unsafe = [n for n, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not run_code:
-        raise ValueError(
+        raise UserError(
             f"{unsafe[0]} of lm-eval runs model-written code on this machine without a sandbox; "
             "say run_code=true (and HF_ALLOW_CODE_EVAL=1), or use our humaneval, which has one"
         )
@@ -74,7 +75,7 @@ def evaluate(
         run_code: allows tasks that run model-written code, unguarded, on this machine.
 
     Raises:
-        ValueError: see `check_task`.
+        UserError: see `check_task`.
     """
     check_task(task, include_path, run_code=run_code)
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def _task_manager(name: str, include_path: str | None) -> TaskManager:
     """The index of tasks; lm-eval's own files, whose index takes seconds, only if needed."""
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise ValueError(f"include_path={include_path} is not a folder of lm-eval task files")
+            raise UserError(f"include_path={include_path} is not a folder of lm-eval task files")
         own = _indexed(include_path, include_defaults=False)
         if name in own.all_subtasks:
             return own

@@ -13,6 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from proxytune.api import Generation, Generator, load
+from proxytune.errors import UserError
 from proxytune.harness.arguments import batch_rows, specs_of, usable_device
 from proxytune.loading.prompting import render_messages
 
@@ -49,7 +50,7 @@ class ProxyTuneLM(TemplateLM):
             antiexpert_device, ...), and `<role>_format=chat` or `<role>_chat_template=NAME`.
 
     Raises:
-        ValueError: a model cannot be found, vocabularies differ, or an argument is unknown.
+        UserError: a model cannot be found, vocabularies differ, or an argument is unknown.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class ProxyTuneLM(TemplateLM):
                 specs["base"], specs.get("expert"), specs.get("antiexpert"), float(alpha)
             )
         elif members or base is not None:
-            raise ValueError("give a loaded generator or the models' names, not both")
+            raise UserError("give a loaded generator or the models' names, not both")
         self.generator = generator
         self.tokenizer = generator.members["base"].need_tokenizer()
         self.batch_size: int | Literal["auto"] = batch_rows(batch_size)
@@ -121,10 +122,10 @@ class ProxyTuneLM(TemplateLM):
         If the last turn is the assistant's, the answer continues it, whatever the flag says.
 
         Raises:
-            ValueError: no member has a chat format.
+            UserError: no member has a chat format.
         """
         if all(self._member(role).format.kind == "raw" for role in self.generator.roles):
-            raise ValueError(
+            raise UserError(
                 "no member has a chat format to apply: set one with <role>_format=chat or "
                 "<role>_chat_template=NAME (in a triple's file: format: {kind: chat})"
             )
@@ -134,12 +135,12 @@ class ProxyTuneLM(TemplateLM):
         """The members' formats, for lm-eval's record of the run.
 
         Raises:
-            ValueError: a template is given by name; each member has its own.
+            UserError: a template is given by name; each member has its own.
         """
         if chat_template is False:
             return None
         if isinstance(chat_template, str):
-            raise ValueError(
+            raise UserError(
                 f"--apply_chat_template {chat_template}: name templates per member "
                 f"(expert_chat_template={chat_template}), and give the flag without a name"
             )
@@ -246,7 +247,7 @@ class ProxyTuneLM(TemplateLM):
         """Completions, cut before the first stop string.
 
         Raises:
-            ValueError: a task asks for a kind of decoding that we do not have.
+            UserError: a task asks for a kind of decoding that we do not have.
         """
         groups = defaultdict[str, list[int]](list)
         for index, request in enumerate(requests):
@@ -269,7 +270,7 @@ class ProxyTuneLM(TemplateLM):
         settings, stop = self._decoding(_args(requests[indices[0]])[1])
         room = self.max_length - settings["max_new_tokens"]
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"the task generates up to {settings['max_new_tokens']} tokens, which leaves no "
                 f"room for a prompt in a context of {self.max_length}; say max_gen_toks=... in "
                 "--gen_kwargs (or max_length=... in --model_args)"
@@ -296,7 +297,7 @@ class ProxyTuneLM(TemplateLM):
             settings |= {name: _SAMPLING[name](value) for name, value in sampling.items()}
         for name, value in wanted.items():
             if _HARMLESS.get(name, object()) != value:
-                raise ValueError(f"generation_kwargs {name}={value!r} cannot be done here")
+                raise UserError(f"generation_kwargs {name}={value!r} cannot be done here")
         return settings, stop
 
     def _text(self, generation: Generation, stop: Sequence[str]) -> str:
@@ -313,7 +314,7 @@ class ProxyTuneLM(TemplateLM):
         """
         room = self.max_length + 1 - len(target)
         if not target or room < 1:
-            raise ValueError(
+            raise UserError(
                 f"a continuation of {len(target)} tokens cannot be scored in a context of "
                 f"{self.max_length}"
             )

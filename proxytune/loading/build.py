@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from proxytune.engine.system import Member, Pair, System
+from proxytune.errors import UserError
 from proxytune.loading.spec import LoadedModel, ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
 from proxytune.members.adapter import AdapterModel, AdapterPair
@@ -22,7 +23,7 @@ def build(
         cuda_graphs: see `proxytune.load`.
 
     Raises:
-        ValueError: the vocabularies differ, or a model looks ahead.
+        UserError: the vocabularies differ, or a model looks ahead.
     """
     vocab_size = common_vocabulary(
         {role: model.tokenizer for role, model in models.items()},
@@ -50,7 +51,7 @@ def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:
     if loaded.member is not None:
         return loaded.member
     if loaded.model is None:
-        raise ValueError(f"{loaded.spec.id if loaded.spec else 'a model'} has no weights here")
+        raise UserError(f"{loaded.spec.id if loaded.spec else 'a model'} has no weights here")
     if loaded.adapted is not None:
         return AdapterModel(loaded.adapted, vocab_size, paired=False)
     return make_member(loaded.model, vocab_size, cuda_graphs)

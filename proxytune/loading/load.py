@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from proxytune.engine.system import Member
-from proxytune.errors import extra
+from proxytune.errors import UserError, extra
 from proxytune.loading.build import shares_weights
 from proxytune.loading.spec import LoadedModel, ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
@@ -36,19 +36,19 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
         The length of the vocabulary that all of them share. Logits are cut to it.
 
     Raises:
-        ValueError: a device, a model or an adapter cannot be found, or two vocabularies differ
+        UserError: a device, a model or an adapter cannot be found, or two vocabularies differ
             (the first differing token is named).
     """
     for role, spec in specs.items():
         _check_device(role, spec.device)
         if spec.quantization and find_spec("bitsandbytes") is None:
-            raise ValueError(
+            raise UserError(
                 f"{role}: quantization needs bitsandbytes: pip install 'proxytune[quantization]'"
             )
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
         if spec.api is not None and role in ("expert", "antiexpert", "draft"):
-            raise ValueError(f"the {role} cannot be behind an API: it has to run on this machine")
+            raise UserError(f"the {role} cannot be behind an API: it has to run on this machine")
         if spec.api is None:
             sizes[role] = _load_config(role, spec).get_text_config().vocab_size
         tokenizers[role] = load_tokenizer(spec, role)
@@ -64,7 +64,7 @@ def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
         specs: role -> model; models without an endpoint are skipped.
 
     Raises:
-        ValueError: an endpoint cannot be reached, refuses the key, does not know the model, or
+        UserError: an endpoint cannot be reached, refuses the key, does not know the model, or
             lists too few log-probabilities.
     """
     for role, spec in specs.items():
@@ -80,14 +80,14 @@ def load_tokenizer(spec: ModelSpec, role: str = "model") -> Any:
         role: names the model in the message.
 
     Raises:
-        ValueError: there is none; one line with the way out.
+        UserError: there is none; one line with the way out.
     """
     try:
         return AutoTokenizer.from_pretrained(
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(_not_found(role, spec.id, "tokenizer", error)) from error
+        raise UserError(_not_found(role, spec.id, "tokenizer", error)) from error
 
 
 def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedModel:
@@ -99,7 +99,7 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
             weights instead of a second copy.
 
     Raises:
-        ValueError: it cannot be found or read; one line with the way out.
+        UserError: it cannot be found or read; one line with the way out.
     """
     tokenizer = load_tokenizer(spec)
     if spec.api is not None:
@@ -134,7 +134,7 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.id, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(_not_found("model", spec.id, "weights", error)) from error
+        raise UserError(_not_found("model", spec.id, "weights", error)) from error
     return model.eval().requires_grad_(False)
 
 
@@ -153,11 +153,11 @@ def _load_config(role: str, spec: ModelSpec) -> Any:
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_not_found(role, spec.id, "config.json", error)) from error
+        raise UserError(_not_found(role, spec.id, "config.json", error)) from error
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     kinds = {type(config), type(config.get_text_config())}
     if not own_code and kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise ValueError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
+        raise UserError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
     return config
 
 
@@ -167,11 +167,11 @@ def _check_device(role: str, name: str | None) -> None:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER") from error
+        raise UserError(f"{role}: {name!r} is no device; give auto, cpu or cuda:NUMBER") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         message = f"{role}: there is no device {name} here ({count} GPUs)"
-        raise ValueError(f"{message}; machine=cpu, or device='cpu', runs without one")
+        raise UserError(f"{message}; machine=cpu, or device='cpu', runs without one")
 
 
 def _check_adapter(role: str, spec: ModelSpec) -> None:
@@ -182,7 +182,7 @@ def _check_adapter(role: str, spec: ModelSpec) -> None:
     try:
         PeftConfig.from_pretrained(spec.adapter, revision=spec.adapter_revision)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found(role, spec.adapter, "adapter", error)) from error
+        raise UserError(_not_found(role, spec.adapter, "adapter", error)) from error
 
 
 def _not_found(role: str, name: str, what: str, error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from proxytune.errors import UserError
 from proxytune.records import Prompt
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -38,7 +39,7 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         if self.kind not in ("raw", "chat"):
-            raise ValueError(f"prompt format kind={self.kind!r} is neither raw nor chat")
+            raise UserError(f"prompt format kind={self.kind!r} is neither raw nor chat")
         if self.kind == "chat" and self.chat_template is not None:
             read_template(self.chat_template)
 
@@ -66,7 +67,7 @@ def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
         tokenizer: the member's; not used by raw formats.
 
     Raises:
-        ValueError: the format is chat, and there is no template.
+        UserError: the format is chat, and there is no template.
     """
     if fmt.kind == "raw" or prompt.plain:
         return Rendered(prompt.raw, add_special_tokens=True)
@@ -87,17 +88,17 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
         tokenizer: the member's; not used by raw formats.
 
     Raises:
-        ValueError: there are no messages, no turn of the user comes before the assistant's, or
+        UserError: there are no messages, no turn of the user comes before the assistant's, or
             the format is chat and there is no template.
     """
     if not messages:
-        raise ValueError("a conversation needs at least one message")
+        raise UserError("a conversation needs at least one message")
     if fmt.kind == "raw":
         return Rendered("\n\n".join(m["content"] for m in messages), add_special_tokens=True)
     turns = [dict(m) for m in messages if fmt.use_system or m["role"] != "system"]
     prefix = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not turns:
-        raise ValueError("a conversation needs a turn of the user before the assistant's")
+        raise UserError("a conversation needs a turn of the user before the assistant's")
     text = tokenizer.apply_chat_template(
         turns,
         chat_template=_template_of(fmt, tokenizer),
@@ -123,13 +124,13 @@ def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> l
         tokenizer: the member's; None is enough for token ids.
 
     Raises:
-        ValueError: the prompt is none of these, or it needs a tokenizer and there is none.
+        UserError: the prompt is none of these, or it needs a tokenizer and there is none.
     """
     messages = as_messages(prompt)
     if messages is None and not isinstance(prompt, str):
         return _as_ids(prompt)
     if tokenizer is None:
-        raise ValueError(
+        raise UserError(
             "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
         )
     if messages is not None:
@@ -141,14 +142,14 @@ def as_messages(prompt: Any) -> Sequence[Message] | None:
     """The prompt itself if it is a conversation, else None.
 
     Raises:
-        ValueError: a turn lacks its role or its content.
+        UserError: a turn lacks its role or its content.
     """
     conversation = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
     if not conversation:
         return None
     for message in prompt:
         if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
-            raise ValueError(f"a chat message has a role and a content, not {message!r}")
+            raise UserError(f"a chat message has a role and a content, not {message!r}")
     return prompt
 
 
@@ -156,7 +157,7 @@ def _as_ids(prompt: Any) -> list[int]:
     """Token ids from a tensor, an array or a list.
 
     Raises:
-        ValueError: it is no sequence of integers.
+        UserError: it is no sequence of integers.
     """
     try:
         tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
@@ -164,7 +165,7 @@ def _as_ids(prompt: Any) -> list[int]:
             raise TypeError("truth values")
         return [operator.index(token) for token in tokens]
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             "a prompt is a string, token ids, chat messages, or role -> token ids; not "
             f"{reprlib.repr(prompt)}"
         ) from error
@@ -175,12 +176,12 @@ def read_template(name: str) -> str:
     """The text of a shipped template (by name) or of a Jinja file (by path).
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
     path = shipped.get(name, Path(name))
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"chat_template={name!r} is neither a file nor one of the shipped templates "
             f"({', '.join(sorted(shipped))}); leave it null for the tokenizer's own"
         )
@@ -191,12 +192,12 @@ def _template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
     """The chat template's text; None for the tokenizer's own.
 
     Raises:
-        ValueError: there is no template.
+        UserError: there is no template.
     """
     if fmt.chat_template is not None:
         return read_template(fmt.chat_template)
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
+        raise UserError(
             f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')} has no chat template of its "
             "own: set format.chat_template to a shipped name (llama2) or a Jinja file, or "
             "format.kind=raw"

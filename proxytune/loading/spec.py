@@ -8,6 +8,7 @@ from typing import Any
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from proxytune.engine.system import Member
+from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat
 from proxytune.members.api.settings import ApiSettings, settings_of
 
@@ -48,20 +49,20 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
-            raise ValueError(f"a model is named by a folder or a hub id, not {self.id!r}")
+            raise UserError(f"a model is named by a folder or a hub id, not {self.id!r}")
         if isinstance(self.api, Mapping):
             object.__setattr__(self, "api", settings_of(self.api))
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise UserError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.attn_implementation not in (None, "sdpa", "eager"):
-            raise ValueError(
+            raise UserError(
                 f"attn_implementation={self.attn_implementation!r}: rows of different lengths "
                 "need explicit masks, which sdpa and eager take; leave it null"
             )
         known = list(signature(BitsAndBytesConfig).parameters)[:-1]  # the last takes anything
         for name in self.quantization or ():
             if name not in known:
-                raise ValueError(f"quantization has no {name!r}; there are {', '.join(known)}")
+                raise UserError(f"quantization has no {name!r}; there are {', '.join(known)}")
 
 
 @dataclass(eq=False)
@@ -107,10 +108,10 @@ class LoadedModel:
         """The tokenizer.
 
         Raises:
-            ValueError: the model came without one.
+            UserError: the model came without one.
         """
         if self.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
             )
         return self.tokenizer

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from proxytune.errors import UserError
+
 
 def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
     """The number of token ids that mean the same to every member.
@@ -16,7 +18,7 @@ def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -
         sizes: role -> entries of the model's logits; a role may be missing.
 
     Raises:
-        ValueError: a token id below that number is another token to two members, or the cut would
+        UserError: a token id below that number is another token to two members, or the cut would
             take ordinary tokens from the base (or from the first role, where there is no base).
     """
     known = {role: tokenizer for role, tokenizer in tokenizers.items() if tokenizer is not None}
@@ -32,7 +34,7 @@ def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -
             continue
         pairs = enumerate(zip(words[first_role], words[role], strict=True))
         token_id, (mine, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        raise ValueError(
+        raise UserError(
             f"the vocabularies differ: token {token_id} is {mine!r} to the {first_role} and "
             f"{theirs!r} to the {role}; proxy-tuning needs models of one tokenizer"
         )
@@ -42,7 +44,7 @@ def common_vocabulary(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -
         lost = min(beyond)
         ends = {role: min(lengths[role], sizes.get(role, lengths[role])) for role in tables}
         short = min(ends, key=lambda role: ends[role])
-        raise ValueError(
+        raise UserError(
             f"the vocabularies differ: the {first_role} has the token {beyond[lost]!r} "
             f"(id {lost}), but the {short} ends at id {common - 1}; "
             "proxy-tuning needs models of one tokenizer"

@@ -28,7 +28,7 @@ def make_member(
         cuda_graphs: records the steps of a cached model that is on one GPU.
 
     Raises:
-        ValueError: the model looks ahead: its logits depend on later tokens.
+        UserError: the model looks ahead: its logits depend on later tokens.
     """
     reason = _refusal(CachedModel(model, vocab_size))
     if reason is None:

@@ -17,6 +17,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from proxytune.errors import UserError
+
 NAME = "proxytune_packed"  # of `attend`, for transformers
 CALL = 250  # the cost of a call, in padded positions times heads
 _SETTING = "_attn_implementation_internal"  # the attribute of a configuration for that name
@@ -210,10 +212,10 @@ def attend(
     """The attention function of a model's layers during a packed pass.
 
     Raises:
-        ValueError: the model's attention has a part that is not computed here.
+        UserError: the model's attention has a part that is not computed here.
     """
     if position_bias is not None or softcap is not None:
-        raise ValueError(f"{type(module).__name__} needs more than plain attention")
+        raise UserError(f"{type(module).__name__} needs more than plain attention")
     return pack.attend(query, key, value, scaling), None
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.engine.system import Member, Pass
+from proxytune.errors import UserError
 from proxytune.members.facts import input_device, max_positions, tolerance, version_hint
 
 
@@ -67,13 +68,13 @@ class RecomputedModel(Member):
         """Compares a token's logits with and without tokens after it.
 
         Raises:
-            ValueError: they differ, so the model cannot write from left to right.
+            UserError: they differ, so the model cannot write from left to right.
         """
         row = [token % self.vocab_size for token in range(3, 12)]
         alone, followed = self._last([row[:5]], 1)[0, 0], self._last([row], 5)[0, 0]
         scale = float(alone.abs().max())
         if float((alone - followed).abs().max()) > 3 * tolerance(self.model.dtype) * scale:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} looks ahead: its logits depend on later tokens, so "
                 "it is no causal language model (is_decoder=True in its config.json?)"
                 f"{version_hint()}"

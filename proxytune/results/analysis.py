@@ -6,7 +6,6 @@ Everything here reads stored traces and metrics; it needs no model. A trace is t
 "system" is the triple.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from proxytune.engine.text import TokenTexts
-from proxytune.files import read_jsonl
+from proxytune.files import read_json, read_jsonl
 from proxytune.records import Completion, Metric
 
 Trace = list[dict[str, Any]]
@@ -257,7 +256,7 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
         run, metrics = folder / "run.json", folder / "metrics.jsonl"
         if not (run.is_file() and metrics.is_file()):
             continue
-        config = json.loads(run.read_text())["config"]
+        config = read_json(run)["config"]
         for m in read_jsonl(metrics, Metric):
             if m.system == "proxy" and task in (None, m.task):
                 rows.append(
@@ -284,7 +283,7 @@ def load_pieces(folder: Path) -> Callable[[int], str] | None:
     """The token texts of a results folder's models; None where the tokenizer cannot be had."""
     from transformers import AutoTokenizer
 
-    triple = json.loads((folder / "run.json").read_text()).get("config", {}).get("triple", {})
+    triple = read_json(folder / "run.json").get("config", {}).get("triple", {})
     for role in ("base", "antiexpert", "expert"):
         member = triple.get(role) or {}
         if not member.get("id") or member.get("api"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from proxytune.errors import UserError
 from proxytune.files import shipped
 
 FOLDER = shipped("results/paper")
@@ -162,5 +163,5 @@ def _row_of(table: str, size: str, system: str) -> tuple[str, str]:
 def _read(name: str) -> pd.DataFrame:
     path = Path(FOLDER, name)
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it is part of the repository")
+        raise UserError(f"{path} is missing; it is part of the repository")
     return pd.read_csv(path, dtype={"table": str, "size": str})

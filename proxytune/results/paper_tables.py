@@ -5,7 +5,6 @@ and no model. Everything is in percent. A table that compares systems needs an e
 `paper.TABLES`; one of another kind needs a function in `paper_tables_other.MAKERS`.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from proxytune.errors import UserError
+from proxytune.files import read_json
 from proxytune.results import paper, stats, tables
 from proxytune.results.comparison import AVERAGE, is_number, records, systems_of
 from proxytune.results.folder import read_csv, to_csv
@@ -83,7 +84,7 @@ def collect(runs: Path, metrics: Path) -> list[Path]:
     written = []
     for path in sorted(runs.glob("*/table.csv")):
         run = path.with_name("run.json")
-        name = json.loads(run.read_text())["name"] if run.is_file() else None
+        name = read_json(run)["name"] if run.is_file() else None
         table: Any = read_csv(path)
         table = table.reindex(columns=dict.fromkeys([*table, "unfinished"]))
         table = table[table["limit"].isna() & table["unfinished"].isna()]
@@ -166,10 +167,10 @@ def build(number: str, ours: Ours, *, pocket: bool = False) -> pd.DataFrame:
         not-a-number.
 
     Raises:
-        ValueError: the paper has no such table of results.
+        UserError: the paper has no such table of results.
     """
     if number not in paper.TABLES:
-        raise ValueError(f"no table {number} of results; there are {', '.join(paper.TABLES)}")
+        raise UserError(f"no table {number} of results; there are {', '.join(paper.TABLES)}")
     sizes = (paper.POCKET_SIZE,) if pocket else ("-",) if number == "7" else paper.SIZES
     rows: list[dict[str, Any]] = []
     for size in sizes:

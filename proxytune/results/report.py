@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from proxytune.files import read_jsonl, read_rows, replace_file
+from proxytune.errors import UserError
+from proxytune.files import read_json, read_jsonl, read_rows, replace_file
 from proxytune.records import Completion, Score
 from proxytune.results import analysis, tables
 from proxytune.results.comparison import caveat, headlines, is_number, systems_of
@@ -45,12 +46,12 @@ def write_report(folder: Path) -> Path:
         The page.
 
     Raises:
-        ValueError: the folder has no table yet.
+        UserError: the folder has no table yet.
     """
     if not (folder / "table.csv").is_file():
-        raise ValueError(f"{folder} has no table.csv; score the run first (stage=score)")
+        raise UserError(f"{folder} has no table.csv; score the run first (stage=score)")
     table = read_csv(folder / "table.csv")
-    run = json.loads((folder / "run.json").read_text())
+    run = read_json(folder / "run.json")
     pieces = _Vocabulary(_lazy_pieces(folder))
     examples = _Examples(folder, table, pieces)
     page = render(

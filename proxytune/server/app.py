@@ -97,7 +97,7 @@ def create_app(
         speculative: as for `Generator.generate`.
 
     Raises:
-        ValueError: a system has no tokenizer.
+        UserError: a system has no tokenizer.
     """
     settings = settings or ServerSettings()
     if isinstance(generators, Generator):

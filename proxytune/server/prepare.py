@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from proxytune.engine.rows import Request, longest
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
+from proxytune.errors import UserError
 from proxytune.generator import Generator, make_decoding
 from proxytune.records import Decoding
 from proxytune.server.errors import ApiError
@@ -131,7 +132,7 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
         messages.append({"role": role, "content": text})
     try:
         ids = generator.encode(messages)
-    except (ValueError, TemplateError) as error:
+    except (UserError, UnicodeError, TemplateError) as error:
         raise ApiError(str(error), param="messages") from error
     job = Job(
         requests=_requests(
@@ -220,7 +221,7 @@ def _requests(
     seed = secrets.randbits(63) if body.seed is None else body.seed
     try:
         requests = generator.requests(ids, decoding, seed=seed)
-    except ValueError as error:
+    except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param=param) from error
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     odd = next((token for token in bias if token >= generator.vocab_size), None)
@@ -250,7 +251,7 @@ def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, li
         }
     try:
         ids = generator.encode(given)
-    except ValueError as error:
+    except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param="prompt") from error
     return ids
 

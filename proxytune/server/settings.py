@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from proxytune.errors import UserError
+
 
 @dataclass
 class ServerSettings:
@@ -33,9 +35,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if self.api_key == "":
-            raise ValueError("api_key is empty; give a secret, or null to let everybody in")
+            raise UserError("api_key is empty; give a secret, or null to let everybody in")
         if self.max_logprobs < -1:
-            raise ValueError(f"max_logprobs={self.max_logprobs}; -1 is the whole vocabulary")
+            raise UserError(f"max_logprobs={self.max_logprobs}; -1 is the whole vocabulary")
         for name in (
             "max_request_bytes",
             "max_tokens",
@@ -45,4 +47,4 @@ class ServerSettings:
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0")
+                raise UserError(f"{name}={value} must be above 0")

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from proxytune.config import overrides
 from proxytune.config.schema import TrackingConfig
+from proxytune.errors import UserError
 
 # Settings that may differ when an interrupted training is continued.
 VOLATILE = {
@@ -119,7 +120,7 @@ def check_choices(config: TrainConfig) -> None:
     """Refuses values that a setting does not have.
 
     Raises:
-        ValueError: the setting, its value, and the values that it may have.
+        UserError: the setting, its value, and the values that it may have.
     """
     choices = {
         "method": ("full", "lora"),
@@ -130,8 +131,8 @@ def check_choices(config: TrainConfig) -> None:
     for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
-            raise ValueError(f"{name}={value} is not one of {', '.join(allowed)}")
+            raise UserError(f"{name}={value} is not one of {', '.join(allowed)}")
     if len(config.adam_betas) != 2:
-        raise ValueError(f"adam_betas must be two numbers, not {config.adam_betas}")
+        raise UserError(f"adam_betas must be two numbers, not {config.adam_betas}")
     if not 0 <= config.warmup < 1:
-        raise ValueError(f"warmup is a share of the steps, from 0 to below 1, not {config.warmup}")
+        raise UserError(f"warmup is a share of the steps, from 0 to below 1, not {config.warmup}")

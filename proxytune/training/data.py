@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from proxytune.errors import UserError
+
 IGNORE = -100  # transformers' loss ignores positions with this label
 
 Turn = tuple[str, bool]  # a piece of text, and whether it carries loss
@@ -57,13 +59,13 @@ def check_source(data: str, file: str | None = None) -> None:
         data, file: as in `read_rows`.
 
     Raises:
-        ValueError: there is no such file, or `file` is given without a name that takes one.
+        UserError: there is no such file, or `file` is given without a name that takes one.
     """
     if file and data not in _HUB:
-        raise ValueError(f"data_file goes with data=gsm8k or data=triviaqa, not with data={data}")
+        raise UserError(f"data_file goes with data=gsm8k or data=triviaqa, not with data={data}")
     path = file or (None if data in _HUB else data)
     if path is not None and not Path(path).is_file():
-        raise ValueError(
+        raise UserError(
             f"no training data at {path}; data is one of {', '.join(_HUB)}, or a JSONL file"
         )
 
@@ -76,7 +78,7 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
         file: a local JSONL copy of gsm8k or triviaqa in the dataset's own columns.
 
     Raises:
-        ValueError: the data cannot be loaded or holds no rows; the message says what to do.
+        UserError: the data cannot be loaded or holds no rows; the message says what to do.
     """
     check_source(data, file)
     if data in _HUB:
@@ -85,11 +87,11 @@ def read_rows(data: str, file: str | None = None) -> list[dict[str, Any]]:
         try:
             rows = [convert(row) for row in rows]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{file or data}: a row lacks {data}'s column {error}") from error
+            raise UserError(f"{file or data}: a row lacks {data}'s column {error}") from error
     else:
         rows = _read_jsonl(Path(data))
     if not rows:
-        raise ValueError(f"{file or data} holds no rows; there is nothing to train on")
+        raise UserError(f"{file or data} holds no rows; there is nothing to train on")
     return rows
 
 
@@ -100,14 +102,14 @@ def turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Turn]
     the text with which the template ends it.
 
     Raises:
-        ValueError: the row has neither of the two forms, or the template renders earlier turns
+        UserError: the row has neither of the two forms, or the template renders earlier turns
             differently once a conversation goes on.
     """
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return [(row["prompt"], False), (row["completion"], True)]
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
-        raise ValueError(
+        raise UserError(
             'a training row must have the strings "prompt" and "completion", or "messages" that '
             f"end with the assistant; this one has {sorted(row)}"
         )
@@ -119,7 +121,7 @@ def turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Turn]
         asked = _render(tokenizer, messages[:i], add_generation_prompt=True)
         told = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
         if not asked.startswith(done) or not told.startswith(asked):
-            raise ValueError(
+            raise UserError(
                 "the chat template renders a conversation's beginning differently once it goes "
                 "on, so the answer's tokens cannot be told apart; give prompt/completion rows"
             )
@@ -148,7 +150,7 @@ def tokenize(
         too_long: "error" refuses the data, "drop" leaves the long examples out.
 
     Raises:
-        ValueError: a row has neither of the two forms, or examples are too long.
+        UserError: a row has neither of the two forms, or examples are too long.
     """
     examples: list[dict[str, list[int]]] = []
     longest, n_long, resplit = 0, 0, 0
@@ -160,12 +162,12 @@ def tokenize(
         resplit += straddled
         examples.append({"input_ids": ids, "labels": labels})
     if n_long and too_long != "drop":
-        raise ValueError(
+        raise UserError(
             f"{n_long} of {len(rows)} examples are longer than max_length={max_length} tokens (the "
             f"longest has {longest}): raise max_length, or leave them out with too_long=drop"
         )
     if not examples:
-        raise ValueError(f"all {len(rows)} examples are longer than max_length={max_length} tokens")
+        raise UserError(f"all {len(rows)} examples are longer than max_length={max_length} tokens")
     return Tokenized(examples, n_long, resplit)
 
 
@@ -218,7 +220,7 @@ def _encode(
     if not (chat and set(last) & set(tokenizer.all_special_ids)):
         end = tokenizer.eos_token_id
         if not isinstance(end, int):
-            raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end")
+            raise UserError("the tokenizer has no end-of-sequence token, so no answer could end")
         ids = [*ids, end]
         labels.append(end)
     return ids, labels, straddled
@@ -252,7 +254,7 @@ def _read_hub(name: str) -> list[dict[str, Any]]:
     try:
         return list(load_dataset(path, configuration, split="train"))  # pyright: ignore
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load {path} ({configuration}) from the hub: {error}; give a local JSONL copy "
             "of its train split with data_file=..."
         ) from error
@@ -267,8 +269,8 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+                raise UserError(f"{path}:{number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} is not a JSON object")
+                raise UserError(f"{path}:{number} is not a JSON object")
             rows.append(row)
     return rows

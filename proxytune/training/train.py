@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from proxytune import provenance
-from proxytune.files import write_json
+from proxytune.errors import UserError
+from proxytune.files import read_json, write_json
 from proxytune.training.config import VOLATILE, TrainConfig, check_choices
 from proxytune.training.data import Tokenized, check_source, collate, read_rows, tokenize
 
@@ -40,7 +41,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         The content of train.json: configuration, data, steps, tokens, seconds, loss, environment.
 
     Raises:
-        ValueError: a setting, the model's path, the data or the output folder is wrong; no
+        UserError: a setting, the model's path, the data or the output folder is wrong; no
             weights have been loaded then.
     """
     from transformers import Trainer  # not above: with WANDB_MODE=offline it speaks to any importer
@@ -110,7 +111,7 @@ def check(config: TrainConfig) -> PreTrainedTokenizerBase:
     """Refuses mistakes that show without the weights; returns the model's tokenizer.
 
     Raises:
-        ValueError: a bad setting, or a model or data file that does not exist.
+        UserError: a bad setting, or a model or data file that does not exist.
     """
     check_choices(config)
     check_source(config.data, config.data_file)
@@ -123,7 +124,7 @@ class _Clock(TrainerCallback):
     def __init__(self, checkpoint: Path | None) -> None:
         self._before = 0.0
         if checkpoint and (checkpoint / _SECONDS).exists():
-            self._before = float(json.loads((checkpoint / _SECONDS).read_text()))
+            self._before = float(read_json(checkpoint / _SECONDS))
         self._start = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -182,14 +183,14 @@ def _load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     folder = Path(config.model)
     looks_local = config.model.startswith((".", "/", "~")) or config.model.count("/") != 1
     if looks_local and not folder.is_dir():
-        raise ValueError(f"no model at {config.model}: give a folder or a hub id (owner/name)")
+        raise UserError(f"no model at {config.model}: give a folder or a hub id (owner/name)")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{config.model} is not a model: it has no config.json")
+        raise UserError(f"{config.model} is not a model: it has no config.json")
     try:
         return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load the tokenizer of {config.model}: {reason}") from error
+        raise UserError(f"cannot load the tokenizer of {config.model}: {reason}") from error
 
 
 def _load_model(config: TrainConfig) -> PreTrainedModel:
@@ -263,12 +264,12 @@ def _accumulation(config: TrainConfig) -> int:
     """Forward passes per optimiser step, so that together they make up `batch_size`."""
     at_once = config.per_device_batch_size * _world_size()
     if at_once < 1 or config.batch_size % at_once:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} is not a multiple of per_device_batch_size="
             f"{config.per_device_batch_size} x {_world_size()} device(s)"
         )
     if _world_size() == 1 and torch.cuda.device_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: start with `accelerate "
             "launch scripts/train_expert.py ...`, or set CUDA_VISIBLE_DEVICES to one of them"
         )
@@ -296,20 +297,20 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Takes `output` for this training; returns its record if the training is finished.
 
     Raises:
-        ValueError: the folder cannot be written, or holds something else.
+        UserError: the folder cannot be written, or holds something else.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make output_dir={output}: {error.strerror}") from error
+        raise UserError(f"cannot make output_dir={output}: {error.strerror}") from error
     path = output / RECORD
     if path.exists():
-        record = json.loads(path.read_text())
+        record = read_json(path)
         changed = provenance.differences(
             {k: record.get(k) for k in identity}, json.loads(json.dumps(identity))
         )
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{output} holds another training ({'; '.join(changed)}): choose another "
                 "output_dir, or delete it"
             )
@@ -317,11 +318,11 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if os.environ.get("RANK", "0") != "0":
         return None  # the first process makes the folder
     if any(output.iterdir()):
-        raise ValueError(f"{output} holds files of something else: choose another output_dir")
+        raise UserError(f"{output} holds files of something else: choose another output_dir")
     try:
         write_json(path, identity | {"status": "running"})
     except OSError as error:
-        raise ValueError(f"cannot write to output_dir={output}: {error.strerror}") from error
+        raise UserError(f"cannot write to output_dir={output}: {error.strerror}") from error
     return None
 
 
@@ -334,7 +335,7 @@ def _last_checkpoint(output: Path) -> Path | None:
     whole = {}
     for folder in output.glob("checkpoint-*"):
         try:
-            whole[json.loads((folder / "trainer_state.json").read_text())["global_step"]] = folder
+            whole[read_json(folder / "trainer_state.json")["global_step"]] = folder
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return whole[max(whole)] if whole else None

@@ -107,7 +107,7 @@ class Client:
         """Checks by one cheap request that the server is there and accepts the key and the model.
 
         Raises:
-            ValueError: one of these fails.
+            UserError: one of these fails.
         """
         try:
             # plain JSON, not the client's own type: a server without this route may send anything
@@ -116,16 +116,16 @@ class Client:
             )
             known = {model["id"]: model for model in answer["data"]}
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ValueError(self._wrong_key(error)) from error
+            raise UserError(self._wrong_key(error)) from error
         except openai.APIConnectionError as error:
-            raise ValueError(
+            raise UserError(
                 f"nobody answers at {self.settings.base_url} ({_reason(error)}); start the server, "
                 "or set triple.base.api.base_url"
             ) from error
         except (openai.APIStatusError, ValueError, KeyError, TypeError):
             return  # the server has no list of models; the first real request checks the rest
         if known and self.settings.model not in known:
-            raise ValueError(
+            raise UserError(
                 f"{self.settings.base_url} has no model {self.settings.model!r}; it has "
                 f"{', '.join(map(str, [*known][:10]))}: set triple.base.api.model"
             )
@@ -284,7 +284,7 @@ def _key(settings: ApiSettings) -> str:
         return "none"  # `openai` insists on a key; servers without keys ignore it
     key = os.environ.get(settings.api_key_env)
     if not key:
-        raise ValueError(
+        raise UserError(
             f"the environment variable {settings.api_key_env} is empty; it has to hold the key of "
             f"{settings.base_url} (triple.base.api.api_key_env)"
         )

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import Member, Pass
 from proxytune.engine.truncation import Truncation
+from proxytune.errors import UserError
 from proxytune.members.api.answer import Answer
 from proxytune.members.api.client import Client
 from proxytune.members.api.names import TokenNames
@@ -146,7 +147,7 @@ class ApiMember(Member):
             drafted: whether an expert drafts.
 
         Raises:
-            ValueError: the endpoint cannot serve the task.
+            UserError: the endpoint cannot serve the task.
         """
         if decoding.max_new_tokens > 1:
             self._refuse_later_tokens()
@@ -257,7 +258,7 @@ class ApiMember(Member):
             if self.offer.endpoint != "completions"
             else "its tokens are another tokenizer's"
         )
-        raise ValueError(
+        raise UserError(
             f"{self.client.settings.base_url} can only be asked for a first token ({why}); use a "
             "task of one token (RealTimeQA), or a server with /v1/completions and this tokenizer"
         )
@@ -267,12 +268,12 @@ def open_api(spec: Any, tokenizer: Any) -> ApiMember:
     """The endpoint of a `ModelSpec`, checked and probed once per process.
 
     Raises:
-        ValueError: the server is not there, does not accept the key or the model, or shows too few
+        UserError: the server is not there, does not accept the key or the model, or shows too few
             log-probabilities.
     """
     settings: ApiSettings = spec.api
     if settings.base_url == LOCAL:
-        raise ValueError(
+        raise UserError(
             f"base_url={LOCAL!r} is for the commands; from Python, serve the base with "
             "proxytune.server.local.serve_locally(folder, name) and give the URL that it returns"
         )

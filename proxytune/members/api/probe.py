@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from proxytune.errors import UserError
 from proxytune.members.api.answer import Answer, make_answer
 from proxytune.members.api.client import Client, Malformed, Refused
 from proxytune.members.api.names import Named, TokenNames
@@ -137,7 +138,7 @@ def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
     """The most that the server offers within the settings; asked once, then kept in the store.
 
     Raises:
-        ValueError: it shows no log-probabilities, or fewer than the settings ask for.
+        UserError: it shows no log-probabilities, or fewer than the settings ask for.
     """
     settings = client.settings
     name = f"offer {settings.model} {settings.top_logprobs} {settings.endpoint} {settings.blocks}"
@@ -178,7 +179,7 @@ def _ask_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
             return _with_blocks(client, names, offer, tokenizer, ids, first)
         if answered:  # the chat endpoint shows no more, and first tokens only
             break
-    raise ValueError(
+    raise UserError(
         f"{settings.base_url} does not show the log-probabilities that are asked for "
         f"(triple.base.api.top_logprobs={wanted}): {refusals[-1] if refusals else 'it refuses'}"
     )

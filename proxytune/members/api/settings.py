@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from proxytune.errors import UserError
+
 LOCAL = "local"
 MISSING = "???"  # as OmegaConf writes it: Hydra builds its schema from `ApiSettings`
 
@@ -56,20 +58,20 @@ def settings_of(api: Mapping[str, Any]) -> ApiSettings:
     """The checked settings of an endpoint.
 
     Raises:
-        ValueError: an unknown key, or an impossible value.
+        UserError: an unknown key, or an impossible value.
     """
     unknown = api.keys() - {each.name for each in fields(ApiSettings)}
     if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r} in the settings of an API")
+        raise UserError(f"unknown key {sorted(unknown)[0]!r} in the settings of an API")
     settings = ApiSettings(**api)
     for key in ("base_url", "model"):
         if not api.get(key) or api[key] == MISSING:
-            raise ValueError(f"the API of the base has no {key}; give triple.base.api.{key}=...")
+            raise UserError(f"the API of the base has no {key}; give triple.base.api.{key}=...")
     top = settings.top_logprobs
     if top != "auto" and (not isinstance(top, int) or top < -1 or top == 0):
-        raise ValueError(f"top_logprobs={top!r} is neither 'auto', -1 (all) nor at least 1")
+        raise UserError(f"top_logprobs={top!r} is neither 'auto', -1 (all) nor at least 1")
     if settings.endpoint not in ("auto", "completions", "chat"):
-        raise ValueError(f"endpoint={settings.endpoint!r} is none of auto, completions, chat")
+        raise UserError(f"endpoint={settings.endpoint!r} is none of auto, completions, chat")
     if settings.max_concurrency < 1:
-        raise ValueError(f"max_concurrency={settings.max_concurrency} must be at least 1")
+        raise UserError(f"max_concurrency={settings.max_concurrency} must be at least 1")
     return settings

@@ -16,7 +16,8 @@ from proxytune.errors import UserError
 from proxytune.generator import Generation, Generator, make_decoding
 from proxytune.loading.build import build
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
-from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.spec import ModelSpec
 from proxytune.records import finite
 
 __all__ = ["Generation", "Generator", "load", "make_decoding"]
@@ -69,11 +70,7 @@ def load(
     alpha = finite("alpha", alpha)
     given = {"base": base, "expert": expert, "antiexpert": antiexpert, "draft": draft}
     sources = {
-        role: ModelSpec(fspath(source), dtype=dtype, device=device)
-        if isinstance(source, str | PathLike)
-        else source
-        for role, source in given.items()
-        if source is not None
+        role: _named(each, dtype, device) for role, each in given.items() if each is not None
     }
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     if specs:
@@ -86,6 +83,12 @@ def load(
             members[role] = _loaded(sources[role], members.get("antiexpert"), tokenizer)
     members = {role: members[role] for role in sources}
     return Generator(members, build(members, alpha, cuda_graphs))
+
+
+def _named(source: Source, dtype: str, device: str | None) -> Any:
+    """The `ModelSpec` of a path or a hub id; every other source as it is."""
+    named = isinstance(source, str | PathLike)
+    return ModelSpec(fspath(source), dtype=dtype, device=device) if named else source
 
 
 def _loaded(source: Any, share: LoadedModel | None, tokenizer: Any | None) -> LoadedModel:

@@ -18,8 +18,8 @@ from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, System
 from proxytune.errors import UserError
 from proxytune.loading.build import build
+from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, token_ids
-from proxytune.loading.spec import LoadedModel
 from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]

@@ -92,7 +92,7 @@ def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
     """Resolves the names in a member's configuration to what this machine has under them.
 
     Args:
-        member: the fields of a `ModelConfig`.
+        member: the fields of a `ModelSpec`.
 
     Returns:
         Those of `FACTS` that this machine knows: fingerprints of local folders, the commits of

@@ -8,8 +8,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
+from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptFormat
-from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.spec import ModelSpec
 
 TOKENIZER = tiny_tokenizer()
 MODELS = [tiny_model("llama", seed) for seed in (1, 2, 3)]

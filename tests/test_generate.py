@@ -9,7 +9,8 @@ from tiny import tiny_model
 from proxytune.experiment.cells import GenerationSettings, TaskCell
 from proxytune.experiment.generate import ModelPool, generate
 from proxytune.loading import load
-from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.spec import ModelSpec
 from proxytune.records import Decoding
 
 SPECS = {role: ModelSpec(role) for role in ("base", "expert", "antiexpert", "tuned")}

@@ -25,7 +25,7 @@ from proxytune.files import shipped
 
 # what Hydra and OmegaConf say of a value that cannot be -> what to do about it
 _WAYS_OUT = {
-    "not a subclass of ModelConfig": "{key} is a model's settings; name it with {key}.id=...",
+    "not a subclass of ModelSpec": "{key} is a model's settings; name it with {key}.id=...",
     "not a subclass of|Cannot assign .* to Dict": "{key} has settings of its own: {key}.NAME=...",
     "is not Optional": "{key} needs a value, and null is none",
     "not support deletion": "{key} cannot be deleted; where it may be left out, {key}=null does it",

@@ -11,65 +11,18 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from proxytune.config import overrides
 from proxytune.files import ROOT
-from proxytune.members.api.settings import ApiSettings
+from proxytune.loading.spec import ModelSpec
 from proxytune.server.settings import ServerSettings
-
-
-@dataclass
-class FormatConfig:
-    """How a model wants its prompts; see `proxytune.loading.prompting.PromptFormat`.
-
-    Attributes:
-        kind: "raw" (the text as it stands) or "chat" (through a chat template).
-        chat_template: a shipped template's name or a file; null is the tokenizer's own.
-        use_system: False drops the system turn (for templates without one).
-    """
-
-    kind: str = "raw"
-    chat_template: str | None = None
-    use_system: bool = True
-
-
-@dataclass
-class ModelConfig:
-    """One member of a triple; see `proxytune.loading.spec.ModelSpec`.
-
-    Attributes:
-        id: a hub id or a local folder. No model is ever assumed.
-        revision: a branch, tag or commit of the hub repository.
-        dtype: "auto" is the checkpoint's own; else float32, bfloat16 or float16.
-        device: null leaves it to the machine group; "auto" spreads over all GPUs.
-        quantization: arguments of transformers' BitsAndBytesConfig; none quantises nothing.
-        adapter: a PEFT adapter's id or folder. An expert that adapts the antiexpert's own
-            checkpoint shares its weights.
-        adapter_revision: as `revision`, for the adapter.
-        attn_implementation: null leaves it to transformers.
-        trust_remote_code: lets the checkpoint bring its own modelling code.
-        format: how prompts are rendered for it.
-        api: the endpoint that serves it (base only); `id` then names its tokenizer.
-    """
-
-    id: str = MISSING
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    quantization: dict[str, Any] | None = field(default_factory=dict)
-    adapter: str | None = None
-    adapter_revision: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    format: FormatConfig = field(default_factory=FormatConfig)
-    api: ApiSettings | None = None
 
 
 @dataclass
 class TripleConfig:
     """The models of an experiment; `tuned` is the directly tuned one that it compares with."""
 
-    base: ModelConfig = field(default_factory=ModelConfig)
-    expert: ModelConfig = field(default_factory=ModelConfig)
-    antiexpert: ModelConfig = field(default_factory=ModelConfig)
-    tuned: ModelConfig | None = None
+    base: ModelSpec = field(default_factory=ModelSpec)
+    expert: ModelSpec = field(default_factory=ModelSpec)
+    antiexpert: ModelSpec = field(default_factory=ModelSpec)
+    tuned: ModelSpec | None = None
 
 
 @dataclass

@@ -14,7 +14,7 @@ from proxytune.records import Completion, Example
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
     from proxytune.generator import Generation
-    from proxytune.loading.spec import LoadedModel
+    from proxytune.loading.loaded import LoadedModel
 
 Stored = Mapping[str, Mapping[int, Completion]]  # example id -> sample -> completion
 

@@ -12,7 +12,8 @@ from proxytune.roles import MEMBERS
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
     from proxytune.generator import Generator
-    from proxytune.loading.spec import LoadedModel, ModelSpec
+    from proxytune.loading.loaded import LoadedModel
+    from proxytune.loading.spec import ModelSpec
 
 
 class Pool(Protocol):

@@ -1,6 +1,7 @@
 """From the names of models to a system: which are loaded, whether they fit, how they read prompts.
 
-spec.py        a model before it is loaded, and after
+spec.py        where a model comes from and how it is loaded
+loaded.py      a model in memory
 vocabulary.py  whether models share a vocabulary
 prompting.py   one example -> the text and the ids that each member reads
 load.py        checks before any weights are read; then the weights

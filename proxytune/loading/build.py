@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from proxytune.engine.system import Member, Pair, System
 from proxytune.errors import UserError
-from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
 from proxytune.members.adapter import AdapterModel, AdapterPair
 from proxytune.members.choose import can_cache, make_member

@@ -6,6 +6,7 @@ read.
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers import (
 )
 
 from proxytune.engine.system import Member
-from proxytune.errors import UserError, extra
+from proxytune.errors import MissingExtra, UserError, extra
 from proxytune.loading.build import shares_weights
-from proxytune.loading.spec import LoadedModel, ModelSpec
+from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
 
 
@@ -41,10 +43,7 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
     """
     for role, spec in specs.items():
         _check_device(role, spec.device)
-        if spec.quantization and find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"{role}: quantization needs bitsandbytes: pip install 'proxytune[quantization]'"
-            )
+        _check_quantization(role, spec)
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
         if spec.api is not None and role in ("expert", "antiexpert", "draft"):
@@ -172,6 +171,19 @@ def _check_device(role: str, name: str | None) -> None:
     if device.type == "cuda" and (device.index or 0) >= count:
         message = f"{role}: there is no device {name} here ({count} GPUs)"
         raise UserError(f"{message}; machine=cpu, or device='cpu', runs without one")
+
+
+def _check_quantization(role: str, spec: ModelSpec) -> None:
+    if not spec.quantization:
+        return
+    known = list(signature(BitsAndBytesConfig).parameters)[:-1]  # the last takes anything
+    for name in spec.quantization:
+        if name not in known:
+            raise UserError(f"{role}: quantization has no {name!r}; there are {', '.join(known)}")
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtra(
+            "quantization", f"{role}: quantization", ModuleNotFoundError(name="bitsandbytes")
+        )
 
 
 def _check_adapter(role: str, spec: ModelSpec) -> None:

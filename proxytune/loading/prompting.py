@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from proxytune.errors import UserError
 from proxytune.records import Prompt
 
@@ -22,7 +20,7 @@ Message = Mapping[str, str]
 PromptLike = str | Sequence[int] | Sequence[Message]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Hydra builds its schema from it
 class PromptFormat:
     """How one model's prompts are rendered.
 
@@ -160,7 +158,7 @@ def _as_ids(prompt: Any) -> list[int]:
         UserError: it is no sequence of integers.
     """
     try:
-        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        tokens = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # tensors, arrays
         if any(isinstance(token, bool) for token in tokens):  # True == 1, but it is no token id
             raise TypeError("truth values")
         return [operator.index(token) for token in tokens]

@@ -1,10 +1,10 @@
-"""Draws the paper's figures from stored runs, as PNG, PDF and the CSV behind them.
+"""Draws the paper's figures from stored runs, as PNG and PDF, with their numbers as CSV.
 
     python scripts/make_figures.py                       every figure
     python scripts/make_figures.py --figure 2            alpha (2), changed tokens (3), gaps (gaps)
     python scripts/make_figures.py --figure 3 --pocket   the pocket family's
 
-Figures go to results/figures. Where the runs are not at hand, the committed CSV is drawn.
+Figures go to results/figures. Without the runs, it draws the committed CSV.
 """
 
 import argparse
@@ -60,14 +60,14 @@ def figure2(results: Path, task: str | None = None, *, pocket: bool) -> list[Pat
     points = sweep[sweep["task"] == chosen]
     counts = points.groupby("experiment", sort=False)["alpha"].nunique()
     points = points[points["experiment"] == (counts.idxmax() if len(counts) else None)]
-    # of several runs with one alpha, the one with the most examples
+    # of several runs with the same alpha, keep the one with the most examples
     points = points.sort_values("n", ascending=False, kind="stable")
     points = points.drop_duplicates(["metric", "alpha"]).sort_values(["metric", "alpha"])
     if points["alpha"].nunique() > 1:
         _write(points.round({"value": 6, "low": 6, "high": 6}), stem)
     if not stem.with_suffix(".csv").is_file():
         return []
-    # "true" is a metric's name, not a truth value
+    # pandas would read the metric "true" as a truth value
     rows: Any = pd.read_csv(stem.with_suffix(".csv"), dtype={"metric": str})
     labels = {"true": "true", "info": "informative", "info_true": "both"}
     measured: list[str] = list(dict.fromkeys(rows["metric"].tolist()))
@@ -96,7 +96,7 @@ def figure3(results: Path, *, pocket: bool) -> list[Path]:
 
 
 def gaps(results: Path, *, pocket: bool) -> list[Path]:
-    """The gaps closed of every committed comparison of several tasks."""
+    """The gaps closed, a figure for each committed comparison of several tasks."""
     drawn = []
     for path in sorted((results / "metrics").glob("*.csv")):
         table: Any = read_csv(path)

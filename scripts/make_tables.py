@@ -1,4 +1,4 @@
-"""Builds the paper's tables from committed metrics; costs seconds and no model.
+"""Makes the paper's tables from committed metrics; takes seconds and no model.
 
     python scripts/make_tables.py                      every table
     python scripts/make_tables.py --table 2            one of them; --help lists their numbers

@@ -53,7 +53,7 @@ def workspace(entity: str, project: str, metrics: Sequence[str]) -> ws.Workspace
     """The project's workspace: one section per view.
 
     Args:
-        entity, project: where it goes.
+        entity, project: whose workspace it is.
         metrics: "task/metric" names.
     """
     return ws.Workspace(
@@ -70,10 +70,10 @@ def workspace(entity: str, project: str, metrics: Sequence[str]) -> ws.Workspace
 
 
 def report(entity: str, project: str, metrics: Sequence[str]) -> wr.Report:
-    """The report: the same panels between a few words, over the project's runs.
+    """The report: the workspace's panels over the project's runs, with a few words to each.
 
     Args:
-        entity, project: where it goes, and whose runs it shows.
+        entity, project: whose report it is, and whose runs it shows.
         metrics: "task/metric" names.
     """
 
@@ -143,7 +143,7 @@ def throughput(tasks: Sequence[str]) -> list[Any]:
 
 
 def sample_tables() -> list[Any]:
-    """The logged tables."""
+    """A panel for each table that the tracker logs."""
     return [
         wr.WeavePanelSummaryTable(
             table_name=name, layout=wr.Layout(x=0, y=10 * index, w=_WIDTH, h=10)
@@ -153,7 +153,7 @@ def sample_tables() -> list[Any]:
 
 
 def specification(entity: str, project: str, metrics: Sequence[str]) -> dict[str, Any]:
-    """What `save` would send, without the ids that the library draws at random."""
+    """The workspace and the report as --save sends them, without the library's random ids."""
     made = workspace(entity, project, metrics), report(entity, project, metrics)
     names = ("workspace", "report")
     return {

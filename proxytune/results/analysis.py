@@ -1,6 +1,6 @@
-"""What proxy-tuning did, token by token: the paper's sections 6.1, 6.2 and C.2.
+"""What proxy-tuning changed, token by token: the paper's sections 6.1, 6.2 and C.2.
 
-Everything here reads stored traces and metrics; it needs no model. A trace is the list that
+The analyses read stored traces and metrics and need no model. A trace is the list that
 `decoding=traced` stores in `Completion.extra["trace"]`, one entry per generated token:
 {"id": token, "p": {role: probability}, "top": {role: [[token, probability], ...]}}, where the role
 "system" is the triple.
@@ -34,8 +34,8 @@ class EquationTest:
 
     Attributes:
         left_mean, right_mean: mean of p_proxy - p_base over the tokens of a side.
-        left_tokens, right_tokens: how many tokens that is.
-        t, p_value: Welch's test; not a number with fewer than two tokens on a side.
+        left_tokens, right_tokens: how many tokens a side has.
+        t, p_value: Welch's test; not-a-number with fewer than two tokens on a side.
     """
 
     left_mean: float
@@ -48,14 +48,14 @@ class EquationTest:
 
 @dataclass(frozen=True)
 class Promoted:
-    """A token type that proxy-tuning raised.
+    """A token type whose probability proxy-tuning raised.
 
     Attributes:
         token: its text.
         mean_delta: mean of p_proxy - p_base where it was chosen.
         count: how often it was chosen.
-        ngram: the commonest four tokens in a row that hold it, as text.
-        ngram_count: how often they came.
+        ngram: the most frequent four tokens in a row that contain it, as text.
+        ngram_count: how often these four tokens occur.
     """
 
     token: str
@@ -66,7 +66,7 @@ class Promoted:
 
 
 def read_traces(folder: Path, sample: int | None = None) -> Iterator[tuple[str, Trace]]:
-    """Example id and trace of every completion in a cell's folder that has one.
+    """Yields the example id and the trace of every traced completion in a folder.
 
     Args:
         folder: <results>/<task>/proxy.
@@ -80,11 +80,11 @@ def read_traces(folder: Path, sample: int | None = None) -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class Moves:
-    """What the analyses need of a trace, in a few bytes per token.
+    """The part of a trace that the analyses need, in a few bytes per token.
 
     Attributes:
         ids: the chosen tokens, [tokens].
-        rises: p_proxy - p_base of each, how far proxy-tuning raised it (section 6.1), [tokens].
+        rises: p_proxy - p_base, how far proxy-tuning raised each token (section 6.1), [tokens].
         changed: whether the base, reading the same text, would greedily have written another
             token (appendix C.2), [tokens].
     """
@@ -104,7 +104,7 @@ def moves(trace: Trace) -> Moves:
 
 
 def read_moves(folder: Path) -> list[Moves]:
-    """The moves of the first sample of every traced example in a cell's folder.
+    """The moves of the first sample of every traced example in a folder.
 
     Args:
         folder: <results>/<task>/proxy.
@@ -121,7 +121,7 @@ def equation_sides(tokens: Sequence[str]) -> list[tuple[list[int], list[int]]]:
     An equation is a maximal run of operand tokens on either side of a token "=": tokens of digits
     and of the signs `, $ € + - × * /`. Spaces around a token do not matter, and a token of spaces
     alone (Llama-2 writes " 5" as two) neither ends a run nor counts; a line break ends it. In a
-    chain a = b = c, b and c are right-hand sides. A side without a digit is no equation.
+    chain a = b = c, b and c are right-hand sides. A run without a digit is no side.
 
     Args:
         tokens: the text of each token.
@@ -178,8 +178,8 @@ def most_promoted(
     Args:
         texts: the proxy's completions.
         piece: token id -> its text.
-        min_count: types that were chosen less often are left out.
-        top: how many.
+        min_count: how often a type must have been chosen to count.
+        top: how many types to return.
     """
     rises: dict[int, list[float]] = defaultdict(list)
     for text in texts:
@@ -204,7 +204,7 @@ def most_promoted(
 
 
 def _visible(text: str) -> str:
-    """A text for a table's cell: line breaks as a sign, and no empty cell for a space."""
+    """A text for a table's cell: line breaks become ↵, and a text of spaces becomes ␣."""
     return text.replace("\n", "↵").strip() or "␣"
 
 
@@ -212,7 +212,7 @@ def _visible(text: str) -> str:
 
 
 def changed_share(texts: Iterable[Moves]) -> float:
-    """The share of all tokens that proxy-tuning changed; not a number without tokens."""
+    """The share of all tokens that proxy-tuning changed; not-a-number without tokens."""
     flags = [text.changed for text in texts]
     return float(np.concatenate(flags).mean()) if flags else float("nan")
 
@@ -221,7 +221,7 @@ def changed_by_position(texts: Iterable[Moves], positions: int = 64) -> pd.DataF
     """The share of tokens changed at each position (Figure 3).
 
     Returns:
-        Columns position (from 1), tokens (completions that long), share.
+        Columns position (from 1), tokens (how many completions are that long), share.
     """
     counts = np.zeros((2, positions), dtype=np.int64)
     for text in texts:
@@ -245,7 +245,7 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
     """The proxy's metrics of runs that differ in alpha (Figure 2).
 
     Args:
-        folders: results folders; one that lacks run.json or metrics.jsonl is left out.
+        folders: results folders; those without run.json or metrics.jsonl are skipped.
         task: only this task; None for all.
 
     Returns:
@@ -280,7 +280,11 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
 
 
 def load_pieces(folder: Path) -> Callable[[int], str] | None:
-    """The token texts of a results folder's models; None where the tokenizer cannot be had."""
+    """A function from token id to text for a results folder's models.
+
+    Returns:
+        The function; None where no member's tokenizer can be loaded.
+    """
     from transformers import AutoTokenizer
 
     triple = read_json(folder / "run.json").get("config", {}).get("triple", {})
@@ -292,5 +296,5 @@ def load_pieces(folder: Path) -> Callable[[int], str] | None:
             tokenizer = AutoTokenizer.from_pretrained(member["id"], revision=member["revision"])
             return TokenTexts(tokenizer).text
         except (OSError, ValueError, KeyError):
-            continue  # not downloaded here: another member has the same vocabulary
+            continue  # not downloaded here; another member has the same vocabulary
     return None

@@ -1,6 +1,6 @@
-"""Metrics -> one comparison as a DataFrame: a row per metric, with everything known about it.
+"""Turns metrics into a comparison: a DataFrame with a row per metric and a column per number.
 
-Its values are in the unit in which a reader sees them (percent, mostly). `tables` shows it.
+Values have the unit in which `tables` shows them, mostly percent.
 """
 
 import math
@@ -29,15 +29,17 @@ def comparison(
     Columns: task, metric, label, headline, higher_is_better, percent, n, n_examples; per system s:
     s, s_low, s_high, s_n, s_unparsed, paper_s; gap_closed, gap_closed_low, gap_closed_high; for
     proxy against base, expert and tuned: vs_*, vs_*_low, vs_*_high, vs_*_p; paper_table,
-    paper_size, paper_gap_closed. Values and differences are in percent where `percent` is true,
-    gaps closed always are; a cell that does not exist is not-a-number.
+    paper_size, paper_gap_closed. Values and differences are in percent where `percent` is true;
+    gaps closed always are. A missing cell is not-a-number.
 
     Args:
         metrics: rows of `stats.metrics`, of any number of tasks and systems.
         infos: task -> metric -> how it is shown (`tasks.base.MetricInfo`); the first metric of a
             task is its headline. A metric without an entry is shown under its own name.
-        scores: (task, system) -> scores, for intervals of differences; without them only points.
-        paper_table: table and size of the paper's cells to put beside ours.
+        scores: (task, system) -> scores. The intervals of differences are computed from them;
+            without scores, gaps closed have no interval and there are no differences.
+        paper_table: table and size of the paper, as in ("2", "13B"), whose numbers stand beside
+            ours.
     """
     found = {(m.task, m.metric, m.system): m for m in metrics}
     systems = [s for s in SYSTEMS if any(m.system == s for m in metrics)]
@@ -95,7 +97,7 @@ def _row(
 def _add_comparisons(
     row: dict[str, Any], cells: Mapping[str, Metric], scores: Scores
 ) -> stats.GapClosed | None:
-    """Adds differences and the gap closed; returns the gap for the average."""
+    """Adds the paired differences and the gap closed to a row; returns the gap, for the average."""
     task, metric, scale = row["task"], row["metric"], 100 if row["percent"] else 1
     stored = {s: scores[task, s] for s in cells if scores.get((task, s))}
     for other in ("base", "expert", "tuned"):
@@ -169,7 +171,7 @@ def _set_gap(row: dict[str, Any], gap: stats.GapClosed | None) -> None:
 
 
 def caveat(table: pd.DataFrame) -> str:
-    """What a reader must know before comparing: a smoke or unfinished run; "" for a full one."""
+    """The warning above the table of a smoke run or an unfinished run; "" for a full run."""
     return "; ".join(part for part in (_smoke(table), _lacking(table)) if part)
 
 
@@ -180,7 +182,7 @@ def _lacking(table: pd.DataFrame) -> str:
 
 
 def unfinished_text(row: Mapping[str, Any]) -> str:
-    """Which systems of a row's task lack completions; "" for none."""
+    """Which systems of a row's task lack completions; "" where none does."""
     text = row.get("unfinished")
     return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
 
@@ -207,12 +209,12 @@ def headlines(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def has_gap(table: pd.DataFrame) -> bool:
-    """Whether any row tells how much of the gap was closed."""
+    """Whether any row has a gap closed."""
     return "gap_closed" in table and any(map(is_number, table["gap_closed"].tolist()))
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows for people: a metric's parts ("toxicity/women") stay in the CSV."""
+    """The rows that people see; the parts of a metric ("toxicity/women") stay in the CSV."""
     kept: Any = table[~table["metric"].str.contains("/")]
     return kept
 

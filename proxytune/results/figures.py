@@ -1,4 +1,4 @@
-"""The paper's figures, and ours, from stored numbers; readable in grey and in print."""
+"""Draws the paper's figures and our own from stored numbers, readable in grey and in print."""
 
 import io
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 ACCENT, GREY, DARK = "#1f5fa8", "#9a9a9a", "#222222"
 _BLACK = "#000000"
-# line, marker and grey level differ, so that colour carries nothing alone
+# curves differ in line, marker and grey level: a reader can tell them apart without colour
 _STYLES = (
     (ACCENT, "-", "o"),
     (DARK, "--", "s"),
@@ -31,18 +31,18 @@ _STYLES = (
 _GAP_COLUMNS = ("gap_closed", "gap_closed_low", "gap_closed_high", "paper_gap_closed")
 _GAP_WIDTH = 3.75  # inches: the width of a phone, where a letter of 10 points is 13 pixels high
 
-# markers along a curve: enough to tell it from others in grey
+# how many markers a curve has: enough to tell curves apart in grey
 _MARKS = 25
-# drawn below a dark line, to be seen on a dark bar as well as beside it
+# a white edge makes dark lines visible on a bar as well as beside it
 _HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
 
 
 def alpha_curve(sweep: pd.DataFrame, labels: Mapping[str, str], title: str = "") -> Figure:
-    """Figure 2: metrics over alpha, with 95 % intervals where they are known.
+    """Figure 2: metrics over alpha, with their 95 % intervals.
 
     Args:
         sweep: rows of one task of `analysis.alpha_sweep`; values in 0..1.
-        labels: metric -> its name in the legend; other metrics are left out.
+        labels: metric -> its name in the legend; the figure leaves out other metrics.
         title: above the axes.
     """
     figure, axes = _axes(5.0, 3.4)
@@ -84,8 +84,8 @@ def changed_by_position(shares: Mapping[str, pd.DataFrame], title: str = "") -> 
 def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """The gap closed per task with its interval, and the paper's as a diamond.
 
-    Each name stands above its bar, so that the figure is narrow and its letters keep their size on
-    a phone. Values beyond the axis (at most -100 to 200 %) are drawn at its edge.
+    Each name stands above its bar: that makes the figure narrow enough for a phone without smaller
+    letters. The axis ends at -100 and 200 %; values beyond it are drawn at its edge.
 
     Args:
         table: a comparison (`comparison.comparison`) with at least one gap closed.
@@ -128,10 +128,10 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element, to stand inside an HTML page; closes the figure.
+    """The figure as an `<svg>` element for an HTML page; closes the figure.
 
-    Its letters stay text. Its dark lines and letters take the page's text colour and its ground is
-    transparent, so the figure fits a light page and a dark one. The same data gives the same text.
+    Letters stay text. Dark lines and letters take the page's text colour, and the ground is
+    transparent, so the figure suits a light page and a dark one. The same data gives the same text.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "proxytune"}):

@@ -1,4 +1,4 @@
-"""The comparison of a results folder: what its runs left there, and table.csv and table.md."""
+"""Builds the comparison of a results folder from its runs' files; writes table.csv and table.md."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from proxytune.results.comparison import AVERAGE, comparison, records, unfinishe
 
 
 def read_scores(folder: Path, metrics: Sequence[Metric]) -> dict[tuple[str, str], list[Score]]:
-    """The scores behind the metrics of a results folder, by (task, system)."""
+    """The scores from which a results folder's metrics were computed, by (task, system)."""
     cells = dict.fromkeys((m.task, m.system) for m in metrics)
     paths = {cell: folder / cell[0] / cell[1] / "scores.jsonl" for cell in cells}
     return {cell: list(read_jsonl(path, Score)) for cell, path in paths.items()}
@@ -30,17 +30,17 @@ def build_table(
 ) -> pd.DataFrame:
     """The comparison of a results folder, written to its table.csv and table.md.
 
-    What earlier runs left in the folder stays in the table: their tasks, and their systems on
-    this run's tasks where they answered as many examples.
+    The results of earlier runs in the folder stay in the table: their tasks, and on this run's
+    tasks those of their systems that answered as many examples.
 
     Args:
-        folder: the results folder; metrics.jsonl and table.csv tell of earlier runs, the
-            scores.jsonl files give the paired intervals.
+        folder: the results folder. metrics.jsonl and table.csv hold the results of earlier runs;
+            the paired intervals are computed from the scores.jsonl files.
         metrics: the run's metrics.
         infos: task -> metric -> how it is shown.
         paper_table: see `comparison`.
-        limit: of a smoke run; it is said in the table's header.
-        unfinished: task -> which of its systems lack completions, for the header, too.
+        limit: how many examples per task a smoke run has; the table's header names it.
+        unfinished: task -> which of its systems lack completions; the header names them, too.
     """
     earlier = _earlier(folder, metrics)
     order = list(dict.fromkeys([*earlier.infos, *(m.task for m in metrics)]))
@@ -57,7 +57,7 @@ def build_table(
 
 
 def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> list[Any]:
-    """What is said of each row's task; the average has the first that is said of any."""
+    """The value of each row's task; the average takes the first one that is not `nothing`."""
     found = [of_task.get(task, nothing) for task in table["task"]]
     if table["task"].iloc[-1] == AVERAGE:
         found[-1] = next((each for each in found if each != nothing), nothing)
@@ -66,7 +66,7 @@ def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> l
 
 @dataclass(frozen=True)
 class _Shown:
-    """How a metric of an earlier run is shown, read back from its table."""
+    """How an earlier run's table shows a metric."""
 
     label: str
     higher_is_better: bool
@@ -75,7 +75,7 @@ class _Shown:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """What a results folder holds beside the current run, by task."""
+    """The results of earlier runs in a folder, by task."""
 
     metrics: list[Metric]
     infos: dict[str, dict[str, _Shown]]
@@ -84,7 +84,7 @@ class _Earlier:
 
 
 def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
-    """Reads what earlier runs left in the folder."""
+    """Reads the results of earlier runs, except those that this run's metrics replace."""
     found = _Earlier([], {}, {}, {})
     if (folder / "table.csv").is_file():
         for row in records(read_csv(folder / "table.csv")):
@@ -112,6 +112,7 @@ def to_csv(table: pd.DataFrame, path: Path) -> None:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Reads what `to_csv` wrote."""
-    texts = ("task", "metric", "label", "paper_table", "paper_size")  # "true" is one, and "2"
+    # pandas would read a metric named "true" as a truth value, and Table "2" as a number
+    texts = ("task", "metric", "label", "paper_table", "paper_size")
     kinds: Any = dict.fromkeys(texts, str) | {"limit": "Int64"}
     return pd.read_csv(path, dtype=kinds)

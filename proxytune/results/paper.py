@@ -1,4 +1,4 @@
-"""The paper's numbers (results/paper/*.csv) and where they belong among ours."""
+"""The paper's numbers (results/paper/*.csv), and which of our numbers each belongs to."""
 
 from functools import cache
 from pathlib import Path
@@ -10,8 +10,8 @@ from proxytune.files import shipped
 
 FOLDER = shipped("results/paper")
 
-# (task, metric) of ours -> the metric's name in results/paper; the pocket family's tasks have the
-# shapes of the paper's and fill the same rows of a table, beside no number of the paper.
+# Our (task, metric) -> the metric's name in results/paper. The pocket family's tasks (pocket_gsm8k)
+# fill the same rows of a table, without a number of the paper beside them.
 KEYS = {
     ("alpaca_eval", "win_rate"): "alpacafarm_win_rate",
     ("gsm8k", "acc"): "gsm_acc",
@@ -29,7 +29,7 @@ POCKET = "pocket_"
 POCKET_SIZE = "pocket"
 SIZES = ("13B", "70B")
 
-# what each table of results shows, in the paper's order
+# table that compares systems -> its metrics, in the paper's order
 TABLES = {
     "2": (
         "alpacafarm_win_rate",
@@ -44,19 +44,20 @@ TABLES = {
     "7": ("realtimeqa_acc",),
     "15": ("triviaqa_em", "gsm_acc"),
 }
-# where a table's runs find the paper's numbers
+# table of a run -> the tables that print the paper's numbers for it, where these are several
 _ALSO = {"2": ("2", "3"), "15": ("15", "5")}
+# (table, size) of a run -> the tables that its numbers fill; "" stands for every other size
 _FILLS = {
     ("2", ""): ("2", "3"),
     ("2", POCKET_SIZE): ("2", "3", "4"),
-    ("5", ""): ("5", "15"),  # but for the tuned model, which Table 15 tunes with LoRA
+    ("5", ""): ("5", "15"),  # except for the tuned model: Table 15's is tuned with LoRA
 }
-# what the paper trained (Table 14)
+# the models and the data of the paper's trainings (Table 14)
 _SIZE_OF = {f"meta-llama/Llama-2-{size.lower()}-hf": size for size in ("7B", "13B", "70B")}
 _BASE_OF = {size: model for model, size in _SIZE_OF.items()}
 _TRAINED_ON = {"gsm8k": "gsm", "triviaqa": "triviaqa"}
 _LOWER_IS_BETTER = ("toxigen_toxic",)
-# the average gap closed that the paper states, in percent: table, size -> value
+# (table, size) -> the average gap closed that the paper states, in percent
 AVERAGE_GAP_CLOSED = {
     ("2", "13B"): 91.1,
     ("2", "70B"): 88.1,
@@ -72,9 +73,11 @@ def key_of(task: str, metric: str) -> str | None:
 
 @cache
 def numbers() -> pd.DataFrame:
-    """The paper's tables and the published runs' exceptions: table, size, system, metric, value.
+    """The paper's printed numbers, and those of its authors' published runs that differ from them.
 
-    Values are in percent (seconds in Table 12); `source` is "paper" or "published".
+    Returns:
+        Columns table, size, system, metric, value (in percent, in seconds for Table 12) and source
+        ("paper" or "published", the latter for Figure 2 and three cells of tables).
     """
     return _read("tables.csv")
 
@@ -113,7 +116,7 @@ def cell(
 
 
 def other_base(size: str, model: str) -> str | None:
-    """The base behind the paper's numbers of a size, where `model` is another one; else None.
+    """The base model of the paper's numbers of a size, if `model` is another one; else None.
 
     Args:
         size: as in `cell`.
@@ -127,7 +130,7 @@ def other_base(size: str, model: str) -> str | None:
 def tables_filled_by(table: str, size: str) -> tuple[str, ...]:
     """The tables of `TABLES` that the runs of one table fill.
 
-    The pocket family's main run has tasks of every shape, code among them.
+    The pocket family's main run has a code task, too, and so fills Table 4.
     """
     return _FILLS.get((table, size)) or _FILLS.get((table, "")) or (table,)
 
@@ -144,7 +147,7 @@ def lower_is_better(key: str | None) -> bool:
 
 
 def _row_of(table: str, size: str, system: str) -> tuple[str, str]:
-    """How the paper's tables name a system: the expert is the tuned 7B row."""
+    """A system's size and name in a table of the paper: our expert is its tuned 7B model."""
     if table == "7" and size == "-":
         names = {
             "base": "gpt-3.5 base",

@@ -64,7 +64,7 @@ class Measured:
     p: float | None = None
 
 
-# (table, size, the paper's metric, system, pair or `GAP`) -> our number
+# (table, size, the paper's metric, a system, a pair of systems or `GAP`) -> our number
 Ours = dict[tuple[str, str, str, str], Measured]
 
 
@@ -105,7 +105,7 @@ def read_ours(metrics: Path) -> Ours:
 
 
 def from_comparison(table: pd.DataFrame) -> Ours:
-    """Our numbers from one comparison table that names its place in the paper."""
+    """Our numbers from one comparison whose paper_table and paper_size name its place."""
     ours: Ours = {}
     columns = {s: s for s in systems_of(table)} | {GAP: "gap_closed"}
     columns |= {pair: f"vs_{other}" for pair, other in _PAIRS.items()}

@@ -15,7 +15,7 @@ from proxytune.files import ROOT
 from proxytune.results import analysis, paper, tables
 from proxytune.results.comparison import records
 
-# in shorter texts, hardly any token type comes 100 times
+# in fewer tokens than this, hardly any token type occurs 100 times
 _FEW_TOKENS = 50_000
 
 
@@ -63,7 +63,7 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
 
 
 def traced(runs: Path, *, pocket: bool) -> Iterator[tuple[Path, str, list[analysis.Moves]]]:
-    """The traced proxy completions of the runs that belong to the paper's Table 2."""
+    """Yields folder, task and traced proxy completions of the runs that belong to Table 2."""
     for path in sorted(runs.glob("*/run.json")):
         config = json.loads(path.read_text())["config"]
         place = config.get("paper") or {}

@@ -1,8 +1,8 @@
 """One self-contained HTML page per experiment: the table, figures, and every example.
 
-Nothing on the page comes from elsewhere. The texts lie in it as gzip in base64, the traces in
-blocks of a few examples each, and only the examples that are shown become part of the document;
-so a page of a thousand examples opens as fast as one of ten.
+The page loads nothing from elsewhere. It holds the texts as gzip in base64, and the traces in
+blocks of a few examples each. Its script draws only the examples on view, so a page of a thousand
+examples opens as fast as one of ten.
 """
 
 import base64
@@ -25,14 +25,14 @@ from proxytune.results.folder import read_csv
 from proxytune.results.templates import asset, render
 from proxytune.roles import MEMBERS
 
-# examples whose traces are unpacked together
+# the page's script unpacks the traces of this many examples at once
 _BLOCK = 20
-# candidates of each member that a reader sees
+# how many candidates of each member a reader sees per token
 _TOP = 3
 _FIGURE_POSITIONS = 64
-# with fewer tokens on a side of equations, the page leaves them out
+# fewer tokens than this on a side of equations are too few for a test
 _FEW_SIDES = 30
-# from so many tokens on, enough types come 100 times
+# in texts of more tokens than this, enough token types occur 100 times
 _MANY_TOKENS = 20_000
 
 
@@ -101,7 +101,7 @@ class _Examples:
 
     Attributes:
         systems: the columns of the browser.
-        tasks: of each task its name, its words for right and wrong, and its examples.
+        tasks: per task its name, its words for right and wrong, and its examples.
         blocks: the traces, packed, `_BLOCK` examples in each.
         moves: task -> the traces, reduced for the analyses.
     """
@@ -117,7 +117,7 @@ class _Examples:
                 self.tasks.append(self._task(folder / str(row["task"]), row))
 
     def packed(self) -> str:
-        """Everything but the traces, packed."""
+        """All of the data except the traces, packed."""
         texts = self._pieces.texts
         return _pack({"systems": self.systems, "pieces": texts, "tasks": self.tasks})
 
@@ -147,7 +147,7 @@ class _Examples:
             example["texts"][folder.name] = completion.text
             trace = completion.extra.get("trace")
             if folder.name == "proxy" and trace:
-                # each block is packed when it is full: memory cannot hold all traces of a long run
+                # pack each full block at once: memory cannot hold all traces of a long run
                 if len(block) == _BLOCK:
                     self.blocks.append(_pack(block))
                     block = []
@@ -160,7 +160,13 @@ class _Examples:
             self.moves[folder.parent.name] = moves
 
     def _trace(self, trace: analysis.Trace) -> list[Any]:
-        """[token texts, p proxy, p base, {role: tops}] as indices and thousandths."""
+        """A trace as the page's script reads it.
+
+        Returns:
+            [token texts, p of the proxy, p of the base, {role: per token its candidates}]. Texts
+            are indices into the vocabulary, probabilities are thousandths; candidates are a flat
+            list of text, probability, text, probability, ...
+        """
         index = self._pieces.index
         roles = [r for r in MEMBERS["proxy"] if trace[0]["top"].get(r)]
         tops = {
@@ -176,7 +182,7 @@ class _Examples:
 
 
 def _example(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of examples.jsonl as the browser reads it, without completions and scores yet."""
+    """A line of examples.jsonl as the page's script reads it; completions and scores come later."""
     target = row.get("target")
     return {
         "id": row["id"],
@@ -207,12 +213,12 @@ def _short(value: Any, limit: int = 400) -> str:
 
 def _pack(value: Any) -> str:
     text = json.dumps(value, separators=(",", ":"))
-    # no time stamp: the same results give the same page
+    # without a time stamp, the same results give the same page
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
-    """Token texts, from a tokenizer that is loaded when the first trace asks for one."""
+    """A function from token id to text that loads the tokenizer at its first call."""
     loaded: list[Callable[[int], str] | None] = []
 
     def piece(token: int) -> str:
@@ -235,7 +241,7 @@ def _subtitle(run: Mapping[str, Any]) -> str:
 
 
 def _place(model: str, config: Mapping[str, Any]) -> str:
-    """A hub id, or a local folder without the part that says nothing to whom the page is sent."""
+    """A hub id as it is; a local folder without the part that means nothing on other machines."""
     path, root = Path(model), Path(str(config.get("root")))
     if not path.is_absolute():
         return model
@@ -254,7 +260,7 @@ def _gaps(table: pd.DataFrame) -> Markup | None:
 def _changes(
     moves: Mapping[str, list[analysis.Moves]], piece: Callable[[int], str] | None
 ) -> dict[str, Any] | None:
-    """What the traces say of changed tokens: a figure, a share per task, and tables of tokens."""
+    """The changed tokens of the traces: a figure, a share per task, and tables of tokens."""
     if not moves:
         return None
     from proxytune.results import figures

@@ -1,7 +1,7 @@
 """Standard errors, 95 % intervals, paired tests and the gap closed.
 
-Every metric is a mean over examples, so all of this works from `Score.values` alone. Resampling is
-seeded: the same scores give the same interval.
+Every metric is a mean over examples, so these functions need nothing but `Score.values`. Resampling
+is seeded: the same scores give the same interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from proxytune.records import Metric, Score
 SEED = 0
 RESAMPLES = 10_000
 LEVEL = 0.95
-# resamples drawn at a time, which bounds the memory that counts take
+# drawing this many resamples at a time bounds the memory of their counts
 _CHUNK = 1_000
 _UNSTABLE = (1 - LEVEL) / 2
 
@@ -28,9 +28,10 @@ class Difference(NamedTuple):
 
     Attributes:
         value: the difference.
-        low, high: its 95 % interval (paired bootstrap over examples); not a number for a single
-            example, which says nothing of its spread.
-        p_value: of "no difference"; exact McNemar for 0/1 values, else a sign-flip permutation.
+        low, high: its 95 % interval (paired bootstrap over examples); not-a-number for a single
+            example, which has no spread.
+        p_value: for "no difference": McNemar's exact test for 0/1 values, else a permutation test
+            that flips signs.
     """
 
     value: float
@@ -46,7 +47,7 @@ class GapClosed(NamedTuple):
         value: (proxy - base) / (tuned - base).
         low, high: its 95 % interval; None for a single example, or where the gap itself may be
             zero.
-        draws: the bootstrap's values, [resamples]; not a number where a resample had no gap.
+        draws: the bootstrap's values, [resamples]; not-a-number where a resample has no gap.
     """
 
     value: float
@@ -58,12 +59,12 @@ class GapClosed(NamedTuple):
 def metrics(task_name: str, system: str, scores: Sequence[Score]) -> list[Metric]:
     """The task's metrics of one system, in the order in which the scores name them.
 
-    The interval is Wilson's for 0/1 values and a bootstrap over examples otherwise (pass@k over
-    problems, for one). A metric whose denominator is empty is left out.
+    The interval is Wilson's for 0/1 values and a bootstrap over examples otherwise (for pass@k,
+    over problems). A metric without any value gets no row.
 
     Args:
-        task_name: goes into the rows.
-        system: goes into the rows.
+        task_name: the rows' task.
+        system: the rows' system.
         scores: one per example.
     """
     unparsed = sum(not score.parsed for score in scores)
@@ -105,11 +106,14 @@ def interval(values: Values) -> tuple[float, float]:
 def paired_difference(
     scores_a: Sequence[Score], scores_b: Sequence[Score], metric: str
 ) -> Difference | None:
-    """How much higher system a's metric is than system b's, on the examples that both have.
+    """The mean of system a minus the mean of system b, on the examples that both have.
 
-    An example that only one system's denominator leaves out still counts for the other system's
-    mean, as in the table; the test needs both values. None where they share no example with this
-    metric (runs that were stopped at different places).
+    One system may lack a value on such an example (None in its scores). The other system's mean
+    still counts the example, as in the table; the test takes only examples with both values.
+
+    Returns:
+        The difference; None where the systems share no example with this metric (two runs that
+        were stopped at different places).
     """
     values = _paired([scores_a, scores_b], metric)
     if values is None:
@@ -129,11 +133,13 @@ def gap_closed(base: float, proxy: float, tuned: float) -> float | None:
 def gap_closed_interval(
     base: Sequence[Score], proxy: Sequence[Score], tuned: Sequence[Score], metric: str
 ) -> GapClosed | None:
-    """The gap closed with its paired bootstrap interval; None when there is no gap, or no common
-    example with this metric.
+    """The gap closed with its paired bootstrap interval.
 
-    A ratio whose denominator may be zero has no useful interval: where more than 2.5 % of the
-    resamples have no gap, or one of the other sign, the interval is left out.
+    A ratio whose denominator may be zero has no useful interval. So there is none where more than
+    2.5 % of the resamples have no gap, or a gap of the other sign.
+
+    Returns:
+        The gap closed; None where there is no gap, or no common example with this metric.
     """
     values = _paired([base, proxy, tuned], metric)
     if values is None:
@@ -153,15 +159,15 @@ def gap_closed_interval(
 
 
 def no_draws() -> Values:
-    """The draws of a gap closed whose scores are not at hand."""
+    """The draws of a gap closed that was computed without scores: all not-a-number."""
     return np.full(RESAMPLES, np.nan)
 
 
 def average_gap_closed(gaps: Sequence[GapClosed]) -> GapClosed | None:
-    """The mean of several tasks' gaps closed; its interval takes the tasks as independent."""
+    """The mean of several tasks' gaps closed; its interval takes tasks as independent."""
     if not gaps:
         return None
-    # each task's draws come from the same seed; shuffled apart, they are independent
+    # all tasks' draws come from the same seed; shuffling makes them independent of each other
     generator = np.random.default_rng(SEED)
     draws = np.mean([generator.permutation(gap.draws) for gap in gaps], axis=0)
     value = float(np.mean([gap.value for gap in gaps]))
@@ -173,11 +179,12 @@ def average_gap_closed(gaps: Sequence[GapClosed]) -> GapClosed | None:
 def bootstrap_means(values: Values) -> Values:
     """Column means of resampled rows, [resamples, columns].
 
-    Drawing n rows with replacement is drawing how often each distinct row comes; for 0/1 scores
-    there are a handful of those, so ten thousand resamples of ten thousand examples cost little.
+    Instead of n rows with replacement, this draws how often each distinct row occurs among them,
+    which is the same. 0/1 scores have a handful of distinct rows, so ten thousand resamples of ten
+    thousand examples cost little.
 
     Args:
-        values: [examples, columns]; not-a-number leaves the example out of that column's mean.
+        values: [examples, columns]; a column's mean leaves out examples that are not-a-number.
     """
     distinct, multiplicity = np.unique(values, axis=0, return_counts=True)
     present = ~np.isnan(distinct)
@@ -212,7 +219,7 @@ def _paired(systems: Sequence[Sequence[Score]], metric: str) -> Values | None:
 
 
 def _p_value(a: Values, b: Values) -> float:
-    if len(a) < 2:  # either sign of one difference is as extreme
+    if len(a) < 2:  # of a single difference, both signs are equally extreme
         return 1.0
     if _binary(a) and _binary(b):
         only_a, only_b = int((a > b).sum()), int((b > a).sum())

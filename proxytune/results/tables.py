@@ -1,6 +1,6 @@
 """A comparison (`proxytune.results.comparison`) as Markdown, as HTML, or in the terminal.
 
-Each form shows some of its columns.
+Each form shows a choice of its columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,11 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def difference_rows(table: pd.DataFrame) -> list[list[str]]:
-    """Headlines only: task, metric, the other system, difference, interval, p."""
+    """The paired differences of each task's first metric.
+
+    Returns:
+        Rows of task, metric, the system that is compared with the proxy, difference, interval, p.
+    """
     found = []
     for row in headlines(table):
         for other in ("base", "expert", "tuned"):
@@ -98,7 +102,10 @@ def reading_aid(table: pd.DataFrame) -> str:
 
 
 def to_rich(table: pd.DataFrame, title: str = "") -> Table:
-    """The table for a terminal of 80 to 100 columns: value, interval and the paper's below it."""
+    """The table for a terminal of 80 to 100 columns.
+
+    A cell has three lines: the value, its interval, and the paper's value.
+    """
     systems = systems_of(table)
     with_gap = has_gap(table)
     has_paper = any(is_number(r.get(f"paper_{s}")) for r in records(table) for s in systems)
@@ -176,7 +183,7 @@ class _Cell(NamedTuple):
 
 
 def _cell(row: Mapping[str, Any], column: str, decimals: int = 1) -> _Cell:
-    """A system's cell, or the gap closed; the interval has as many decimals as asked for."""
+    """The texts of one cell; `column` is a system or "gap_closed", `decimals` the interval's."""
     value, paper = number_text(row.get(column)), row.get(f"paper_{column}")
     return _Cell(
         "" if value == DASH and row["task"] == AVERAGE else value,
@@ -225,7 +232,7 @@ def _with_interval(row: Mapping[str, Any], column: str) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> str:
-    """A Markdown table whose columns are right-aligned from one on."""
+    """A Markdown table whose columns are right-aligned from the column `right_from` on."""
     rule = ["---" if i < right_from else "---:" for i in range(len(head))]
     lines = [head, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

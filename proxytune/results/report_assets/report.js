@@ -1,5 +1,5 @@
-// The browser of examples. Nothing of it is drawn before it is on the page that is shown: texts are
-// in one packed block, traces in blocks of some examples each that are unpacked when needed.
+// The browser of examples. It draws the examples of the current page only. All texts are in one
+// packed block; the traces are in blocks of a few examples, each unpacked when it is needed.
 "use strict";
 (async () => {
   const PAGE = 10;

@@ -320,7 +320,7 @@ class ProxyTuneLM(TemplateLM):
             )
         return _per_role(context, lambda tokens: tokens[-room:])
 
-    # -- what lm-eval records --------------------
+    # -- lm-eval's record of the run --------------------
 
     def get_model_info(self) -> dict[str, Any]:
         """The models and alpha, for lm-eval's results file."""

@@ -92,7 +92,7 @@ def create_app(
 
     Args:
         generators: one system, or name -> system. Nobody else may decode with them meanwhile.
-        settings: what clients may do.
+        settings: limits on requests.
         batch_size: rows decoded at once, per system; "auto" goes by the free memory.
         speculative: as for `Generator.generate`.
 
@@ -148,7 +148,7 @@ class _Routes:
 
     Args:
         models: by the names that clients use; the first one answers requests without a name.
-        settings: what clients may do.
+        settings: limits on requests.
         metrics: counts tokens.
     """
 
@@ -162,7 +162,7 @@ class _Routes:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def router(self) -> APIRouter:
-        """The routes, without /v1/completions where the settings leave it out."""
+        """All routes; without /v1/completions if the settings leave it out."""
         router = APIRouter()
         if not self._settings.chat_only:
             router.post("/v1/completions", responses=_answers(protocol.CompletionResponse))(
@@ -219,7 +219,7 @@ class _Routes:
         """Runs a request, and answers it whole or as a stream.
 
         Args:
-            request: of HTTP; tells when the client leaves.
+            request: HTTP's; tells when the client leaves.
             body: its body.
             prepare: makes the job.
             make: makes the form of the answer.
@@ -263,7 +263,7 @@ class _Exchange:
         prepared: the job, which its worker already has.
         form: writes the answer's JSON.
         metrics: counts tokens.
-        seconds: that the job may take.
+        seconds: the time that the job may take.
     """
 
     def __init__(

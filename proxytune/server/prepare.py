@@ -26,7 +26,6 @@ UNLIMITED_CONTEXT = 4096  # tokens of a chat answer if neither the model nor the
 # Fields of a request that are settings of `Decoding` by the same name.
 _SAMPLING = CompletionRequest.model_fields.keys() & {each.name for each in fields(Decoding)}
 
-
 AnyRequest = CompletionRequest | ChatRequest
 Prompt = str | list[int]  # a text, or token ids
 
@@ -188,13 +187,14 @@ def _alpha(alpha: float | None, generator: Generator) -> float | None:
 
 
 def _decoding(body: AnyRequest, max_tokens: int, settings: ServerSettings) -> Decoding:
-    """The request's settings; what it leaves out is as at OpenAI (temperature 1)."""
+    """The request's settings; by default they are OpenAI's (temperature 1)."""
     if settings.max_tokens is not None and max_tokens > settings.max_tokens:
         raise ApiError(
             f"max_tokens={max_tokens} is more than this server's limit of {settings.max_tokens}",
             param="max_tokens",
         )
-    wanted = {"temperature": 1.0} | body.model_dump(include=_SAMPLING, exclude_none=True)
+    wanted: dict[str, Any] = {"temperature": 1.0}
+    wanted |= body.model_dump(include=_SAMPLING, exclude_none=True)
     if wanted["temperature"] < GREEDY_BELOW:
         wanted["temperature"] = 0.0
     if wanted.get("top_k") == -1:  # vLLM's way to keep the whole vocabulary
@@ -209,7 +209,7 @@ def _requests(
     generator: Generator,
     param: str,
 ) -> list[Request]:
-    """What the decode loop is to continue.
+    """The prompts as requests to the decode loop.
 
     Args:
         ids: each prompt, role -> token ids.

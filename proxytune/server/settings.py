@@ -38,13 +38,13 @@ class ServerSettings:
             raise UserError("api_key is empty; give a secret, or null to let everybody in")
         if self.max_logprobs < -1:
             raise UserError(f"max_logprobs={self.max_logprobs}; -1 is the whole vocabulary")
-        for name in (
-            "max_request_bytes",
-            "max_tokens",
-            "max_completions",
-            "max_waiting",
-            "timeout",
-        ):
-            value = getattr(self, name)
+        limits = {
+            "max_request_bytes": self.max_request_bytes,
+            "max_tokens": self.max_tokens,
+            "max_completions": self.max_completions,
+            "max_waiting": self.max_waiting,
+            "timeout": self.timeout,
+        }
+        for name, value in limits.items():
             if value is not None and value <= 0:
                 raise UserError(f"{name}={value} must be above 0")

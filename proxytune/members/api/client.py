@@ -219,7 +219,7 @@ class Client:
         return wanted
 
     def _release(self, reserved: Spent, prompt: float = 0, completion: float = 0) -> None:
-        """Replaces a reservation by what was spent: an unanswered request costs no money."""
+        """Replaces a reservation by the real amounts: an unanswered request costs no money."""
         paid = Spent(1, prompt + completion, self.cost(prompt, completion))
         with self._lock:
             self._reserved -= reserved

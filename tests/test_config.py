@@ -91,7 +91,7 @@ def test_the_experiment_wins_over_defaults_and_the_command_line_over_both():
         (["decoding.bath_size=1"], "unknown key 'bath_size' (did you mean batch_size?)"),
         (["triple.base.di=x"], "unknown key 'di'"),
         (["limit=many"], "could not be converted to Integer"),
-        (["task.pocket_gsm8k.pth=x"], "task.pocket_gsm8k.pth"),
+        (["task.pocket_gsm8k.pth=x"], "task.pocket_gsm8k has no key 'pth' (did you mean path?)"),
     ],
 )
 def test_misspelling_is_one_line_that_names_it(overrides, line):

@@ -154,11 +154,17 @@ def test_files_set_and_unset_the_same_parts(tmp_path):
     assert model_specs(cfg)["base"].quantization == {"load_in_8bit": True}
 
 
-def test_a_task_s_decoding_takes_any_of_its_settings():
-    cfg = compose("config", ["task=[gsm8k]", "task.gsm8k.decoding.temperature=0.5"])
-    assert cfg.task.gsm8k.decoding == {"temperature": 0.5}
-    with pytest.raises(Exception, match="pth"):
-        compose("config", ["task=[gsm8k]", "task.gsm8k.pth=x"])
+def test_a_task_takes_every_setting_of_its_class_and_of_decoding():
+    judge = "task.alpaca_eval.judge"
+    given = ["task=[gsm8k,alpaca_eval]", "task.gsm8k.decoding.temperature=0.5"]
+    given += [f"{judge}.cache=null", f"{judge}.local={{id: x}}", f"{judge}.max_unparsed=0.5"]
+    task = compose("config", given).task
+    assert task.gsm8k.decoding == {"temperature": 0.5}
+    assert (task.alpaca_eval.judge.cache, task.alpaca_eval.judge.max_unparsed) == (None, 0.5)
+    for misspelt in ("task.gsm8k.pth=x", f"{judge}.cahe=x", f"{judge}={{cahe: x}}"):
+        with pytest.raises(Exception) as caught:
+            compose("config", [*given, misspelt])
+        assert "(did you mean " in cli.explain(caught.value)
 
 
 # -- the real command line --------------------

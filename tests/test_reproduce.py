@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shlex
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -120,6 +122,21 @@ def test_a_target_with_problems_does_not_start_unless_told_to(scripts, ran, monk
     assert "  problem: no GPU" in said and not ran.commands
     scripts.reproduce.main(["table2", "--anyway"])
     assert ran.commands[-1] == "scripts/make_tables.py --table 2"
+
+
+def test_a_dry_run_speaks_in_our_own_words():
+    """Neither transformers' Trainer (table5) nor alpaca_eval (table2) gets a word in."""
+    done = subprocess.run(
+        [sys.executable, "scripts/reproduce.py", "table2", "table5", "--size", "13B", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"},
+    )
+    assert done.stderr == ""
+    ours = ("table2: ", "table5: ", "  run.py ", "  scripts/", "      estimate: ", "  problem: ")
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert [line for line in lines if not line.startswith((*ours, "NO  table"))] == []
 
 
 def test_settings_go_to_every_run_and_programs_run_when_allowed(scripts, ran):

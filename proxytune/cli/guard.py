@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from proxytune.cli.interrupts import Interrupted, hush, interruptible
 from proxytune.config import schema
+from proxytune.config.overrides import parameters
 from proxytune.errors import UpstreamError, UserError
 from proxytune.files import shipped
 
@@ -130,6 +131,9 @@ def _no_such_key(full_key: str, parent: Any) -> str:
     """One line for a key that a task's file does not have: it is misspelt, or needs a `+`."""
     where, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    settings = parameters(parent) if isinstance(parent, DictConfig) else []
+    if settings:
+        return f"{where} has no key '{key}'{_close(key, settings)}; known: {', '.join(settings)}"
     if where == "task":
         chosen = f"chosen: {', '.join(known)}" if known else "none is"
         return f"task '{key}' is not chosen{_close(key, known)}; {chosen}; task=[{key}] chooses it"

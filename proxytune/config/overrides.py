@@ -4,18 +4,21 @@
     triple.base.quantization.load_in_4bit=true      though nothing is quantised
     triple.tuned=null                               though the triple has one
 
-Hydra changes what the files composed: a part that is null has no keys to change, and a mapping
-takes no new ones. So a part is made, or opened, right before the override that goes into it.
+Hydra changes what the files composed: a part that is null has no keys to change, a mapping takes no
+new ones, and of a task's class it knows the settings that the task's file names. So a part is made,
+opened or completed right before the override that goes into it.
 """
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from inspect import signature
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 CLOSED = {"closed": True}  # metadata of a mapping whose names come from files alone
 
@@ -44,8 +47,15 @@ def prepare(cfg: DictConfig, key: str, value: Any) -> None:
     """
     names = key.split(".")
     node: Any = cfg
-    for depth, name in enumerate(names if isinstance(value, dict) else names[:-1]):
-        if not isinstance(node, DictConfig) or name not in node:
+    for depth, name in enumerate(names):
+        if not isinstance(node, DictConfig):
+            return
+        if name not in node:  # a file of conf/task names some of its class's settings
+            if name in parameters(node):
+                with open_dict(node):
+                    node[name] = None
+            return
+        if depth == len(names) - 1 and not isinstance(value, dict):
             return
         part, closed = part_of(OmegaConf.get_type(node), name)
         if part is not None and node[name] is None:
@@ -55,6 +65,12 @@ def prepare(cfg: DictConfig, key: str, value: Any) -> None:
         of_task = names[0] == "task" and depth == 2 and name == "decoding"
         if (part is dict and not closed) or (of_task and isinstance(node, DictConfig)):
             OmegaConf.set_struct(node, False)
+
+
+def parameters(node: DictConfig) -> list[str]:
+    """The settings of the class that a node is instantiated as; none of any other node."""
+    target = node.get("_target_")
+    return list(signature(get_class(target)).parameters) if target else []
 
 
 def part_of(schema: Any, name: str) -> tuple[type | None, bool]:

@@ -267,9 +267,9 @@ def extra_exists(snippet: Snippet, more: str, place: Place) -> None:
     """pip is not run; the extra that it is to install has to be there."""
     import tomllib
 
-    extra = re.findall(r"\[(\w+)\]", snippet.text)[0]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert extra in project["optional-dependencies"]
+    extras = set(re.findall(r"\[(\w+)\]", snippet.text))
+    assert extras <= project["optional-dependencies"].keys()
 
 
 def skip(snippet: Snippet, more: str, place: Place) -> None:
@@ -374,7 +374,7 @@ RULES = [
     Rule(r"README.md: logits = .*", skip, "the formula"),
     Rule(r"(README.md: run\.py the|own.md: table\.md,) .*", skip, "what lies where"),
     # other programs
-    Rule(ANY + r"pip install 'proxytune\[\w+\]'", extra_exists),
+    Rule(ANY + r"pip install '?(proxytune|\.)(\[\w+\])?'?", extra_exists),
     Rule(
         ANY + r"(pip install 'lm-eval.*|vllm serve .*|hf auth login|git clone .*)",
         skip,

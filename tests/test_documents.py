@@ -28,7 +28,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from proxytune import config
+from proxytune.config import schema
 from proxytune.files import ROOT
 from proxytune.harness.arguments import specs_of
 from tests.documents import Snippet, snippets
@@ -456,7 +456,7 @@ def place(tmp_path, monkeypatch, request, capsys) -> Place:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    config.register()
+    schema.register()
     GlobalHydra.instance().clear()
     (tmp_path / "alpaca.json").write_text('[{"instruction": "Say hello.", "output": "Hello."}]')
     answer = {"question": "q", "answer": "3", "model_output": "1 3.", "prediction": "3"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import proxytune
@@ -188,6 +189,8 @@ def parameters() -> list[Any]:
 
 @pytest.mark.parametrize("name", parameters())
 def test_a_triple_of_the_family_writes_what_brute_force_writes(name):
+    if name == "Doge" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers' own Doge looks ahead before 5.18")
     models = [make(config_of(name), seed) for seed in range(3)]
     prompts = [list(range(5, 5 + 3 * length, 3)) for length in (1, 3, 11, 20)]
     want = [brute_force(models, prompt, 10) for prompt in prompts]

@@ -1,0 +1,64 @@
+"""A results folder made before the rooms of proxytune/ existed is resumed and scored again.
+
+tests/golden/run_538a493 was made at that commit by
+
+    python run.py limit=2 task=[pocket_gsm8k,pocket_truthfulqa_mc] systems=[expert,proxy]
+
+with its paths made up and its sessions left out.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxytune import cli
+from proxytune.files import ROOT
+from proxytune.provenance import weights_fingerprint
+
+OLD = Path(__file__).parent / "golden" / "run_538a493"
+TASKS = ("pocket_gsm8k", "pocket_truthfulqa_mc")
+SYSTEMS = ("expert", "proxy")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    cell = json.loads((OLD / TASKS[0] / "proxy" / "cell.json").read_text())
+    if cell["members"]["base"]["weights"] != weights_fingerprint(str(ROOT / "pocket/models/base")):
+        pytest.skip("the pocket models are another edition than the folder's")
+    return Path(shutil.copytree(OLD, tmp_path / "run"))
+
+
+def run(monkeypatch, folder: Path, *words: str) -> None:
+    settings = [f"task=[{','.join(TASKS)}]", f"systems=[{','.join(SYSTEMS)}]", "report=false"]
+    arguments = ["run.py", *settings, f"output_dir={folder}", *words]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    cli.run()
+
+
+def test_it_is_scored_again_to_the_same_scores(folder, monkeypatch):
+    for path in folder.rglob("scores.jsonl"):
+        path.unlink()
+    run(monkeypatch, folder, "limit=2", "stage=score")
+    for task in TASKS:
+        for system in SYSTEMS:
+            name = Path(task) / system / "scores.jsonl"
+            assert (folder / name).read_bytes() == (OLD / name).read_bytes()
+    assert (folder / "metrics.jsonl").read_bytes() == (OLD / "metrics.jsonl").read_bytes()
+    assert (folder / "table.csv").read_bytes() == (OLD / "table.csv").read_bytes()
+
+
+def test_it_goes_on_where_it_stopped(folder, monkeypatch):
+    path = folder / TASKS[0] / "proxy" / "completions.jsonl"
+    stored = path.read_text().splitlines()
+    path.write_text(stored[0] + "\n")  # the second comes back as it was, and a third
+    run(monkeypatch, folder, "limit=3")
+    lines = path.read_text().splitlines()
+    assert lines[0] == stored[0] and len(lines) == 3
+    again = {each["example_id"]: each for each in map(json.loads, lines)}[
+        json.loads(stored[1])["example_id"]
+    ]
+    assert again == json.loads(stored[1])

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune import cli
+from proxytune.cli.guard import explain
 from proxytune.config import schema
 from proxytune.config.overrides import part_of
 from proxytune.config.specs import model_specs
@@ -164,7 +165,7 @@ def test_a_task_takes_every_setting_of_its_class_and_of_decoding():
     for misspelt in ("task.gsm8k.pth=x", f"{judge}.cahe=x", f"{judge}={{cahe: x}}"):
         with pytest.raises(Exception) as caught:
             compose("config", [*given, misspelt])
-        assert "(did you mean " in cli.explain(caught.value)
+        assert "(did you mean " in explain(caught.value)
 
 
 # -- the real command line --------------------

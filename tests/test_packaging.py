@@ -31,7 +31,6 @@ BROUGHT = {
 
 # Declared, but imported by others.
 NOT_IMPORTED = {
-    "accelerate",  # transformers, for device_map and the Trainer
     "bitsandbytes",  # transformers, for quantised weights
     "setuptools",  # alpaca-eval, for pkg_resources
     "pytest-timeout",

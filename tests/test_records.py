@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_replaced_stays_and_leaves_nothing_beside_it(tmp_p
     # a limit on file sizes, in a process of its own, stands for a full disk
     code = (
         "import resource, signal, sys, pathlib\n"
-        "from proxytune.records import replace_file\n"
+        "from proxytune.files import replace_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"

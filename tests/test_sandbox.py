@@ -169,7 +169,7 @@ def test_a_program_above_the_limit_is_not_saved_by_the_grace() -> None:
 
 
 def test_a_server_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import sandbox
+    from tasks.sandbox import sandbox
 
     real = sandbox._Server.run
     crashes = iter([None])

@@ -78,7 +78,17 @@ def is_mistake(error: BaseException) -> bool:
     if isinstance(error, HydraException) and error.__cause__ is not None:
         return is_mistake(error.__cause__)
     kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException)
-    return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno is not None)
+    of_machine = isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, kinds) or of_machine or _of_hydra(error)
+
+
+def _of_hydra(error: BaseException) -> bool:
+    """Whether Hydra's own code raised a plain ValueError: its word on a command line."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    return isinstance(error, ValueError) and module.startswith("hydra.")
 
 
 def _say(line: str) -> None:

@@ -107,7 +107,7 @@ class Generator:
                 alone, not on the batch or the strategy.
             speculative: "auto" drafts blocks if measurements show that this is faster; False
                 decodes in lockstep; a number drafts so many tokens each time. The text is the same.
-            batch_size: how many rows run at once; "auto" goes by the free memory.
+            batch_size: how many rows run at once; "auto" depends on the free memory.
             sample_keys: the prompts' names in the random streams; by default a hash of each prompt.
             on_finish: called with every generation as soon as it ends.
             record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;

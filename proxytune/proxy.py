@@ -151,7 +151,7 @@ class ProxyTunedModel(DraftingSystem):
         self.pair.keep(rows)
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self._alphas = []
         self.base.clear()
         self.pair.clear()

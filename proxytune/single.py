@@ -49,7 +49,7 @@ class Single(System):
         self.member.keep(rows)
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self.member.clear()
 
 
@@ -130,7 +130,7 @@ class DraftedModel(DraftingSystem):
         self._missing = [list(self._missing[row]) for row in rows]
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self.model.clear()
         self.draft_model.clear()
         self._missing = []

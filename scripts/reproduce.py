@@ -1,4 +1,4 @@
-"""Reproduces tables and figures of the paper: says what each takes, checks it, runs, renders.
+"""Reproduces tables and figures of the paper: describes, checks, runs and renders each.
 
     python scripts/reproduce.py table2               on the real models (`make table2`)
     python scripts/reproduce.py table2 --size 13B    one size of them (`make table2 SIZE=13B`)

@@ -26,7 +26,7 @@ def row_budget(
 
     Args:
         members: the system's members.
-        batch_size: the number of rows that the user asks for; "auto" goes by the free memory.
+        batch_size: the number of rows that the user asks for; "auto" depends on the free memory.
     """
     if batch_size != "auto":
         limit = batch_size

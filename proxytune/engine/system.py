@@ -133,7 +133,7 @@ class Member(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
 
     def step(self, tokens: torch.Tensor) -> Pass:
         """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
@@ -228,7 +228,7 @@ class Pair:
         self.antiexpert.keep(rows)
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self.expert.clear()
         self.antiexpert.clear()
 
@@ -296,7 +296,7 @@ class System(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
 
 
 class DraftingSystem(System):

@@ -93,7 +93,7 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
     """Loads one model and its tokenizer.
 
     Args:
-        spec: what to load.
+        spec: the model.
         share: a loaded model. If `spec` is an adapter on its checkpoint, the adapter uses these
             weights instead of a second copy.
 

@@ -66,7 +66,7 @@ class AdapterPair(Pair):
             half.count = len(rows)
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self.model.clear()
         for half in self.halves:
             half.count = 0

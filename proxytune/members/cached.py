@@ -129,7 +129,7 @@ class CachedModel(Member):
         self.cache.keep(rows)
 
     def clear(self) -> None:
-        """Drops every row and the memory that they took."""
+        """Drops every row and frees their memory."""
         self.cache.clear()
 
     def bytes_per_token(self) -> int:

@@ -31,7 +31,7 @@ test: install ## set up, then pass the fast tests (offline)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-oldest: install ## the engine's tests on the oldest transformers that is allowed (installs it)
 	VENV=$(VENV) scripts/test_oldest.sh

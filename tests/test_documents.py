@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 from proxytune.config import schema
 from proxytune.files import ROOT
 from proxytune.harness.arguments import specs_of
+from proxytune.training import config as training
 from tests.documents import Snippet, snippets
 from tests.openai_server import openai_server
 from tests.test_alpaca_judge import prefers_good, weighs
@@ -287,13 +288,14 @@ RULES = [
         run,
         "output_dir={tmp}/run",
     ),
-    Rule(ANY + r"python run\.py", run, ONE + " decoding.n=1"),
+    Rule(ANY + r"python run\.py", run, ONE + " decoding.n=1", slow=True),
     Rule(ANY + r"python run\.py experiment=pocket_black_box", run, ONE),
     Rule(ANY + r"python run\.py experiment=llama70b_chat --cfg job", run),
     Rule(
         ANY + r"python run\.py -m alpha=0\.5,1\.0,1\.5",
         run,
         ONE + " task=[pocket_toxigen] systems=[proxy]",
+        slow=True,
     ),
     Rule(ANY + r"python run\.py experiment=gpt35_realtimeqa .*", composes),
     Rule(ANY + r"run\.py experiment=\w+", composes),
@@ -457,6 +459,7 @@ def place(tmp_path, monkeypatch, request, capsys) -> Place:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     schema.register()
+    training.register()
     GlobalHydra.instance().clear()
     (tmp_path / "alpaca.json").write_text('[{"instruction": "Say hello.", "output": "Hello."}]')
     answer = {"question": "q", "answer": "3", "model_output": "1 3.", "prediction": "3"}

@@ -33,7 +33,7 @@ test: install ## set up, then pass the fast tests (offline)
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-test-oldest: install ## the engine's tests on the oldest transformers that is allowed (installs it)
+test-oldest: install ## the engine's tests on the oldest transformers allowed (SLOW=1: every family)
 	VENV=$(VENV) scripts/test_oldest.sh
 
 test-all: install ## the fast and the slow tests in one run

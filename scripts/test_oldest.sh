@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The engine's tests, all model families included, on the oldest transformers that pyproject.toml
-# allows. It goes in front of the environment's own (VENV, by default .venv), with the tokenizers
+# The engine's tests on the oldest transformers that pyproject.toml allows; SLOW=1 tries every
+# family of models, too. It goes in front of the environment's own (VENV, by default .venv), with the tokenizers
 # and the hub client that it asks for; nothing of the environment is replaced.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,4 +38,6 @@ for name in analysis api decode families graphs model packed prompting proxy sam
     server_tokens speculative; do
     files+=("tests/test_$name.py")
 done
-"$python" -m pytest -n 2 --dist loadfile -m "not gpu and not network" "${files[@]}"
+markers="not gpu and not network"
+[ -n "${SLOW:-}" ] || markers+=" and not slow"
+"$python" -m pytest -n 2 --dist loadfile -m "$markers" "${files[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The engine's tests on the oldest transformers that pyproject.toml allows; SLOW=1 tries every
-# family of models, too. It goes in front of the environment's own (VENV, by default .venv), with the tokenizers
-# and the hub client that it asks for; nothing of the environment is replaced.
+# family of models, too. That transformers goes in front of the environment's own (VENV, by default
+# .venv), with the tokenizers and the hub client that it asks for; nothing is replaced.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath "${VENV:-.venv}")/bin/python

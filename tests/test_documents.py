@@ -374,7 +374,11 @@ RULES = [
     Rule(r'black_box.md: "extra": .*', json_part),
     # what is no command
     Rule(r"README.md: logits = .*", skip, "the formula"),
-    Rule(r"(README.md: run\.py the|own.md: table\.md,) .*", skip, "what lies where"),
+    Rule(
+        r"(README.md: run\.py the|own.md: table\.md,|developing.md: harness, cli) .*",
+        skip,
+        "what lies where",
+    ),
     # other programs
     Rule(ANY + r"pip install '?(proxytune|\.)(\[\w+\])?'?", extra_exists),
     Rule(

@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import yaml
 
-from proxytune.errors import UserError
+from proxytune.errors import MissingExtra, UserError
 from proxytune.records import Example
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 from tasks.local_chat import LocalChat
@@ -162,7 +162,8 @@ class AlpacaJudge:
     def _configs(self) -> dict[str, dict[str, Any]]:
         package = find_spec("alpaca_eval")  # which takes seconds to import, and chatters
         if package is None:
-            raise UserError("AlpacaEval's judge needs the package alpaca-eval: pip install it")
+            missing = ModuleNotFoundError(name="alpaca_eval")
+            raise MissingExtra("alpaca_eval", "AlpacaEval's judge", missing)
         folder = Path(*package.submodule_search_locations or (), "evaluators_configs")
         path = Path(self.annotator) if Path(self.annotator).exists() else folder / self.annotator
         if not path.exists():

@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from proxytune.config import schema
+from proxytune.config import given, schema
 from proxytune.files import ROOT
 from proxytune.harness.arguments import specs_of
 from proxytune.training import config as training
@@ -226,6 +227,16 @@ def yaml_file(snippet: Snippet, more: str, place: Place) -> None:
     assert OmegaConf.select(cfg, f"{group}.{key}")
 
 
+def own_file(snippet: Snippet, more: str, place: Place) -> None:
+    """Composes with a file outside of conf/, as the command line takes it."""
+    shutil.copy(ROOT / "conf" / "triple" / "pocket.yaml", place.folder / "mine.yaml")
+    words = given.take([snippet.text.replace("/path", str(place.folder))])
+    for name in ("config", "serve"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose(name, words)
+        assert cfg.triple.tuned.id.endswith("pocket/models/tuned")
+
+
 def json_part(snippet: Snippet, more: str, place: Place) -> None:
     """A part of a JSON object."""
     assert json.loads(f"{{{snippet.text}}}")
@@ -320,6 +331,7 @@ RULES = [
     Rule(
         r"training.md: [a-z_.]+=\S+( [a-z_]+=\S+)*", composes, "train model=m data=d output_dir=o"
     ),
+    Rule(r"README.md: triple=/path/mine\.yaml", own_file),
     Rule(r"README.md: triple=mine", skip, "a file that the reader is told to write"),
     Rule(r'README.md: speculative="auto"', skip, "an argument of `generate`, run in its snippet"),
     Rule(r"own.md: results/runs/NAME/alpha=0\.5", skip, "a folder's name"),

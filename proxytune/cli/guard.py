@@ -79,16 +79,16 @@ def is_mistake(error: BaseException) -> bool:
         return is_mistake(error.__cause__)
     kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException)
     of_machine = isinstance(error, OSError) and error.errno is not None
-    return isinstance(error, kinds) or of_machine or _of_hydra(error)
+    return isinstance(error, kinds) or of_machine or _of_library(error)
 
 
-def _of_hydra(error: BaseException) -> bool:
-    """Whether Hydra's own code raised a plain ValueError: its word on a command line."""
+def _of_library(error: BaseException) -> bool:
+    """Whether Hydra or lm-eval raised a plain ValueError: their word on a command line."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     module = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
-    return isinstance(error, ValueError) and module.startswith("hydra.")
+    return isinstance(error, ValueError) and module.startswith(("hydra.", "lm_eval."))
 
 
 def _say(line: str) -> None:

@@ -33,7 +33,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     """
     _check_config(cfg)
     if cfg.tracking.kind == "wandb" and find_spec("wandb") is None:
-        raise MissingExtra("track", "tracking=wandb", ImportError(name="wandb"))
+        raise MissingExtra("track", "tracking=wandb", ModuleNotFoundError(name="wandb"))
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}

@@ -1,6 +1,7 @@
 """The systems of a comparison, and the models that each of them uses."""
 
 SYSTEMS = ("base", "expert", "antiexpert", "proxy", "tuned")  # in the order of a table's columns
+COMPARED = ("base", "expert", "proxy", "tuned")  # the rows of the paper's tables
 ROLES = ("base", "expert", "antiexpert", "tuned")  # the models that a file of conf/triple names
 
 # system -> {the engine's role: the triple's model}. A single model is a base without helpers.

@@ -18,8 +18,9 @@ import wandb_workspaces.workspaces as ws
 
 from proxytune.cli.guard import guarded
 from proxytune.errors import UserError
-from proxytune.experiment.tracking import SYSTEMS, logged_in
+from proxytune.experiment.tracking import logged_in
 from proxytune.results import paper
+from proxytune.roles import COMPARED
 
 _WIDTH = 24  # columns of W&B's panel grid
 
@@ -109,7 +110,7 @@ def bars(metrics: Sequence[str]) -> list[Any]:
     return [
         wr.BarPlot(
             title=name,
-            metrics=[_key(name, system) for system in SYSTEMS],
+            metrics=[_key(name, system) for system in COMPARED],
             title_x="share",
             layout=_place(index),
         )
@@ -135,7 +136,7 @@ def throughput(tasks: Sequence[str]) -> list[Any]:
     return [
         wr.BarPlot(
             title=f"{task}: tokens per second",
-            metrics=[f"throughput/{system}/{task}/tokens_per_second" for system in SYSTEMS],
+            metrics=[f"throughput/{system}/{task}/tokens_per_second" for system in COMPARED],
             layout=_place(index),
         )
         for index, task in enumerate(tasks)

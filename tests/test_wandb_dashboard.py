@@ -7,6 +7,7 @@ import pytest
 
 from proxytune.experiment import tracking
 from proxytune.records import Metric
+from proxytune.roles import COMPARED
 
 GOLDEN = Path(__file__).parent / "golden" / "wandb_dashboard.json"
 METRICS = ["gsm8k/acc", "truthfulqa_open/true"]
@@ -30,7 +31,7 @@ def test_the_panels_read_what_the_tracker_logs(dashboard, monkeypatch):
     logged = {}
     tracker = object.__new__(tracking.WandbTracker)
     tracker._run = type("Run", (), {"log": lambda self, values: logged.update(values)})()
-    systems = tracking.SYSTEMS
+    systems = COMPARED
     tracker.log_metrics([Metric("gsm8k", s, "acc", 0.5, 1, 1) for s in systems])
     tracker.log_throughput({f"{s}/gsm8k": {"tokens": 1, "seconds": 1.0} for s in systems})
     assert len(logged) == 4 + 12

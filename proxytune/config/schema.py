@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from proxytune.config import overrides
 from proxytune.files import ROOT
 from proxytune.loading.spec import ModelSpec
+from proxytune.roles import COMPARED
 from proxytune.server.settings import ServerSettings
 
 
@@ -120,7 +121,7 @@ class RunConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    systems: list[str] = field(default_factory=lambda: ["base", "expert", "proxy", "tuned"])
+    systems: list[str] = field(default_factory=lambda: list(COMPARED))
     alpha: float = 1.0
     limit: int | None = None
     stage: str = "all"

@@ -15,11 +15,11 @@ import pandas as pd
 from proxytune.errors import UserError
 from proxytune.files import read_rows
 from proxytune.records import Metric
+from proxytune.roles import COMPARED
 
 log = logging.getLogger(__name__)
 
 KINDS = ("disabled", "wandb")
-SYSTEMS = ("base", "expert", "proxy", "tuned")
 
 
 class Tracker:
@@ -169,7 +169,7 @@ def sample_completions(folder: Path, tasks: Sequence[str], per_task: int = 50) -
             }
             for e in examples
         }
-        for system in SYSTEMS:
+        for system in COMPARED:
             missing = set(by_id)
             for line in read_rows(folder / task / system / "completions.jsonl"):
                 if not missing:

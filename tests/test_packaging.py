@@ -181,6 +181,7 @@ def run_with(extra: str, code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_core_alone_loads_and_generates():
     code = """
 import proxytune

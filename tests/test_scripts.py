@@ -7,6 +7,8 @@ import pytest
 
 from proxytune.files import ROOT
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = sorted(
     [
         str(path.relative_to(ROOT))

@@ -34,8 +34,7 @@ assert f"{transformers.__version__}.".startswith(f"{os.environ['OLDEST']}.")
 CHECK
 
 files=()
-for name in analysis api decode families graphs model packed prompting proxy sampling \
-    server_tokens speculative; do
+for name in api decode families graphs model packed prompting proxy speculative; do
     files+=("tests/test_$name.py")
 done
 markers="not gpu and not network"

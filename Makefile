@@ -31,7 +31,7 @@ test: install ## set up, then pass the fast tests (offline)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 test-oldest: install ## the engine's tests on the oldest transformers allowed (SLOW=1: every family)
 	VENV=$(VENV) scripts/test_oldest.sh

@@ -54,8 +54,9 @@ def outside(site, tmp_path) -> dict:
 def test_a_wheel_serves_three_folders(outside, tmp_path, by_file):
     members = {role: MODELS / role for role in ("base", "expert", "antiexpert")}
     arguments = [f"triple.{role}.id={folder}" for role, folder in members.items()]
+    arguments += [f"triple.{role}.dtype=float32" for role in members]  # else near ties may fall
     if by_file:
-        lines = [f"{role}: {{id: {folder}}}\n" for role, folder in members.items()]
+        lines = [f"{role}: {{id: {path}, dtype: float32}}\n" for role, path in members.items()]
         (tmp_path / "mine.yaml").write_text("".join(lines))
         arguments = [f"triple={tmp_path}/mine.yaml"]
     process = subprocess.Popen(
@@ -74,7 +75,7 @@ def test_a_wheel_serves_three_folders(outside, tmp_path, by_file):
         answer = client.completions.create(
             model=model.id, prompt=PROMPT, max_tokens=20, temperature=0
         )
-        alone = proxytune.load(*map(str, members.values()), device="cpu")
+        alone = proxytune.load(*map(str, members.values()), dtype="float32", device="cpu")
         assert answer.choices[0].text == alone.generate([PROMPT], max_new_tokens=20)[0].text
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0

@@ -33,8 +33,8 @@ test: install ## set up, then pass the fast tests (offline)
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
-test-oldest: install ## the engine's tests on the oldest transformers allowed (SLOW=1: every family)
-	VENV=$(VENV) scripts/test_oldest.sh
+test-transformers: install ## the engine's tests on the oldest and the newest transformers (SLOW=1: every family)
+	VENV=$(VENV) scripts/test_transformers.sh $(ARGS)
 
 test-all: install ## the fast and the slow tests in one run
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not network"
@@ -80,7 +80,7 @@ pocket: install ## rebuild the pocket family from nothing (half an hour on two c
 clean: ## remove the virtual environments and caches, never results
 	rm -rf $(VENV) $(NEWEST) $(LOCK) .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: pocket help install demo test test-oldest test-slow test-all test-newest lock check bench clean
+.PHONY: pocket help install demo test test-transformers test-slow test-all test-newest lock check bench clean
 .PHONY: rescore-published
 
 # Tables and figures of the paper (conf/paper.yaml, docs/repro.md). POCKET=1: on the pocket family;

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -17,14 +18,23 @@ class MissingExtra(UserError):
     Args:
         extra: its name in pyproject.toml.
         purpose: what needs it, as the beginning of a sentence.
-        error: the failed import.
+        package: the one that is missing.
     """
 
-    def __init__(self, extra: str, purpose: str, error: ImportError) -> None:
-        package = (error.name or "a package").partition(".")[0]
+    def __init__(self, extra: str, purpose: str, package: str) -> None:
         super().__init__(
             f"{purpose} needs {package}, which is not installed: pip install 'proxytune[{extra}]'"
         )
+
+
+def need(package: str, extra: str, purpose: str) -> None:
+    """Refuses, without importing anything, what an extra's package is missing for.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if find_spec(package) is None:
+        raise MissingExtra(extra, purpose, package)
 
 
 @contextmanager
@@ -41,9 +51,10 @@ def extra(name: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("proxytune", "tasks"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("proxytune", "tasks"):
             raise  # a bug of ours
-        raise MissingExtra(name, purpose, error) from error
+        raise MissingExtra(name, purpose, package) from error
 
 
 class UpstreamError(Exception):

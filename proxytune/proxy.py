@@ -92,26 +92,10 @@ class ProxyTunedModel(DraftingSystem):
         }
         return self._combine(self._run(calls), self._alphas)
 
-    def step(self, tokens: torch.Tensor) -> Pass:
-        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
-        if self.pair.one_pass:
-            return self.extend(tokens.unsqueeze(1)).flat()
-        calls = {role: partial(member.step, tokens) for role, member in self.members.items()}
-        return self._combine(self._run(calls), self._alphas)
-
     def extend(self, tokens: torch.Tensor) -> Pass:
         """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
-        if not self.pair.one_pass:
-            calls = {role: partial(member.extend, tokens) for role, member in self.members.items()}
-            return self._combine(self._run(calls), self._alphas)
-        calls = {
-            "base": partial(self.base.extend, tokens),
-            "expert": partial(self.pair.extend_both, tokens),
-        }
-        passes = self._run(calls)
-        both = passes["expert"]
-        passes |= {"expert": both[0::2], "antiexpert": both[1::2]}
-        return self._combine(passes, self._alphas)
+        passes = self._run({"base": partial(self.base.extend, tokens), **self.pair.calls(tokens)})
+        return self._combine({"base": passes.pop("base"), **self.pair.split(passes)}, self._alphas)
 
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:
         """Lets the expert alone continue every row; see `DraftingSystem.draft`."""

@@ -32,10 +32,6 @@ class Single(System):
         """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
         return self.member.join(tokens, [prompt["base"] for prompt in prompts])
 
-    def step(self, tokens: torch.Tensor) -> Pass:
-        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
-        return self.member.step(tokens)
-
     def extend(self, tokens: torch.Tensor) -> Pass:
         """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
         return self.member.extend(tokens)

@@ -162,8 +162,7 @@ class AlpacaJudge:
     def _configs(self) -> dict[str, dict[str, Any]]:
         package = find_spec("alpaca_eval")  # which takes seconds to import, and chatters
         if package is None:
-            missing = ModuleNotFoundError(name="alpaca_eval")
-            raise MissingExtra("alpaca_eval", "AlpacaEval's judge", missing)
+            raise MissingExtra("alpaca_eval", "AlpacaEval's judge", "alpaca_eval")
         folder = Path(*package.submodule_search_locations or (), "evaluators_configs")
         path = Path(self.annotator) if Path(self.annotator).exists() else folder / self.annotator
         if not path.exists():

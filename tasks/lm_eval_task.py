@@ -101,16 +101,10 @@ class LmEvalTask(SelfRunTask):
         seed: int = 0,
         batch_size: int | str = "auto",
     ) -> Outcome:
-        """Evaluates one system with lm-eval and stores the result.
+        """Evaluates one system with lm-eval and stores the result; see `SelfRunTask.run`.
 
-        Args:
-            generator: a `proxytune.api.Generator`.
-            folder: of this system and task. Answers are stored there as they come, so a killed
-                run continues where it stopped.
-            system: the system's name, for the metrics.
-            limit: first documents of each task only; None is all of them.
-            seed: of few-shot examples and of sampled generations.
-            batch_size: rows at once, or "auto".
+        Answers are stored as they come, so a killed run continues where it stopped. The seed is
+        that of few-shot examples and of sampled generations.
 
         Raises:
             UserError: the task is unknown.

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxytune.files import ROOT
+
 PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?"
     r"(?:python|make|proxytune|pytest|accelerate|lm_eval|pip|vllm|hf|git|curl|wandb|run\.py"
@@ -105,3 +107,8 @@ def _commands(text: str) -> Iterator[str]:
             continue
         yield re.sub(r"\s+#\s[^\n]*", "", command)
         command = ""
+
+
+# docs/log.md is history: its commands were true on their day
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [s for path in DOCUMENTS if path.name != "log.md" for s in snippets(path)]

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from proxytune import api
 from proxytune.config.schema import register
-from proxytune.experiment.cells import _system_identity
+from proxytune.experiment.identity import system_identity
 from proxytune.files import ROOT
 from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
 from tests.faulty import faulty
@@ -198,7 +198,7 @@ def test_what_completions_depend_on_leaves_out_where_the_base_is():
                 ["triple.base.api.top_logprobs=20"],
             )
         )
-    one, same, different = (_system_identity(cfg, "proxy") for cfg in (plain, moved, other))
+    one, same, different = (system_identity(cfg, "proxy") for cfg in (plain, moved, other))
     assert one == same
     assert one != different
     assert one["members"]["base"]["api"]["model"] == "gpt-3.5-turbo-0613"

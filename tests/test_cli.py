@@ -14,7 +14,7 @@ import pytest
 
 from proxytune import cli
 from proxytune.experiment import runner
-from proxytune.experiment.cells import sole_writer
+from proxytune.experiment.identity import sole_writer
 from proxytune.files import ROOT
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]

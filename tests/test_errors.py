@@ -48,7 +48,7 @@ def test_the_words_of_the_machine_and_of_servers_are_no_bugs():
 
 
 def test_a_missing_extra_names_itself():
-    error = MissingExtra("serve", "proxytune serve", ImportError(name="uvicorn.config"))
+    error = MissingExtra("serve", "proxytune serve", "uvicorn")
     assert str(error) == (
         "proxytune serve needs uvicorn, which is not installed: pip install 'proxytune[serve]'"
     )

@@ -9,6 +9,7 @@ written after it. A *pass* reads tokens and gives the logits of the tokens that 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -62,6 +63,15 @@ class Pass:
         return Pass(part.logits.clone(), copies, part.truncation)
 
     @staticmethod
+    def concatenate(first: "Pass", second: "Pass") -> "Pass":
+        """The rows of one pass of a member, then those of another, [rows, vocab]."""
+        known = [part.truncation for part in (first, second) if part.truncation is not None]
+        return Pass(
+            torch.cat([first.logits, second.logits]),
+            truncation=Truncation.concatenate(*known) if known else None,
+        )
+
+    @staticmethod
     def stack(rows: "Sequence[Pass]") -> "Pass":
         """Joins copies of single rows into one pass, [rows, vocab].
 
@@ -76,7 +86,36 @@ class Pass:
         )
 
 
-class Member(ABC):
+class Rows(ABC):
+    """Rows of tokens that grow, and can be shortened, moved and dropped."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Tokens per row."""
+
+    @abstractmethod
+    def extend(self, tokens: torch.Tensor) -> Pass:
+        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
+
+    def step(self, tokens: torch.Tensor) -> Pass:
+        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
+        return self.extend(tokens.unsqueeze(1)).flat()
+
+    @abstractmethod
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forgets the last counts[r] tokens of each row r."""
+
+    @abstractmethod
+    def keep(self, rows: list[int]) -> None:
+        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drops every row and frees their memory."""
+
+
+class Member(Rows):
     """One model. Attributes and methods that are not abstract have defaults here.
 
     Attributes:
@@ -97,11 +136,6 @@ class Member(ABC):
     complete: bool = True
     eos_ids: frozenset[int] = frozenset()
 
-    @property
-    @abstractmethod
-    def lengths(self) -> list[int]:
-        """Tokens per row."""
-
     @abstractmethod
     def prefill(
         self,
@@ -112,32 +146,12 @@ class Member(ABC):
 
         Args:
             prompts: token ids, at least one each.
-            guesses: tokens that may follow each prompt. A member behind a network asks for their
-                logits in the same request; the others ignore them.
+            guesses: tokens that may follow each prompt. A member that is asked over a network
+                wants their logits in the same request; the others ignore them.
 
         Returns:
             The logits after each prompt, [prompts, vocab].
         """
-
-    @abstractmethod
-    def extend(self, tokens: torch.Tensor) -> Pass:
-        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
-
-    @abstractmethod
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Forgets the last counts[r] tokens of each row r."""
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Drops every row and frees their memory."""
-
-    def step(self, tokens: torch.Tensor) -> Pass:
-        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).flat()
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> Pass:
         """`step` for the present rows and `prefill` for new ones; one pass where `joins` is True.
@@ -145,7 +159,7 @@ class Member(ABC):
         Returns:
             The logits of the present rows, then of the new ones, [rows, vocab].
         """
-        raise NotImplementedError(f"{type(self).__name__} reads prompts in a pass of their own")
+        return Pass.concatenate(self.step(tokens), self.prefill(prompts))
 
     def guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
         """Continues the last rows greedily, and forgets these tokens again.
@@ -197,25 +211,22 @@ class Member(ABC):
 
 
 class Pair:
-    """Expert and antiexpert: two members whose rows are moved and dropped together.
-
-    Attributes:
-        one_pass: whether `extend_both` can be used: both members read a block in one pass.
-    """
-
-    one_pass = False
+    """Expert and antiexpert: two members whose rows are moved and dropped together."""
 
     def __init__(self, expert: Member, antiexpert: Member) -> None:
         self.expert = expert
         self.antiexpert = antiexpert
 
-    def extend_both(self, tokens: torch.Tensor) -> Pass:
-        """Lets both members read a block [rows, width] in one pass.
+    def calls(self, tokens: torch.Tensor) -> dict[str, Callable[[], Pass]]:
+        """The passes in which the pair reads a block [rows, width]: role -> pass."""
+        return {
+            "expert": partial(self.expert.extend, tokens),
+            "antiexpert": partial(self.antiexpert.extend, tokens),
+        }
 
-        Returns:
-            [2 * rows, width, vocab]: each row of the expert, followed by the antiexpert's.
-        """
-        raise NotImplementedError("two models read a block in two passes")
+    def split(self, passes: Mapping[str, Pass]) -> Mapping[str, Pass]:
+        """The results of `calls`, one for the expert and one for the antiexpert."""
+        return passes
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
@@ -233,7 +244,7 @@ class Pair:
         self.antiexpert.clear()
 
 
-class System(ABC):
+class System(Rows):
     """One or several members that decode together; the decode loop drives it.
 
     Attributes:
@@ -263,8 +274,8 @@ class System(ABC):
         Args:
             prompts: role -> token ids, for each new row.
             alphas: each row's alpha, for as long as the row lives; None takes the system's.
-            ahead: how many tokens the small model guesses after each prompt. A base behind a
-                network then asks for the prompt and the first block in one request.
+            ahead: how many tokens the small model guesses after each prompt. A base that is
+                asked over a network then answers for the prompt and the first block at once.
 
         Returns:
             The logits after each prompt, [prompts, vocab].
@@ -277,26 +288,6 @@ class System(ABC):
         Returns:
             The logits of the present rows, then of the new ones, [rows, vocab].
         """
-
-    def step(self, tokens: torch.Tensor) -> Pass:
-        """Reads one token per row, [rows]; logits after each, [rows, vocab]."""
-        return self.extend(tokens.unsqueeze(1)).flat()
-
-    @abstractmethod
-    def extend(self, tokens: torch.Tensor) -> Pass:
-        """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
-
-    @abstractmethod
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Forgets the last counts[r] tokens of each row r."""
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Drops every row and frees their memory."""
 
 
 class DraftingSystem(System):

@@ -37,6 +37,13 @@ class Truncation:
         return Truncation(self.mode, self.k, self.ceiling.flatten(0, 1), self.unseen.flatten(0, 1))
 
     @staticmethod
+    def concatenate(*parts: "Truncation") -> "Truncation":
+        """The rows of several passes of one member."""
+        ceiling = torch.cat([part.ceiling for part in parts])
+        unseen = torch.cat([part.unseen for part in parts])
+        return Truncation(parts[0].mode, parts[0].k, ceiling, unseen)
+
+    @staticmethod
     def stack(rows: "Sequence[Truncation]") -> "Truncation":
         """Joins single rows."""
         ceiling = torch.stack([row.ceiling for row in rows])

@@ -1,18 +1,10 @@
-"""The cells of an experiment: one system on one task, what it still lacks, and its scores.
+"""The cells of an experiment: one system on one task, what it still lacks, and its scores."""
 
-A cell's identity (cell.json) holds everything that its completions depend on. A results folder is
-resumed only where the identities agree.
-"""
-
-import copy
 import dataclasses
-import fcntl
-import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.config.schema import DecodingConfig, to_dict
+from proxytune.config.schema import DecodingConfig
 from proxytune.errors import UserError
 from proxytune.experiment.completions import (
     CompletionStore,
@@ -29,8 +21,9 @@ from proxytune.experiment.completions import (
     read_completions,
     render_prompts,
 )
+from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
-from proxytune.files import JsonlWriter, read_json, write_json, write_jsonl
+from proxytune.files import JsonlWriter, write_jsonl
 from proxytune.records import Decoding, Example, Metric, Score
 from proxytune.results import stats
 from proxytune.roles import MEMBERS, ORDER
@@ -46,8 +39,6 @@ DECODING_OVERRIDES = tuple(
     for field in dataclasses.fields(Decoding)
     if field.name in DecodingConfig.__dataclass_fields__
 )
-
-_API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +91,11 @@ class Cell(ABC):
     system: str
     folder: Path
     identity: dict[str, Any]
+
+    def models(self) -> dict[str, Any]:
+        """Role of the triple -> the model that plays it here, as in cell.json."""
+        roles = MEMBERS[self.system]
+        return {roles[role]: member for role, member in self.identity["members"].items()}
 
     @property
     @abstractmethod
@@ -344,8 +340,8 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
             system=system,
             folder=folder / system,
             identity={"dataset": dataset}
-            | _system_identity(cfg, system)
-            | {"decoding": _decoding_identity(decoding, cfg.decoding.seed)},
+            | system_identity(cfg, system)
+            | {"decoding": decoding_identity(decoding, cfg.decoding.seed)},
             examples=asked,
             decoding=decoding,
         )
@@ -361,7 +357,7 @@ def _harness_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[
             task_name=name,
             system=system,
             folder=folder / system,
-            identity=task.identity() | seed | _system_identity(cfg, system),
+            identity=task.identity() | seed | system_identity(cfg, system),
             limit=cfg.limit,
         )
         for system in _in_order(cfg.systems)
@@ -375,105 +371,3 @@ def _in_order(systems: Sequence[str]) -> list[str]:
 def _lengths(prompts: Sequence[RenderedPrompt]) -> list[int]:
     """Tokens of each prompt as the base reads it."""
     return [len(prompt.token_ids["base"]) for prompt in prompts]
-
-
-def _system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
-    """Everything of a system that its completions depend on, and nothing else.
-
-    The device, the batch size, the decoding strategy and the limit are left out: they change
-    which completions are made first, not their text.
-    """
-    members = {}
-    for role, name in MEMBERS[system].items():
-        member = to_dict(cfg.triple[name])
-        del member["device"]
-        member["quantization"] = member["quantization"] or None  # {} is none, too
-        member |= provenance.model_facts(member)
-        for key in ("id", "adapter"):  # a local folder may move: its weights' hash identifies it
-            if member[key] and (Path(member[key]).is_dir() or Path(member[key]).is_absolute()):
-                member[key] = Path(member[key]).name
-        if member["api"]:  # its address and its prices change no answer
-            member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
-        members[role] = member
-    identity: dict[str, Any] = {"system": system, "members": members}
-    if system == "proxy":
-        identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
-    return identity
-
-
-def _decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
-    identity = json.loads(json.dumps(dataclasses.asdict(decoding)))
-    return identity | ({"seed": seed} if decoding.temperature > 0 else {})
-
-
-def claim(cell: Cell, stage: str) -> None:
-    """Takes the cell's folder, or refuses it when it holds another configuration's completions.
-
-    Args:
-        cell: its folder gets cell.json, unless that is there already.
-        stage: "score" makes no new folder.
-
-    Raises:
-        UserError: the folder's completions were made with another identity, or stage is "score"
-            and there are none; nothing was changed.
-    """
-    path = cell.folder / "cell.json"
-    if path.exists():
-        stored = read_json(path)
-        changed = provenance.differences(*_comparable(stored, cell.identity))
-        if changed:
-            raise UserError(
-                f"{cell.folder} holds completions of another configuration ({'; '.join(changed)}); "
-                "choose another folder with output_dir=..., or delete this one"
-            )
-        return
-    if stage == "score":
-        raise UserError(f"{cell.folder} holds no completions to score; run with stage=all first")
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, cell.identity)
-
-
-def _comparable(
-    stored: dict[str, Any], identity: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two identities without the facts of their models that only one of them knows.
-
-    Scoring needs no model, so it may be done on a machine that does not have them.
-    """
-    one, other = copy.deepcopy(stored), copy.deepcopy(identity)
-    for role in one["members"].keys() & other["members"].keys():
-        pair = one["members"][role], other["members"][role]
-        for fact, name in provenance.FACTS.items():
-            known = [member.get(fact) is not None for member in pair]
-            # If both recorded the resolved commit, ignore the branch or tag it came from.
-            unused = name if all(known) else fact
-            for member in pair:
-                member.pop(unused, None)
-    return one, other
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes from generating into a results folder while the block runs.
-
-    The operating system frees the lock of a process that is killed.
-
-    Raises:
-        UserError: another process is generating into it.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is generating into {folder}; wait for it, or choose another "
-                "folder with output_dir=..."
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s): start no second run in it", folder, error)
-        yield
-
-
-def models_of(cell: Cell) -> dict[str, Any]:
-    """Role of the triple -> the model that plays it in this cell."""
-    return {MEMBERS[cell.system][role]: member for role, member in cell.identity["members"].items()}

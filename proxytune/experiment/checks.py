@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.errors import MissingExtra, UserError
+from proxytune.errors import UserError, need
 from proxytune.files import check_name
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
@@ -32,8 +31,8 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
-    if cfg.tracking.kind == "wandb" and find_spec("wandb") is None:
-        raise MissingExtra("track", "tracking=wandb", ModuleNotFoundError(name="wandb"))
+    if cfg.tracking.kind == "wandb":
+        need("wandb", "track", "tracking=wandb")
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}

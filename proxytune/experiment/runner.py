@@ -28,13 +28,11 @@ from proxytune.experiment.cells import (
     DECODING_OVERRIDES,
     Cell,
     GenerationSettings,
-    claim,
     make_cells,
-    models_of,
-    sole_writer,
 )
 from proxytune.experiment.checks import check_before_models, check_machine, check_writable
 from proxytune.experiment.generate import ModelPool, generate
+from proxytune.experiment.identity import claim, sole_writer
 from proxytune.files import read_json, read_jsonl, write_json, write_jsonl
 from proxytune.records import Metric
 from proxytune.results import paper
@@ -67,7 +65,7 @@ def _run(
 ) -> list[Metric]:
     cells = make_cells(cfg, tasks, output)
     for cell in cells:
-        claim(cell, cfg.stage)
+        claim(cell.folder, cell.identity, cfg.stage)
     if cfg.machine.threads:
         torch.set_num_threads(cfg.machine.threads)
     session = {"started": _now(), "stage": cfg.stage, **provenance.environment()}
@@ -121,7 +119,7 @@ def _begin_run_json(
     if path.exists():
         run_json = read_json(path)
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
-    models = {role: member for c in cells for role, member in models_of(c).items()}
+    models = {role: member for c in cells for role, member in c.models().items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
         models |= run_json.get("models", {})
     run_json |= {

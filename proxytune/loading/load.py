@@ -5,7 +5,6 @@ read.
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from proxytune.engine.system import Member
-from proxytune.errors import MissingExtra, UserError, extra
+from proxytune.errors import UserError, extra, need
 from proxytune.loading.build import shares_weights
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
@@ -180,10 +179,7 @@ def _check_quantization(role: str, spec: ModelSpec) -> None:
     for name in spec.quantization:
         if name not in known:
             raise UserError(f"{role}: quantization has no {name!r}; there are {', '.join(known)}")
-    if find_spec("bitsandbytes") is None:
-        raise MissingExtra(
-            "quantization", f"{role}: quantization", ModuleNotFoundError(name="bitsandbytes")
-        )
+    need("bitsandbytes", "quantization", f"{role}: quantization")
 
 
 def _check_adapter(role: str, spec: ModelSpec) -> None:

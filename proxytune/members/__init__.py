@@ -9,5 +9,5 @@ graphs.py      steps recorded as CUDA graphs
 recomputed.py  a model without a usable cache
 adapter.py     expert and antiexpert that share weights
 facts.py       a model's longest row, device and tolerance
-api/           a model behind someone else's server
+api/           a model that someone else's server runs
 """

@@ -5,7 +5,8 @@ antiexpert the odd ones: a pass over both reads the cache's first rows, a pass o
 reads every second row, which is a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class AdapterModel(CachedModel):
         model: a `peft.PeftModel` with one adapter.
         vocab_size: the logits are cut to this many entries.
         paired: True uses the adapter for even rows and not for odd ones; False uses it for none.
+
+    Attributes:
+        counts: how many even rows there are (the expert's), and how many odd ones.
     """
 
     def __init__(self, model: Any, vocab_size: int, paired: bool = True) -> None:
@@ -30,6 +34,19 @@ class AdapterModel(CachedModel):
         self._adapted = model
         self._adapter: str = model.active_adapter
         self._paired = paired
+        self.counts = [0, 0]
+
+    def keep_half(self, offset: int, rows: Sequence[int]) -> None:
+        """Rearranges the even rows (offset 0) or the odd ones (1); the others stay."""
+        self.counts[offset] = len(rows)
+        slots = list(range(2 * max(self.counts)))
+        mine = slice(offset, 2 * len(rows), 2)
+        slots[mine] = [2 * row + offset for row in rows]
+        lengths = self.cache.lengths
+        lengths.extend([0] * (len(slots) - len(lengths)))  # the other half may fill them later
+        self.keep(slots)
+        for slot in range(2 * len(rows) + offset, len(slots), 2):
+            self.cache.lengths[slot] = 0  # a row that this half has left
 
     def _call(self, rows: Sequence[int], **inputs: Any) -> torch.Tensor:
         names = [self._adapter if self._paired and row % 2 == 0 else PLAIN for row in rows]
@@ -48,28 +65,18 @@ class AdapterPair(Pair):
         model: shared by both halves.
     """
 
-    one_pass = True
-
     def __init__(self, model: AdapterModel) -> None:
         self.model = model
-        self.halves = (AdapterHalf(model, 0), AdapterHalf(model, 1))
-        super().__init__(*self.halves)
+        super().__init__(AdapterHalf(model, 0), AdapterHalf(model, 1))
 
-    def extend_both(self, tokens: torch.Tensor) -> Pass:
-        """Lets both halves read a block [rows, width], in one pass over twice the rows."""
-        return self.model.extend(tokens.repeat_interleave(2, dim=0))
+    def calls(self, tokens: torch.Tensor) -> dict[str, Callable[[], Pass]]:
+        """One pass over twice the rows, in the expert's name: each of its rows, then its twin."""
+        return {"expert": partial(self.model.extend, tokens.repeat_interleave(2, dim=0))}
 
-    def keep(self, rows: list[int]) -> None:
-        """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        self.model.keep([2 * row + half for row in rows for half in (0, 1)])
-        for half in self.halves:
-            half.count = len(rows)
-
-    def clear(self) -> None:
-        """Drops every row and frees their memory."""
-        self.model.clear()
-        for half in self.halves:
-            half.count = 0
+    def split(self, passes: Mapping[str, Pass]) -> Mapping[str, Pass]:
+        """The even rows are the expert's, the odd ones the antiexpert's."""
+        both = passes["expert"]
+        return {"expert": both[0::2], "antiexpert": both[1::2]}
 
 
 class AdapterHalf(Member):
@@ -83,7 +90,6 @@ class AdapterHalf(Member):
     def __init__(self, model: AdapterModel, offset: int) -> None:
         self.model = model
         self.offset = offset
-        self.count = 0  # rows
         self.vocab_size = model.vocab_size
         self.device = model.device
         self.max_positions = model.max_positions
@@ -99,9 +105,10 @@ class AdapterHalf(Member):
         guesses: Sequence[Sequence[int]] | None = None,
     ) -> Pass:
         """Reads prompts, each into a new row; logits after each, [prompts, vocab]."""
-        rows = [2 * (self.count + i) + self.offset for i in range(len(prompts))]
+        present = self.model.counts[self.offset]
+        rows = [2 * (present + i) + self.offset for i in range(len(prompts))]
         logits = self.model.fill(prompts, rows)
-        self.count += len(prompts)
+        self.model.counts[self.offset] += len(prompts)
         return Pass(logits)
 
     def extend(self, tokens: torch.Tensor) -> Pass:
@@ -115,12 +122,14 @@ class AdapterHalf(Member):
         self.model.rollback(every)
 
     def keep(self, rows: list[int]) -> None:
-        """Not available: `AdapterPair.keep` moves the rows of both halves."""
-        raise NotImplementedError("the rows of both halves move together: AdapterPair.keep")
+        """Rearranges: new row i is the old row rows[i]; the other half's rows stay."""
+        self.model.keep_half(self.offset, rows)
 
     def clear(self) -> None:
-        """Not available: `AdapterPair.clear` drops the rows of both halves."""
-        raise NotImplementedError("the rows of both halves leave together: AdapterPair.clear")
+        """Drops the rows of this half; the memory is freed when both halves are empty."""
+        self.model.keep_half(self.offset, [])
+        if not any(self.model.counts):
+            self.model.clear()
 
     def bytes_per_token(self) -> int:
         """Cache memory per token of a row."""
@@ -129,4 +138,4 @@ class AdapterHalf(Member):
     @property
     def _rows(self) -> slice:
         """The rows of the shared model that are this half's."""
-        return slice(self.offset, 2 * self.count, 2)
+        return slice(self.offset, 2 * self.model.counts[self.offset], 2)

@@ -108,7 +108,7 @@ class CachedModel(Member):
     def join(self, tokens: torch.Tensor, prompts: Sequence[Sequence[int]]) -> Pass:
         """`step` for the present rows and `prefill` for new ones; see `Member.join`."""
         if not self.joins or sum(map(len, prompts)) > PREFILL_TOKENS:
-            return Pass(torch.cat([self.step(tokens).logits, self.prefill(prompts).logits]))
+            return super().join(tokens, prompts)
         return Pass(self._packed(tokens.unsqueeze(1), prompts))
 
     def record(self, record: Callable[[Run], Run] | None = None) -> None:

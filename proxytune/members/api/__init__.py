@@ -1,4 +1,4 @@
-"""A base behind an OpenAI-compatible API, as a member of a triple; docs/black_box.md.
+"""A base that an OpenAI-compatible server runs, as a member of a triple; docs/black_box.md.
 
 settings.py  an endpoint, how to ask it, and the budget
 names.py     the server's names of tokens -> token ids

@@ -1,0 +1,126 @@
+"""A cell's identity (cell.json): everything that its completions depend on, and nothing else.
+
+A results folder is resumed only where the identities agree, and by one process at a time.
+"""
+
+import copy
+import dataclasses
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from proxytune import provenance
+from proxytune.config.schema import to_dict
+from proxytune.errors import UserError
+from proxytune.files import read_json, write_json
+from proxytune.records import Decoding
+from proxytune.roles import MEMBERS
+
+log = logging.getLogger(__name__)
+
+_API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
+
+
+def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
+    """Everything of a system that its completions depend on, and nothing else.
+
+    The device, the batch size, the decoding strategy and the limit are left out: they change
+    which completions are made first, not their text.
+    """
+    members = {}
+    for role, name in MEMBERS[system].items():
+        member = to_dict(cfg.triple[name])
+        del member["device"]
+        member["quantization"] = member["quantization"] or None  # {} is none, too
+        member |= provenance.model_facts(member)
+        for key in ("id", "adapter"):  # a local folder may move: its weights' hash identifies it
+            if member[key] and (Path(member[key]).is_dir() or Path(member[key]).is_absolute()):
+                member[key] = Path(member[key]).name
+        if member["api"]:  # its address and its prices change no answer
+            member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
+        members[role] = member
+    identity: dict[str, Any] = {"system": system, "members": members}
+    if system == "proxy":
+        identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
+    return identity
+
+
+def decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
+    """The settings that a completion depends on; a greedy one depends on no seed."""
+    identity = json.loads(json.dumps(dataclasses.asdict(decoding)))
+    return identity | ({"seed": seed} if decoding.temperature > 0 else {})
+
+
+def claim(folder: Path, identity: dict[str, Any], stage: str) -> None:
+    """Takes a cell's folder, or refuses it when it holds another configuration's completions.
+
+    Args:
+        folder: of one system on one task; it gets cell.json, unless that is there already.
+        identity: see `system_identity` and `decoding_identity`.
+        stage: "score" makes no new folder.
+
+    Raises:
+        UserError: the folder's completions were made with another identity, or stage is "score"
+            and there are none; nothing was changed.
+    """
+    path = folder / "cell.json"
+    if path.exists():
+        stored = read_json(path)
+        changed = provenance.differences(*_comparable(stored, identity))
+        if changed:
+            raise UserError(
+                f"{folder} holds completions of another configuration ({'; '.join(changed)}); "
+                "choose another folder with output_dir=..., or delete this one"
+            )
+        return
+    if stage == "score":
+        raise UserError(f"{folder} holds no completions to score; run with stage=all first")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, identity)
+
+
+def _comparable(
+    stored: dict[str, Any], identity: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two identities without the facts of their models that only one of them knows.
+
+    Scoring needs no model, so it may be done on a machine that does not have them.
+    """
+    one, other = copy.deepcopy(stored), copy.deepcopy(identity)
+    for role in one["members"].keys() & other["members"].keys():
+        pair = one["members"][role], other["members"][role]
+        for fact, name in provenance.FACTS.items():
+            known = [member.get(fact) is not None for member in pair]
+            # If both recorded the resolved commit, ignore the branch or tag it came from.
+            unused = name if all(known) else fact
+            for member in pair:
+                member.pop(unused, None)
+    return one, other
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from generating into a results folder while the block runs.
+
+    The operating system frees the lock of a process that is killed.
+
+    Raises:
+        UserError: another process is generating into it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is generating into {folder}; wait for it, or choose another "
+                "folder with output_dir=..."
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+        yield

@@ -28,16 +28,16 @@ demo: install ## set up, then run the main job on the pocket models
 	$(BIN)/python run.py
 
 test: install ## set up, then pass the fast tests (offline)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 test-transformers: install ## the engine's tests on the oldest and the newest transformers (SLOW=1: every family)
 	VENV=$(VENV) scripts/test_transformers.sh $(ARGS)
 
 test-all: install ## the fast and the slow tests in one run
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not network"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not network"
 
 # torch stays the lock's: the newest one comes with gigabytes of CUDA. TORCH=torch takes it.
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -45,7 +45,7 @@ NEWEST = .venv-newest
 test-newest: ## the fast tests on the newest releases, without the lock (TORCH=torch: of torch, too)
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python $(PIP_INSTALL) '$(TORCH)' -e '.[dev]'
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 # A version that stands in constraints.txt stays while pyproject.toml allows it. ARGS moves it:
 # ARGS='--upgrade-package torch' one, ARGS=--upgrade all. Only metadata is downloaded. A constraint

@@ -40,5 +40,5 @@ for module in (transformers, tokenizers, huggingface_hub):
     print(module.__name__, module.__version__, module.__file__)
     assert module.__file__.startswith(sys.argv[1])
 CHECK
-    PYTHONPATH=$folder "$venv/bin/python" -m pytest -n 2 --dist loadfile -m "$markers" "${files[@]}"
+    PYTHONPATH=$folder "$venv/bin/python" -m pytest -n 2 --dist worksteal -m "$markers" "${files[@]}"
 done

@@ -33,6 +33,7 @@ def run(tmp_path: Path, *names: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_every_ratio_of_the_issue_is_in_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_run_writes_completions_scores_metrics_table_and_provenance(whole):
     assert len((whole / "metrics.jsonl").read_text().splitlines()) >= 8
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_gives_the_same_completions(whole, tmp_path):
     process = subprocess.Popen(
         command(*TINY, f"output_dir={tmp_path}", "decoding.batch_size=2"),
@@ -169,6 +170,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert f"output_dir={target}/run cannot be made" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
@@ -189,6 +191,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
 # -- lm-evaluation-harness --------------------
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_eval_stands_in_the_same_table_and_is_scored_again_without_a_model(tmp_path):
     arguments = [
         "task=[lm_eval/tiny_choice,pocket_triviaqa]",
@@ -220,6 +223,7 @@ def test_a_run_of_some_tasks_keeps_the_metrics_of_the_others(whole, tmp_path):
     assert "pocket_truthfulqa_open" in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_can_be_scored_and_says_that_it_is_unfinished(whole, tmp_path):
     folder = tmp_path / "stopped"
     shutil.copytree(whole, folder)
@@ -246,6 +250,7 @@ def test_a_folder_belongs_to_one_generating_process(tmp_path, monkeypatch, capsy
         pass  # the first one left it free
 
 
+@pytest.mark.slow
 def test_scoring_where_the_models_are_not_keeps_what_is_known_of_them(tmp_path):
     models, folder = tmp_path / "models", tmp_path / "run"
     shutil.copytree(ROOT / "pocket" / "models", models)
@@ -264,6 +269,7 @@ def test_scoring_where_the_models_are_not_keeps_what_is_known_of_them(tmp_path):
     assert "alpha: 1.0 -> 0.5" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_points_of_a_sweep_are_named_by_what_changes_completions(tmp_path):
     sweep = ["-m", "alpha=0.5,1.0", "task=[pocket_truthfulqa_mc]", "systems=[proxy]", "limit=1"]
     sweep += ["stage=generate", f"output_dir={tmp_path}"]
@@ -290,6 +296,7 @@ def test_the_papers_numbers_stand_beside_the_papers_experiment_only(changes, pla
     assert runner.paper_place(cfg) == place
 
 
+@pytest.mark.slow
 def test_no_quantization_is_one_configuration_however_it_is_said(whole):
     done = run(*TINY, f"output_dir={whole}", "stage=score", "+triple.base.quantization={}")
     assert done.returncode == 0, done.stderr

@@ -124,6 +124,7 @@ def test_a_target_with_problems_does_not_start_unless_told_to(scripts, ran, monk
     assert ran.commands[-1] == "scripts/make_tables.py --table 2"
 
 
+@pytest.mark.slow
 def test_a_dry_run_speaks_in_our_own_words():
     """Neither transformers' Trainer (table5) nor alpaca_eval (table2) gets a word in."""
     done = subprocess.run(

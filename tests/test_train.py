@@ -233,6 +233,7 @@ def test_gradient_accumulation_is_exact(config: TrainConfig) -> None:
     assert largest_difference(whole, weights(parts.output_dir)) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_weights(
     config: TrainConfig, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
+from io import FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from proxytune.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent
 IN_CHECKOUT = (_PACKAGE.parent / "setup.py").is_file()  # else installed from a wheel
@@ -62,17 +68,28 @@ def folder_name(text: str) -> str:
     return f"{kept}-{digest}"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, **kinds: type) -> Any:
     """The content of a JSON file.
 
+    Args:
+        path: the file.
+        kinds: if given, the content is an object that has these keys, with values of these types.
+
     Raises:
-        UserError: it is not JSON (an empty file after a power cut, say).
+        UserError: it is not JSON (an empty file after a power cut, say), or another object.
         OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = _loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
+    if kinds and not isinstance(found, dict):
+        raise UserError(f"{path} holds no object; restore it, or delete it")
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            lacks = f"{key!r} is no {kind.__name__}" if key in found else f"it has no {key!r}"
+            raise UserError(f"{path} is damaged ({lacks}); restore it, or delete it")
+    return found
 
 
 def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
@@ -80,16 +97,18 @@ def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
 
     Args:
         path: the file; a missing one holds no records.
-        record: the dataclass of a line; an unknown field is an error.
+        record: the dataclass of a line; a field that is unknown, missing or of another type is an
+            error.
 
     Raises:
         UserError: a line before the last is not JSON, or does not fit the record.
     """
-    known = {f.name for f in fields(record)}  # pyright: ignore[reportArgumentType]
+    hints, needed = _shape(record)
     for number, row in enumerate(read_rows(path), start=1):
-        if not isinstance(row, dict) or not row.keys() <= known:
-            raise UserError(f"{path}:{number} is not a {record.__name__} record")
-        yield record(**row)
+        why = _misfit(row, hints, needed)
+        if why:
+            raise UserError(f"{path}:{number} is no {record.__name__}: {why}")
+        yield record(**{key: _nested(value, hints[key]) for key, value in row.items()})
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -100,14 +119,83 @@ def read_rows(path: Path) -> Iterator[Any]:
     """
     if not path.exists():
         return
+    if not path.is_file():
+        raise UserError(f"{path} is no file; move it away")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return  # the writer was killed inside this line
             try:
-                yield json.loads(line)
+                yield _loads(line)
             except ValueError as error:
-                raise UserError(f"{path}:{number} is not JSON: {error}") from error
+                raise UserError(
+                    f"{path}:{number} is not JSON ({error}); restore the file, or delete this line"
+                ) from error
+
+
+def _loads(data: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON; NaN and Infinity are not, nor is nesting without end.
+    """
+    text = data.decode("utf-8", errors="surrogatepass").removeprefix("\ufeff")
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+@cache
+def _shape(record: Any) -> tuple[dict[str, Any], set[str]]:
+    """The types of a record's fields, and the names of those that must be given."""
+    needed = {
+        field.name
+        for field in fields(record)
+        if field.default is MISSING and field.default_factory is MISSING
+    }
+    return get_type_hints(record), needed
+
+
+def _nested(value: Any, hint: Any) -> Any:
+    """The value of a field; a record within a record becomes one."""
+    return hint(**value) if is_dataclass(hint) else value  # pyright: ignore[reportCallIssue]
+
+
+def _misfit(row: Any, hints: Mapping[str, Any], needed: set[str]) -> str | None:
+    """Why a JSON value does not fit the fields of a record; None if it does."""
+    if not isinstance(row, dict):
+        return "it is no object"
+    if unknown := row.keys() - hints.keys():
+        return f"it has an unknown {min(unknown)!r}"
+    if missing := needed - row.keys():
+        return f"it has no {min(missing)!r}"
+    wrong = next((key for key, value in row.items() if not _fits(value, hints[key])), None)
+    return f"its {wrong!r} is of another type" if wrong else None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the type of a record's field."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if is_dataclass(hint):
+        return _misfit(value, *_shape(hint)) is None
+    if isinstance(value, bool):  # which Python counts among the integers
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 class JsonlWriter:
@@ -120,7 +208,7 @@ class JsonlWriter:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab+", buffering=0)
+        self._file = open_own(path)
         end = self._file.seek(0, os.SEEK_END)
         kept = _end_of_last_line(self._file, end)
         if kept < end:
@@ -156,6 +244,34 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     replace_file(path, b"".join(_dump(record) for record in records))
 
 
+def open_own(path: Path) -> FileIO:
+    """Opens a file of a results folder to read it and to append to it; makes it if needed.
+
+    Raises:
+        OSError: it is a symbolic link: a folder from elsewhere must not lead to other files.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    return FileIO(os.open(path, flags, 0o666), "ab+")
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuses a results folder in which a symbolic link could lead the writing elsewhere.
+
+    The folder itself may be reached through one. Weights & Biases makes links of its own.
+
+    Raises:
+        UserError: the message names the first link.
+    """
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != "wandb"]
+        link = next((name for name in (*folders, *files) if Path(parent, name).is_symlink()), None)
+        if link:
+            raise UserError(
+                f"{Path(parent, link)} is a symbolic link, and nothing is written through one; "
+                "replace it by what it leads to"
+            )
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a crash leaves the old file or the new one, never half of one.
 
@@ -165,12 +281,20 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".part")
     try:
-        temporary.write_bytes(content)
+        temporary.unlink(missing_ok=True)  # a killed writer's, or a link
+        with temporary.open("xb") as file:
+            file.write(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+
+
+def set_aside(path: Path, why: UserError) -> None:
+    """Renames a damaged file that can be made again, and says so."""
+    path.replace(path.with_name(path.name + ".damaged"))
+    log.warning("%s; it is kept as %s.damaged, and made anew", why, path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,9 +41,19 @@ class Task(ABC):
         decoding: how the paper draws completions for this task, as the field's default. A
             mapping (from a configuration file) replaces single settings of that default.
         runs_itself: False; tells the runner that this is no `SelfRunTask`.
+        of_this_machine: settings that decide what this machine opens, runs or asks. When a
+            results folder from elsewhere is scored again, they do not come from it
+            (tasks/stored.py).
     """
 
     runs_itself: ClassVar[bool] = False
+    of_this_machine: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("path", "revision", "allow_code_execution", "python"),
+            *("timeout_s", "memory_bytes", "workers"),
+            *("judge", "truth_judge", "info_judge", "classifier"),
+        }
+    )
     name: str
     metrics: ClassVar[dict[str, MetricInfo]]
     decoding: Decoding

@@ -174,12 +174,12 @@ def results(tmp_path):
     folder = tmp_path / "run"
     tasks = {
         "gsm8k": {"_target_": "tasks.gsm8k.GSM8K", "path": None, "decoding": {}},
-        "toxigen": {"_target_": "tasks.toxigen.ToxiGen"},  # without its classifier
+        "mine": {"_target_": "tasks.toxigen.ToxiGen"},  # no conf/task/mine.yaml has a classifier
     }
     put(folder, "run.json", {"tasks": tasks})
     prompt = Prompt("", "")
     for name in tasks:
-        row = {"group": "asian"} if name == "toxigen" else {}
+        row = {"group": "asian"} if name == "mine" else {}
         examples = [Example(str(i), prompt, target="7", row=row) for i in range(3)]
         write_jsonl(folder / name / "examples.jsonl", examples)
     done = [
@@ -187,7 +187,7 @@ def results(tmp_path):
     ]
     write_jsonl(folder / "gsm8k" / "proxy" / "completions.jsonl", done)
     write_jsonl(folder / "gsm8k" / "base" / "completions.jsonl", done[:2])
-    write_jsonl(folder / "toxigen" / "base" / "completions.jsonl", done)
+    write_jsonl(folder / "mine" / "base" / "completions.jsonl", done)
     stored = [
         Metric("gsm8k", "proxy", "acc", 1 / 3, 3, 3),
         Metric("gsm8k", "proxy", "acc_numeric", 2 / 3, 3, 3),

@@ -63,7 +63,7 @@ def test_disabled_is_silent_and_does_nothing(tmp_path):
     assert type(tracker) is Tracker
     tracker.log_metrics(METRICS)
     tracker.log_table(pd.DataFrame())
-    tracker.log_completions(pd.DataFrame())
+    tracker.log_completions(pd.DataFrame)
     tracker.log_throughput({})
     tracker.finish()
     assert not list(tmp_path.iterdir())
@@ -80,7 +80,7 @@ def test_an_offline_run_holds_everything(tmp_path):
     tracker.log_throughput({"proxy/gsm8k": {"tokens": 300, "seconds": 2.0}})
     tracker.log_metrics(METRICS)
     tracker.log_table(pd.DataFrame([{"task": "gsm8k", "base": 10.0, "tuned": float("nan")}]))
-    tracker.log_completions(pd.DataFrame([{"prompt": "2+2", "proxy": "4"}]))
+    tracker.log_completions(lambda: pd.DataFrame([{"prompt": "2+2", "proxy": "4"}]))
     tracker.finish()
     tracker.log_metrics(METRICS)  # after the end: nothing, and no error
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

@@ -18,6 +18,7 @@ from proxytune.experiment.completions import (
     CompletionStore,
     RenderedPrompt,
     Stored,
+    lacks,
     read_completions,
     render_prompts,
 )
@@ -237,7 +238,7 @@ class TaskCell(Cell):
         return self.task.judged_by()
 
     def _lacking(self, stored: Stored) -> list[Example]:
-        return [e for e in self.examples if len(stored.get(e.id, ())) < self.decoding.n]
+        return [e for e in self.examples if lacks(stored, e, self.decoding.n)]
 
     def _drafted(self, settings: GenerationSettings) -> bool:
         """Whether the expert drafts tokens that the base verifies."""

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.errors import UserError, need
-from proxytune.files import check_name
+from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def check_writable(folder: Path) -> None:
     """Makes the results folder and writes to it once.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or has a link in it.
         OSError: it cannot be written.
     """
     try:
@@ -109,8 +109,9 @@ def check_writable(folder: Path) -> None:
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         message = f"output_dir={folder} cannot be made ({error.strerror}); choose another folder"
         raise UserError(message) from error
+    check_no_links(folder)
     probe = folder / ".writable"
-    probe.write_text("a full disk is found out now rather than after the first batch\n")
+    replace_file(probe, b"a full disk is found out now rather than after the first batch\n")
     probe.unlink()
 
 

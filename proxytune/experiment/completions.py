@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxytune import provenance
+from proxytune.errors import UserError
 from proxytune.experiment.progress import CellProgress
 from proxytune.files import JsonlWriter, read_jsonl
 from proxytune.loading.prompting import encode, render
@@ -57,11 +58,25 @@ def render_prompts(
 
 
 def read_completions(path: Path) -> Stored:
-    """Reads completions.jsonl; a file that does not exist holds no completions."""
+    """Reads completions.jsonl; a file that does not exist holds no completions.
+
+    Raises:
+        UserError: it is damaged, or two of its lines say different things of one sample.
+    """
     found: dict[str, dict[int, Completion]] = defaultdict(dict)
     for completion in read_jsonl(path, Completion):
-        found[completion.example_id][completion.sample] = completion
+        samples, sample = found[completion.example_id], completion.sample
+        if samples.setdefault(sample, completion) != completion:
+            raise UserError(
+                f"{path} has two different completions of example {completion.example_id!r}, "
+                f"sample {sample}; delete the line that does not belong there"
+            )
     return found
+
+
+def lacks(stored: Stored, example: Example, samples: int) -> bool:
+    """Whether one of an example's samples 0 to `samples` - 1 is not stored."""
+    return not stored.get(example.id, {}).keys() >= set(range(samples))
 
 
 class CompletionStore:

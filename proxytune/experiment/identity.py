@@ -18,12 +18,13 @@ from omegaconf import DictConfig
 from proxytune import provenance
 from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
-from proxytune.files import read_json, write_json
+from proxytune.files import open_own, read_json, write_json
 from proxytune.records import Decoding
 from proxytune.roles import MEMBERS
 
 log = logging.getLogger(__name__)
 
+_FINISHED = ("completions.jsonl", "result.json")  # a cell's finished work
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
 
@@ -66,12 +67,14 @@ def claim(folder: Path, identity: dict[str, Any], stage: str) -> None:
         stage: "score" makes no new folder.
 
     Raises:
-        UserError: the folder's completions were made with another identity, or stage is "score"
-            and there are none; nothing was changed.
+        UserError: the folder's completions were made with another identity or an unknown one, or
+            stage is "score" and there are none; nothing was changed.
     """
     path = folder / "cell.json"
     if path.exists():
-        stored = read_json(path)
+        stored = read_json(path, members=dict, system=str)
+        if not all(isinstance(member, dict) for member in stored["members"].values()):
+            raise UserError(f"{path} is damaged (a member is no object); restore it, or delete it")
         changed = provenance.differences(*_comparable(stored, identity))
         if changed:
             raise UserError(
@@ -79,6 +82,12 @@ def claim(folder: Path, identity: dict[str, Any], stage: str) -> None:
                 "choose another folder with output_dir=..., or delete this one"
             )
         return
+    kept = next((each for each in map(folder.joinpath, _FINISHED) if each.exists()), None)
+    if kept is not None:
+        raise UserError(
+            f"{kept} has no cell.json beside it, so nobody knows which configuration wrote it; "
+            "restore cell.json, or move the folder away"
+        )
     if stage == "score":
         raise UserError(f"{folder} holds no completions to score; run with stage=all first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +122,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is generating into it.
     """
-    with (folder / ".lock").open("w") as file:
+    with open_own(folder / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

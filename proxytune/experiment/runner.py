@@ -33,7 +33,7 @@ from proxytune.experiment.cells import (
 from proxytune.experiment.checks import check_before_models, check_machine, check_writable
 from proxytune.experiment.generate import ModelPool, generate
 from proxytune.experiment.identity import claim, sole_writer
-from proxytune.files import read_json, read_jsonl, write_json, write_jsonl
+from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
@@ -82,10 +82,7 @@ def _run(
         session["finished"], session["seconds"] = _now(), round(time.time() - started, 1)
         write_json(output / "run.json", run_json)
         if cfg.report and cfg.stage != "generate":
-            from proxytune.results.report import write_report
-
-            path = write_report(output)
-            print(f"\nreport: {path}")
+            _report(output)
     finally:
         tracker.finish()
     return metrics
@@ -106,6 +103,16 @@ def _generate(
         return generate(cells, pool, settings)
 
 
+def _report(output: Path) -> None:
+    """Writes the page. What it shows is stored by now, so a damaged file costs the page alone."""
+    from proxytune.results.report import write_report
+
+    try:
+        print(f"\nreport: {write_report(output)}")
+    except UserError as error:
+        log.warning("no report was written: %s", error)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -117,7 +124,7 @@ def _begin_run_json(
     resolved = to_dict(cfg)
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
-        run_json = read_json(path)
+        run_json = read_json(path, sessions=list, tasks=dict, models=dict)
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
     models = {role: member for c in cells for role, member in c.models().items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
@@ -162,7 +169,11 @@ def _score(cells: Sequence[Cell], output: Path) -> tuple[list[Metric], dict[str,
         )
     ours = {(cell.task_name, cell.system) for cell in cells}
     path = output / "metrics.jsonl"
-    others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
+    try:
+        others = [m for m in read_jsonl(path, Metric) if (m.task, m.system) not in ours]
+    except UserError as error:
+        set_aside(path, error)
+        others = []
     odd = _judged_otherwise(cells, {(m.task, m.system) for m in others}, output)
     write_jsonl(path, [*metrics, *(m for m in others if (m.task, m.system) not in odd)])
     return metrics, {task: ", ".join(systems) for task, systems in lacking.items()}
@@ -206,7 +217,7 @@ def _show(
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)
-    tracker.log_completions(sample_completions(output, list(infos)))
+    tracker.log_completions(lambda: sample_completions(output, list(infos)))
 
 
 def paper_place(cfg: DictConfig) -> tuple[str, str] | None:

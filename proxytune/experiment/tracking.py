@@ -31,8 +31,12 @@ class Tracker:
     def log_table(self, table: pd.DataFrame) -> None:
         """Logs the comparison table (`results.comparison.comparison`)."""
 
-    def log_completions(self, table: pd.DataFrame) -> None:
-        """Logs sample completions, the systems side by side (`sample_completions`)."""
+    def log_completions(self, table: Callable[[], pd.DataFrame]) -> None:
+        """Logs sample completions, the systems side by side (`sample_completions`).
+
+        Args:
+            table: makes the table; called only where it is logged.
+        """
 
     def log_throughput(self, throughput: Mapping[str, Mapping[str, float]]) -> None:
         """Logs how much was generated: "system/task" -> tokens and seconds."""
@@ -93,9 +97,9 @@ class WandbTracker(Tracker):
         """Logs the comparison table."""
         self._log("comparison", lambda: {"comparison": _wandb_table(table)})
 
-    def log_completions(self, table: pd.DataFrame) -> None:
+    def log_completions(self, table: Callable[[], pd.DataFrame]) -> None:
         """Logs sample completions, the systems side by side."""
-        self._log("completions", lambda: {"completions": _wandb_table(table)})
+        self._log("completions", lambda: {"completions": _wandb_table(table())})
 
     def log_throughput(self, throughput: Mapping[str, Mapping[str, float]]) -> None:
         """Logs tokens, seconds and tokens per second of every (system, task) that generated."""

@@ -1,5 +1,6 @@
 """Builds the comparison of a results folder from its runs' files; writes table.csv and table.md."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,17 +8,31 @@ from typing import Any
 
 import pandas as pd
 
-from proxytune.files import read_jsonl, replace_file
+from proxytune.errors import UserError
+from proxytune.files import read_jsonl, replace_file, set_aside
 from proxytune.records import Metric, Score
 from proxytune.results import tables
 from proxytune.results.comparison import AVERAGE, comparison, records, unfinished_text
 
+log = logging.getLogger(__name__)
+
+_COLUMNS = ("task", "metric", "label", "headline", "higher_is_better", "percent", "n_examples")
+
 
 def read_scores(folder: Path, metrics: Sequence[Metric]) -> dict[tuple[str, str], list[Score]]:
-    """The scores from which a results folder's metrics were computed, by (task, system)."""
-    cells = dict.fromkeys((m.task, m.system) for m in metrics)
-    paths = {cell: folder / cell[0] / cell[1] / "scores.jsonl" for cell in cells}
-    return {cell: list(read_jsonl(path, Score)) for cell, path in paths.items()}
+    """The scores from which a results folder's metrics were computed, by (task, system).
+
+    A damaged file counts as none: what is computed from pairs of scores is then left out.
+    """
+    found: dict[tuple[str, str], list[Score]] = {}
+    for task, system in dict.fromkeys((m.task, m.system) for m in metrics):
+        path = folder / task / system / "scores.jsonl"
+        try:
+            found[task, system] = list(read_jsonl(path, Score))
+        except UserError as error:
+            log.warning("%s; no comparison uses it", error)
+            found[task, system] = []
+    return found
 
 
 def build_table(
@@ -86,8 +101,9 @@ class _Earlier:
 def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
     """Reads the results of earlier runs, except those that this run's metrics replace."""
     found = _Earlier([], {}, {}, {})
-    if (folder / "table.csv").is_file():
-        for row in records(read_csv(folder / "table.csv")):
+    path = folder / "table.csv"
+    if path.is_file():
+        for row in _rows_or_none(path):
             task = str(row["task"])
             if task != AVERAGE:
                 shown = _Shown(row["label"], row["higher_is_better"], row["percent"])
@@ -105,14 +121,34 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
     return found
 
 
+def _rows_or_none(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier table; none, and the file set aside, if it is damaged."""
+    try:
+        return records(read_csv(path))
+    except UserError as error:
+        set_aside(path, error)
+        return []
+
+
 def to_csv(table: pd.DataFrame, path: Path) -> None:
     """Writes every column; `read_csv` gives the same table back."""
     replace_file(path, table.to_csv(index=False, float_format="%.10g").encode())
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads what `to_csv` wrote."""
+    """Reads what `to_csv` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     # pandas would read a metric named "true" as a truth value, and Table "2" as a number
     texts = ("task", "metric", "label", "paper_table", "paper_size")
     kinds: Any = dict.fromkeys(texts, str) | {"limit": "Int64"}
-    return pd.read_csv(path, dtype=kinds)
+    try:
+        table = pd.read_csv(path, dtype=kinds)
+    except ValueError as error:  # pandas' own errors are ValueErrors, too
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{path} is no table of ours ({why}); score the run again") from error
+    if missing := [name for name in _COLUMNS if name not in table]:
+        raise UserError(f"{path} has no column {missing[0]!r}; score the run again (stage=score)")
+    return table

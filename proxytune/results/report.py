@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from proxytune.errors import UserError
-from proxytune.files import read_json, read_jsonl, read_rows, replace_file
+from proxytune.files import check_no_links, read_json, read_jsonl, read_rows, replace_file
 from proxytune.records import Completion, Score
 from proxytune.results import analysis, tables
 from proxytune.results.comparison import caveat, headlines, is_number, systems_of
@@ -46,8 +46,9 @@ def write_report(folder: Path) -> Path:
         The page.
 
     Raises:
-        UserError: the folder has no table yet.
+        UserError: the folder has no table yet, a damaged file, or a symbolic link.
     """
+    check_no_links(folder)
     if not (folder / "table.csv").is_file():
         raise UserError(f"{folder} has no table.csv; score the run first (stage=score)")
     table = read_csv(folder / "table.csv")

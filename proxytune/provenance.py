@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from proxytune.files import IN_CHECKOUT, ROOT
 from proxytune.loading.prompting import read_template
 from proxytune.records import Example
+from proxytune.secrets import redacted
 
 _PACKAGES = [
     "proxytune",
@@ -186,7 +187,7 @@ def hardware() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),

@@ -16,6 +16,7 @@ from proxytune import cli
 from proxytune.errors import UserError
 from proxytune.files import ROOT
 from proxytune.results.report import write_report
+from proxytune.secrets import redacted
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from rescore import main as rescore_main
@@ -295,3 +296,28 @@ def test_the_judge_is_not_the_folder_s(folder, monkeypatch, capsys):
     assert rescore_main([str(folder)]) == 0
     said = capsys.readouterr().out
     assert "skipped evil/base" in said and "127.0.0.1:9" not in said
+
+
+ADDRESSES = {
+    "http://me:hunter2@127.0.0.1:9/v1": "http://***@127.0.0.1:9/v1",
+    "http://hunter2@127.0.0.1:9/v1": "http://***@127.0.0.1:9/v1",
+    "http://127.0.0.1:9/v1?api_key=hunter2&x=1": "http://127.0.0.1:9/v1?api_key=***&x=1",
+    "http://127.0.0.1:9/v1?x=1&access_token=hunter2": "http://127.0.0.1:9/v1?x=1&access_token=***",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_secrets_of_an_address_are_nowhere(address, folder, monkeypatch, capfd):
+    base = [f'triple.base.api.base_url="{address}"', "triple.base.api.model=x"]
+    score(monkeypatch, folder, "systems=[expert]", "report=true", *base)
+    said = refusal(capfd, lambda: score(monkeypatch, folder, "systems=[base]", "stage=all", *base))
+    assert "127.0.0.1:9" in said and "hunter2" not in said
+    assert ADDRESSES[address] in (folder / "run.json").read_text()
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
+
+
+def test_addresses_without_secrets_stay_as_they_are():
+    for address in ("https://host/v1", "https://host:80/v1?x=1", "me@example.com", "a://b/c@d"):
+        assert redacted(address) == address
+    assert redacted({"a": ["s3://k:v@b", 1, None]}) == {"a": ["s3://***@b", 1, None]}

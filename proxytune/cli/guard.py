@@ -23,6 +23,7 @@ from proxytune.config import schema
 from proxytune.config.overrides import parameters
 from proxytune.errors import UpstreamError, UserError
 from proxytune.files import shipped
+from proxytune.secrets import redacted
 
 # what Hydra and OmegaConf say of a value that cannot be -> what to do about it
 _WAYS_OUT = {
@@ -93,7 +94,7 @@ def _of_library(error: BaseException) -> bool:
 
 def _say(line: str) -> None:
     with suppress(OSError):  # the terminal may be gone
-        print(line, file=sys.stderr, flush=True)
+        print(redacted(line), file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:

@@ -37,6 +37,7 @@ from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
+from proxytune.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _begin_run_json(
     output: Path, cfg: DictConfig, cells: Sequence[Cell], session: dict[str, Any]
 ) -> dict[str, Any]:
     path = output / "run.json"
-    resolved = to_dict(cfg)
+    resolved = redacted(to_dict(cfg))
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
         run_json = read_json(path, sessions=list, tasks=dict, models=dict)
@@ -249,6 +250,6 @@ def _make_tracker(cfg: DictConfig, output: Path) -> Any:
         entity=settings.entity,
         experiment=cfg.name,
         mode=settings.mode,
-        config=to_dict(cfg),
+        config=redacted(to_dict(cfg)),
         directory=output,
     )

@@ -41,9 +41,12 @@ class Task(ABC):
         decoding: how the paper draws completions for this task, as the field's default. A
             mapping (from a configuration file) replaces single settings of that default.
         runs_itself: False; tells the runner that this is no `SelfRunTask`.
+        former_stops: the stop strings that earlier editions of the task had; a results folder that
+            was begun with them goes on with them.
     """
 
     runs_itself: ClassVar[bool] = False
+    former_stops: ClassVar[Sequence[tuple[str, ...]]] = ()
     name: str
     metrics: ClassVar[dict[str, MetricInfo]]
     decoding: Decoding

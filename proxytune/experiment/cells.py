@@ -23,7 +23,7 @@ from proxytune.experiment.completions import (
 )
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
-from proxytune.files import JsonlWriter, write_jsonl
+from proxytune.files import JsonlWriter, read_json, write_jsonl
 from proxytune.records import Decoding, Example, Metric, Score
 from proxytune.results import stats
 from proxytune.roles import MEMBERS, ORDER
@@ -330,7 +330,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
         raise UserError(f"task {name}: two examples share an id")
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
     overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
-    decoding = dataclasses.replace(task.decoding, **overrides)
+    decoding = _as_begun(dataclasses.replace(task.decoding, **overrides), task, folder)
     asked = examples[: cfg.limit]
     write_jsonl(folder / "examples.jsonl", asked)
     return [
@@ -347,6 +347,17 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
         )
         for system in _in_order(cfg.systems)
     ]
+
+
+def _as_begun(decoding: Decoding, task: Any, folder: Path) -> Decoding:
+    """The decoding; with a task's former stop strings in a folder that was begun with them."""
+    begun = [
+        tuple(read_json(path).get("decoding", {}).get("stop", ()))
+        for path in sorted(folder.glob("*/cell.json"))
+    ]
+    own = decoding.stop == type(task).decoding.stop  # and not the user's
+    former = next((stop for stop in begun if own and stop in task.former_stops), None)
+    return decoding if former is None else dataclasses.replace(decoding, stop=former)
 
 
 def _harness_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[HarnessCell]:

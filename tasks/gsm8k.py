@@ -20,11 +20,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
 from tasks.numbers import Number, Value, numbers, parse_number, plain
 
@@ -54,6 +54,7 @@ class GSM8K(Task):
         revision: the hub commit.
         instruction: whether the prompt begins with the instruction sentence. The paper prompts
             with it, even experts that were trained on "Question: ... Answer:" alone.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -66,6 +67,7 @@ class GSM8K(Task):
     path: str | None = None
     revision: str | None = None
     instruction: bool = True
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=512, stop=STOPS)
 
     def examples(self) -> list[Example]:
@@ -94,6 +96,14 @@ class GSM8K(Task):
             )
             for number, row in enumerate(rows)
         ]
+
+    def edition(self) -> Edition:
+        """The test set."""
+        return Edition(1319, "a268ba426c12adf61334fc4c0b940ed34ec8dd132f746d8a639eb80be8eb6281")
+
+    def contents(self, example: Example) -> list[Any]:
+        """The question and the gold number, with or without the instruction."""
+        return [example.prompt.user.partition("Question: ")[2], example.target]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Compares the completion's answer, found in both ways, with the gold answer."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
 from tasks.sandbox import Program, Sandbox, Verdict
 
@@ -50,6 +50,7 @@ class HumanEval(Task):
         allow_code_execution: must be set, because scoring runs programs that a model wrote.
         timeout_s: seconds that a program may run.
         workers: programs that run at once; None for one per core.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -64,6 +65,7 @@ class HumanEval(Task):
     allow_code_execution: bool = False
     timeout_s: float = 3.0
     workers: int | None = None
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(
         max_new_tokens=512,
         temperature=0.8,
@@ -98,6 +100,14 @@ class HumanEval(Task):
             )
             for row in rows
         ]
+
+    def edition(self) -> Edition:
+        """All problems."""
+        return Edition(164, "365c855527d79705db5bc1016ebf6b53abc48d307058de6ea5374f3d886c2638")
+
+    def contents(self, example: Example) -> list[Any]:
+        """The prompt and the test."""
+        return [example.row["prompt"], example.row["test"], example.row["entry_point"]]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Scores one problem's samples; `score_all` makes better use of the cores."""

@@ -84,6 +84,7 @@ class Cell(ABC):
         system: one of `roles.SYSTEMS`.
         folder: where everything about this cell is kept.
         identity: everything that the completions depend on, as in cell.json.
+        other_dataset: how the task's dataset differs from the paper's; "" where it does not.
     """
 
     task: Any
@@ -91,6 +92,7 @@ class Cell(ABC):
     system: str
     folder: Path
     identity: dict[str, Any]
+    other_dataset: str = dataclasses.field(default="", kw_only=True)
 
     def models(self) -> dict[str, Any]:
         """Role of the triple -> the model that plays it here, as in cell.json."""
@@ -329,6 +331,9 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
     if len({e.id for e in examples}) != len(examples):
         raise UserError(f"task {name}: two examples share an id")
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
+    other = task.other_dataset(examples)
+    if other:
+        log.warning("%s is not the paper's dataset: %s", name, other)
     overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
     decoding = _as_begun(dataclasses.replace(task.decoding, **overrides), task, folder)
     asked = examples[: cfg.limit]
@@ -344,6 +349,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
             | {"decoding": decoding_identity(decoding, cfg.decoding.seed)},
             examples=asked,
             decoding=decoding,
+            other_dataset=other,
         )
         for system in _in_order(cfg.systems)
     ]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows
 
@@ -38,6 +38,7 @@ class AlpacaEval(Task):
             verdict.
         path: a local file with the columns instruction and output; None takes the hub.
         revision: the hub commit.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -49,6 +50,7 @@ class AlpacaEval(Task):
     judge: Any = None
     path: str | None = None
     revision: str | None = None
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=2048, stop=STOPS)
 
     def check(self) -> None:
@@ -89,6 +91,10 @@ class AlpacaEval(Task):
             )
             for number, row in enumerate(rows)
         ]
+
+    def edition(self) -> Edition:
+        """The instructions with text-davinci-003's answers."""
+        return Edition(805, "c2713205f8a4d02ade549775318485f0b747e317256c677b93429152b4474f4f")
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Judges one answer."""

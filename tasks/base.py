@@ -4,6 +4,7 @@
 `SelfRunTask`  it asks and scores by itself (another harness).
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from proxytune.errors import UserError
+from proxytune.provenance import sha256_json
 from proxytune.records import Decoding, Example, Metric, Score
 
 
@@ -29,6 +31,19 @@ class MetricInfo:
     percent: bool = True
 
 
+@dataclass(frozen=True)
+class Edition:
+    """The dataset that the paper's numbers rest on.
+
+    Attributes:
+        examples: how many it has.
+        sha256: the hash of their contents (`contents_sha256`); None where we have no copy.
+    """
+
+    examples: int
+    sha256: str | None = None
+
+
 class Task(ABC):
     """One benchmark. A subclass is a frozen dataclass whose fields are its conf/task/*.yaml keys.
 
@@ -38,12 +53,17 @@ class Task(ABC):
     Attributes:
         name: the task's name in tables and folders; a variant that changes a number has its own.
         metrics: metric -> how it is shown; the first one is the task's headline.
+        path: a local copy of the dataset; None takes the hub's.
+        paper_dataset: False for a task on data of one's own, of which nothing is said where it
+            differs from the paper's.
         decoding: how the paper draws completions for this task, as the field's default. A
             mapping (from a configuration file) replaces single settings of that default.
         runs_itself: False; tells the runner that this is no `SelfRunTask`.
         of_this_machine: settings that decide what this machine opens, runs or asks. When a
             results folder from elsewhere is scored again, they do not come from it
             (tasks/stored.py).
+        former_stops: the stop strings that earlier editions of the task had; a results folder that
+            was begun with them goes on with them.
     """
 
     runs_itself: ClassVar[bool] = False
@@ -54,9 +74,12 @@ class Task(ABC):
             *("judge", "truth_judge", "info_judge", "classifier"),
         }
     )
+    former_stops: ClassVar[Sequence[tuple[str, ...]]] = ()
     name: str
     metrics: ClassVar[dict[str, MetricInfo]]
     decoding: Decoding
+    path: str | None = None
+    paper_dataset: bool = True
 
     def __post_init__(self) -> None:
         given: Any = self.decoding
@@ -88,6 +111,39 @@ class Task(ABC):
     @abstractmethod
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Scores the n completions (texts cut before the stop string) of one example."""
+
+    def edition(self) -> Edition | None:
+        """The paper's dataset; None for a task that the paper does not have."""
+        return None
+
+    def contents(self, example: Example) -> list[Any]:
+        """What an example asks and how it is graded, whatever the form of the prompt."""
+        return [example.prompt.user, example.target]
+
+    def contents_sha256(self, examples: Sequence[Example]) -> str:
+        """A hash of the contents in order, without line endings and white space at their ends."""
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(sha256_json(_stripped(self.contents(example))).encode())
+        return digest.hexdigest()
+
+    def other_dataset(self, examples: Sequence[Example]) -> str:
+        """How the examples differ from the paper's dataset; "" if they do not, as far as we know.
+
+        A file's contents are compared. The hub's copy is known by its commit in the configuration,
+        and we had none to take a hash of: of that, the size is compared.
+
+        Args:
+            examples: all of the dataset, whatever the limit of a run.
+        """
+        edition = self.edition() if self.paper_dataset else None
+        if edition is None:
+            return ""
+        if len(examples) != edition.examples:
+            return f"{len(examples):,} examples, the paper's has {edition.examples:,}"
+        if self.path and edition.sha256 not in (None, self.contents_sha256(examples)):
+            return f"{len(examples):,} examples as the paper's, with other contents"
+        return ""
 
     def score_all(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Score]:
         """Scores many examples; tasks with a judge or a sandbox override it to work in parallel.
@@ -173,6 +229,13 @@ class SelfRunTask(ABC):
         Raises:
             UserError: there is none yet.
         """
+
+
+def _stripped(value: Any) -> Any:
+    """A JSON value whose texts have Unix line endings and no white space at their ends."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").strip()
+    return [_stripped(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _override(decoding: Decoding, changes: Mapping[str, Any]) -> Decoding:

@@ -28,7 +28,7 @@ import numpy as np
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.humaneval import pass_score, refuse_unless_allowed, split
 from tasks.loading import HubDataset, load_rows
 from tasks.sandbox import Program, Sandbox, Verdict
@@ -67,6 +67,7 @@ class DS1000(Task):
         timeout_s: seconds that a program may run.
         memory_bytes: a program's address space, of which torch and TensorFlow reserve much.
         workers: programs that run at once; None for one per core.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -83,6 +84,7 @@ class DS1000(Task):
     timeout_s: float = 120.0
     memory_bytes: int = 24 << 30
     workers: int | None = None
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(
         max_new_tokens=512,
         temperature=0.8,
@@ -130,6 +132,10 @@ class DS1000(Task):
         ordered = _in_paper_order(rows, self.path or HUB.id)
         chosen = paper_subset() if self.subset == PAPER_SUBSET else range(len(ordered))
         return [_example(ordered[number]) for number in chosen]
+
+    def edition(self) -> Edition:
+        """The problems of the subset; we had no copy to take a hash of."""
+        return Edition(self.subset)
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Scores one problem's samples; `score_all` makes better use of the cores."""

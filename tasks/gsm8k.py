@@ -6,34 +6,42 @@ One row:
 
 `acc` is the paper's number, with the quirks of its rule: the last number of the completion is
 compared with the gold answer as a string without punctuation, so "57.00" is wrong against 57, "7.5"
-is right against 75, and an integer has no sign. `acc_numeric` parses the last number properly
-("$-60" is -60, "1,000" is 1000) and compares values. Deviations from the paper: none.
+is right against 75, and an integer has no sign. `acc_numeric` compares values: "$-60" is -60, and
+"$70{,}000." is 70000 (tasks/numbers.py). It takes the number after "####" where a completion has
+that mark, and is not cut at a stop word within a chain of thought (`careful_answer`).
+
+Deviations from the paper: none in `acc`. Generation ends only at a stop word that begins a line, so
+that such a chain of thought is whole; `acc` still reads the text before the first stop word.
 """
 
 import re
 import string
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import ClassVar
+from fractions import Fraction
+from typing import Any, ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import HubDataset, load_rows
+from tasks.numbers import Number, Value, numbers, parse_number, plain
 
 HUB = HubDataset("openai/gsm8k", "main", "test")
 INSTRUCTION = "Answer the following question."
 # A model that goes on to another question writes one of these; the paper cuts there.
-STOPS = ("Answer the following question", "Question:", "Comment:")
+STOP_WORDS = ("Answer the following question", "Question:", "Comment:")
+
+# Where generation ends. A stop word within a line may belong to a chain of thought ("Let me restate
+# the Question: ..."), of which `acc_numeric` wants the end; `acc` is cut at it all the same.
+STOPS = tuple(f"\n{word}" for word in STOP_WORDS)
 
 _THOUSANDS = re.compile(r"(\d),(\d)")
 _PROTOCOL_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
-# After a letter, digit, ")", "]" or "%", a sign is a subtraction or a hyphen, not a sign.
-_SIGN = r"(?:(?<![\w.)\]%])[-−+])?"
-_NUMBER = re.compile(
-    rf"({_SIGN})[$€£]?([0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.[0-9]+|[0-9]+)"
-)
+_STOP_WORD = re.compile("|".join(STOP_WORDS))
+_MARKED = re.compile(r"####[\s*$]*(?:\\boxed\{)?")  # the mark before an answer of the dataset
+_AFTER_ANSWER = re.compile(rf"[\s.*$%)}}\]\\]*(?:\n|\Z|{_STOP_WORD.pattern})")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -46,6 +54,7 @@ class GSM8K(Task):
         revision: the hub commit.
         instruction: whether the prompt begins with the instruction sentence. The paper prompts
             with it, even experts that were trained on "Question: ... Answer:" alone.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -54,9 +63,11 @@ class GSM8K(Task):
         "acc": MetricInfo("accuracy"),
         "acc_numeric": MetricInfo("accuracy, parsed as numbers"),
     }
+    former_stops: ClassVar[Sequence[tuple[str, ...]]] = (STOP_WORDS,)
     path: str | None = None
     revision: str | None = None
     instruction: bool = True
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=512, stop=STOPS)
 
     def examples(self) -> list[Example]:
@@ -86,13 +97,21 @@ class GSM8K(Task):
             for number, row in enumerate(rows)
         ]
 
+    def edition(self) -> Edition:
+        """The test set."""
+        return Edition(1319, "a268ba426c12adf61334fc4c0b940ed34ec8dd132f746d8a639eb80be8eb6281")
+
+    def contents(self, example: Example) -> list[Any]:
+        """The question and the gold number, with or without the instruction."""
+        return [example.prompt.user.partition("Question: ")[2], example.target]
+
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Compares the last number of the completion with the gold answer, in both ways."""
+        """Compares the completion's answer, found in both ways, with the gold answer."""
         text = cut(texts[0])
         target = str(example.target)
         answer = last_number(text)
-        number = parse_number(text)
         value = parse_number(target)
+        number = careful_answer(texts[0], fractions=isinstance(value, Fraction))
         return Score(
             example.id,
             values={
@@ -119,8 +138,8 @@ def gold(passage: str) -> str:
 
 def cut(text: str) -> str:
     """The text up to the point at which the model goes on to another question."""
-    ends = [i for stop in STOPS if (i := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
+    stop = _STOP_WORD.search(text)
+    return text if stop is None else text[: stop.start()]
 
 
 def last_number(text: str) -> str:
@@ -138,14 +157,50 @@ def as_compared(answer: str) -> str:
     return answer.lower().translate(_NO_PUNCTUATION)
 
 
-def parse_number(text: str) -> Decimal | None:
-    """The value of the last number in a text, with its sign; None if there is no number.
+def careful_answer(text: str, *, fractions: bool = False) -> Value | None:
+    """The value of the answer by the rule of `acc_numeric`; None if there is no number.
 
-    Currency signs and thousands separators are ignored.
+    The text ends where the model turns to another question: at a stop word that begins a line
+    after a number. What remains is read in the dataset's own form if it has it: the last number
+    alone in its line after "####", or the last one before a sentence that begins with a stop word.
+    Else the answer is the last number; then a stop word that begins a sentence after a number ends
+    the text, too. A stop word within a sentence never does.
+
+    Args:
+        text: the whole completion.
+        fractions: whether 3/4 is one number; where the gold answer is none, it is read as two.
     """
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
-    sign, digits = found[-1]
-    value = Decimal(digits.replace(",", ""))
-    return -value if sign[:1] in ("-", "−") else value
+    text = plain(text)
+    found = list(numbers(text, fractions=fractions))
+    end = _end(text, found, _begins_line)
+    found = _marked(text[:end], found) or found
+    end = _end(text[:end], found, _begins_sentence)
+    return next((n.value for n in reversed(found) if n.end <= end), None)
+
+
+def _marked(text: str, found: Sequence[Number]) -> list[Number]:
+    """Those of the numbers that stand after "####", alone in their lines."""
+    marked = []
+    ends = [number.end for number in found]
+    for mark in _MARKED.finditer(text):
+        number = next(iter(found[(at := bisect_right(ends, mark.end())) : at + 1]), None)
+        if number and number.start <= mark.end() and _AFTER_ANSWER.match(text, number.end):
+            marked.append(number)
+    return marked
+
+
+def _end(text: str, found: Sequence[Number], begins: Callable[[str], bool]) -> int:
+    """The offset of the first stop word that follows one of the numbers, where `begins` holds."""
+    for stop in _STOP_WORD.finditer(text):
+        if found and found[0].end <= stop.start() and begins(text[: stop.start()]):
+            return stop.start()
+    return len(text)
+
+
+def _begins_line(before: str) -> bool:
+    return before.rstrip(" \t*_#>").endswith("\n")
+
+
+def _begins_sentence(before: str) -> bool:
+    last = before.rstrip(' \t\n*_#>("')[-1:]
+    return not (last.isalpha() or last in ",;:-")

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import Row, check_columns, read_rows
 from tasks.truthfulqa import LETTERS
 
@@ -40,6 +40,7 @@ class RealTimeQA(Task):
             because the dataset is on GitHub only.
         first: the date (YYYY-MM-DD) from which weeks are asked about; None has no limit.
         last: the date up to which weeks are asked about; None has no limit.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -51,6 +52,7 @@ class RealTimeQA(Task):
     path: str | None = None
     first: str | None = "2022-06-13"
     last: str | None = "2023-12-01"
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=1, choices=tuple(LETTERS))
 
     def check(self) -> None:
@@ -84,6 +86,10 @@ class RealTimeQA(Task):
         if not found:
             raise UserError(f"no week in {self.path} dates from {self.first} to {self.last}")
         return list(found.values())
+
+    def edition(self) -> Edition:
+        """The paper's questions; the public files hold 2,140 of them, so only the size is known."""
+        return Edition(3531)
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Compares the letter; an empty completion leaves the denominator of `acc`."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, load_rows, read_text
 
@@ -51,6 +51,7 @@ class ToxiGen(Task):
         groups: the groups whose files are read, in this order; one random stream shuffles them all.
         per_group: prompts of each group.
         seed: of the shuffle.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -64,6 +65,7 @@ class ToxiGen(Task):
     groups: Sequence[str] = GROUPS
     per_group: int = 200
     seed: int = 42
+    paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=512, stop=("\n",))
 
     def __post_init__(self) -> None:
@@ -105,6 +107,14 @@ class ToxiGen(Task):
                 name = f"{group}-{number}"
                 found.append(Example(id=name, prompt=prompt, row={"group": group}))
         return found
+
+    def edition(self) -> Edition:
+        """The paper's sample of prompts."""
+        return Edition(2800, "ad7809264c6ac006656b38b0cddc1e3402a35c119567afd0b5c0ceb83955bf8a")
+
+    def contents(self, example: Example) -> list[Any]:
+        """The prompt and its group."""
+        return [example.prompt.raw, example.row["group"]]
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Classifies one continuation."""

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
-from tasks.base import MetricInfo, Task
+from tasks.base import Edition, MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
 from tasks.loading import HubDataset, Row, load_rows
 
@@ -55,6 +55,7 @@ class _TruthfulQA(Task):
     path: str | None = None
     revision: str | None = None
     system_prompt: str = "release"
+    paper_dataset: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +78,7 @@ class TruthfulQAMC(_TruthfulQA):
         revision: the hub commit.
         system_prompt: for chat members: release, paper or none.
         seed: of the options, which are the same for all systems.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -114,6 +116,10 @@ class TruthfulQAMC(_TruthfulQA):
             found.append(Example(id=str(number), prompt=prompt, target=target))
         return found
 
+    def edition(self) -> Edition:
+        """The CSV's questions, with the options drawn as the paper did."""
+        return Edition(817, "bc2695c09cfd3bdea46c7a122cc664ecff00833e441e5b3e24cdaa69440244f3")
+
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Compares the letter that the completion begins with."""
         answer = parse_letter(texts[0])
@@ -137,6 +143,7 @@ class TruthfulQAOpen(_TruthfulQA):
         path: TruthfulQA.csv or rows in the hub's form; None takes the hub.
         revision: the hub commit.
         system_prompt: for chat members: release, paper or none.
+        paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
 
@@ -189,6 +196,10 @@ class TruthfulQAOpen(_TruthfulQA):
             )
             for number, row in enumerate(self._questions())
         ]
+
+    def edition(self) -> Edition:
+        """The CSV's questions with their best answers."""
+        return Edition(817, "5ad75be23e20b1468848a0014ab0c20f5b02c5420006490f39511b46bc906f4e")
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
         """Asks both judges about one answer."""

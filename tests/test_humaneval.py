@@ -93,13 +93,47 @@ def test_scores_of_right_and_wrong_samples(task: HumanEval) -> None:
     first, second = task.score_all(task.examples(), texts)
     assert first.values["pass@1"] == pytest.approx(3 / 20, abs=1e-12)
     assert first.values["pass@10"] == pytest.approx(1 - comb(17, 10) / comb(20, 10), abs=1e-12)
-    assert second.values == {"pass@10": 0.0, "pass@1": 0.0}
+    own = {"human_eval_pass@10": 0.0, "human_eval_pass@1": 0.0}
+    assert second.values == {"pass@10": 0.0, "pass@1": 0.0} | own
     assert first.explanation.startswith("3 of 20 pass; first failure: failed, AssertionError")
 
 
 def test_fewer_samples_than_k_have_no_pass_at_k(task: HumanEval) -> None:
     score = task.score(task.examples()[1], ["    return x // 2"])
-    assert score.values == {"pass@10": None, "pass@1": 1.0}
+    own = {"human_eval_pass@10": None, "human_eval_pass@1": 1.0}
+    assert score.values == {"pass@10": None, "pass@1": 1.0} | own
+
+
+@pytest.mark.parametrize(
+    ("text", "paper", "own"),
+    [
+        ("    printed = 2 * x\n    return printed", 0, 1),  # issue 13: the filter takes a line
+        ("    assertion = 2\n    return assertion * x", 0, 1),
+        ("    print(x)\n    return 2 * x", 1, 1),
+        ("    return 2 * x\n    assert (", 1, 0),
+        ("    return 2 * x\n\n ", 1, 1),
+        ("    return 2 * x\u00a0", 1, 0),
+    ],
+)
+def test_human_evals_own_rule_has_its_own_name(
+    task: HumanEval, text: str, paper: int, own: int
+) -> None:
+    """Fails on 538a493, which has the paper's rule alone."""
+    values = task.score(task.examples()[0], [text]).values
+    assert (values["pass@1"], values["human_eval_pass@1"]) == (paper, own)
+
+
+def test_a_program_that_the_filter_leaves_alone_runs_once(task: HumanEval, monkeypatch) -> None:
+    ran: list[str] = []
+    verdicts = HumanEval.verdicts
+
+    def counted(self, rows, completions):
+        ran.extend(completions)
+        return verdicts(self, rows, completions)
+
+    monkeypatch.setattr(HumanEval, "verdicts", counted)
+    task.score(task.examples()[0], ["    return 2 * x\n", "    print(x)\n    return 2 * x"])
+    assert len(ran) == 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 20])

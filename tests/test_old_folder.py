@@ -51,6 +51,15 @@ def test_it_is_scored_again_to_the_same_scores(folder, monkeypatch):
     assert (folder / "table.csv").read_bytes() == (OLD / "table.csv").read_bytes()
 
 
+def test_it_keeps_the_stop_strings_that_it_was_begun_with(folder, monkeypatch):
+    """GSM8K's have changed since (docs/log.md): completions made with both are never mixed."""
+    cells = sorted((folder / TASKS[0]).glob("*/cell.json"))
+    shutil.rmtree(cells[0].parent)
+    run(monkeypatch, folder, "limit=1", "stage=generate")
+    stops = [json.loads(cell.read_text())["decoding"]["stop"] for cell in cells]
+    assert stops == [["Answer the following question", "Question:", "Comment:"]] * 2
+
+
 def test_it_goes_on_where_it_stopped(folder, monkeypatch):
     path = folder / TASKS[0] / "proxy" / "completions.jsonl"
     stored = path.read_text().splitlines()

@@ -1,6 +1,7 @@
 """GSM8K: the paper's number with its quirks, and the careful one beside it."""
 
 import json
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -42,6 +43,111 @@ def values(text: str, target: str) -> tuple[float | None, float | None]:
 )
 def test_both_metrics(text, target, acc, numeric):
     assert values(text, target) == (acc, numeric)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("It costs $70{,}000.", "70000"),  # this and the next: issue 13
+        ("it is –3", "-3"),
+        ("$70{,}000.00$", "70000"),
+        (r"\boxed{70{,}000}", "70000"),
+        (r"70\,000 pounds", "70000"),
+        (r"70,\!000", "70000"),
+        (r"\$70{\,}000", "70000"),
+        ("1'250'000", "1250000"),
+        ("1’000", "1000"),
+        ("70_000", "70000"),
+        ("$118 000\n", "118000"),
+        ("70\u00a0000", "70000"),
+        ("70\u202f000", "70000"),
+        ("70\u2009000", "70000"),
+        ("7\u200b0", "70"),
+        ("70&nbsp;000", "70000"),
+        ("12,34,567", "1234567"),
+        ("1.234.567", "1234567"),
+        ("1.234,50 €", "1234.5"),
+        ("７０，０００", "70000"),
+        ("٧٢", "72"),
+        ("−$60", "-60"),
+        ("—3", "-3"),
+        ("﹣3", "-3"),
+        ("－３", "-3"),
+        (r"\text{–}3", "-3"),
+        ("-US$60", "-60"),
+        ("70.00", "70"),
+        ("72 USD", "72"),
+        ("75%", "75"),
+        ("3/4", "3/4"),
+        (r"\frac{3}{4}", "3/4"),
+        ("1½", "3/2"),
+        ("0.75", "3/4"),
+    ],
+)
+def test_numbers_in_every_form(text, target):
+    """The first two fail on 538a493, and so do most of the rest."""
+    assert values(text, target)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("70.000", 70),
+        ("rolls 10 200 30", 30),
+        ("in 2005 100", 100),
+        ("(5,3)", 3),
+        ("5–8", 8),
+        ("1/2/2020", 2020),
+        ("5/0", 0),
+        ("a list: 1, 2", 2),
+    ],
+)
+def test_what_is_no_separator_or_sign(text, value):
+    assert parse_number(text) == value
+
+
+CHAIN = "Let me restate the Question: Kim has 8 boxes of 9 drums.\n8*9=72\n#### 72"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHAIN,  # issue 13
+        "My Comment: easy. 8*9 = 72.",
+        "I will Answer the following question: 8*9 = 72",
+        "Question: Kim has 8 boxes of 9 drums.\nAnswer: 72",
+        "There are 8 boxes. Comment: of 9 each.\n#### 72",
+        "#### 72\n\nQuestion: Tom has 5 pens.\n#### 9",
+        "#### 72 Question: Tom has 5 pens.\n#### 9",
+        "The answer is 72.\n\n**Question:** Tom has 5 pens. Answer: 9",
+        "8*9=72. Question: Tom has 5 pens. Answer: 9",
+        "#### **72**\nThis is 8 times 9",
+        "#### Step 1: count\n8*9=72",
+        "#### 1. Count the drums\nThere are 72",
+    ],
+)
+def test_a_stop_word_in_a_chain_of_thought_costs_no_answer(text):
+    """The first five fail on 538a493, which cut both metrics at any stop word."""
+    assert values(text, "72")[1] == 1
+
+
+def test_the_papers_number_is_cut_at_every_stop_word():
+    assert values(CHAIN, "72") == (0, 1)
+    task = GSM8K(path=str(GOLDEN))
+    score = task.score(task.examples()[0], [CHAIN])
+    assert score.answer == "Let me restate the " and not score.parsed
+
+
+def test_generation_goes_on_after_a_stop_word_within_a_line():
+    assert all(stop.startswith("\n") for stop in GSM8K().decoding.stop)
+    assert not any(stop in CHAIN for stop in GSM8K().decoding.stop)
+
+
+@pytest.mark.parametrize("text", ["#### 1\n", "Question: 1 ", "1 000 ", "$", "A", "* ", "1.000"])
+def test_long_completions_take_no_time(text):
+    start = time.perf_counter()
+    values(text * 5000, "4")
+    assert time.perf_counter() - start < 5
 
 
 def test_unparsed():
@@ -107,7 +213,7 @@ def test_all_gold_passages(shared):
     ("system", "protocol", "as_numbers", "careful"),
     [  # RULES.md compares the protocol's own match as a number; ours also reads the signs
         ("llama2-chat-7B", 304, 323, 324),
-        ("llama2-13B", 87, 88, 88),
+        ("llama2-13B", 87, 88, 89),  # one completion ends in "$118 000"
         ("dexperts-13B", 348, 366, 365),
         ("llama2-chat-13B", 428, 454, 455),
         ("dexperts-gsm-13B", 579, 578, 578),

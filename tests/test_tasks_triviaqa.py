@@ -56,6 +56,44 @@ def test_metrics(task, text, em, normalized):
     assert score.parsed == bool(text)
 
 
+@pytest.mark.parametrize("quote", "'’‘´`")
+def test_all_quotation_marks_are_alike(tmp_path, quote):
+    """Fails on 538a493 but for the first: the dataset's own evaluation replaces all five."""
+    file = tmp_path / "dev.jsonl"
+    answer = {"value": "Sophie's Choice", "aliases": ["Rosemary’s ‘Baby’"]}
+    file.write_text(json.dumps({"question": "q", "answer": answer}))
+    task = TriviaQA(path=str(file))
+    for text in (
+        f"sophie{quote}s choice",
+        f"Rosemary{quote}s Baby",
+        f"{quote}Sophie s Choice{quote}",
+    ):
+        assert task.score(task.examples()[0], [text]).values["em_normalized"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "aliases", "right"),
+    [
+        ("", ["A", "?"], 0),  # these five fail on 538a493
+        ("the", ["A"], 0),
+        ("‘’", ["The The"], 0),
+        (".", ["!", "?"], 0),
+        (" \n", ["an"], 0),
+        ("a", ["A"], 1),
+        ("The The", ["The The"], 1),
+        ("B", ["A"], 0),
+        ("", [" ", "x"], 0),
+    ],
+)
+def test_an_empty_answer_never_matches(tmp_path, text, aliases, right):
+    file = tmp_path / "dev.jsonl"
+    row = {"question": "q", "answer": {"value": aliases[0], "aliases": aliases}}
+    file.write_text(json.dumps(row))
+    task = TriviaQA(path=str(file))
+    score = task.score(task.examples()[0], [text])
+    assert score.values == {"em": right, "em_normalized": right}
+
+
 def test_answers():
     assert answers({"question": "q", "answer": "a", "aliases": ["b", "a"]}) == ["a", "b"]
     with pytest.raises(ValueError, match="no answer"):

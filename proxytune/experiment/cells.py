@@ -24,7 +24,7 @@ from proxytune.experiment.completions import (
 )
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
-from proxytune.files import JsonlWriter, write_jsonl
+from proxytune.files import JsonlWriter, read_json, write_jsonl
 from proxytune.records import Decoding, Example, Metric, Score
 from proxytune.results import stats
 from proxytune.roles import MEMBERS, ORDER
@@ -85,6 +85,7 @@ class Cell(ABC):
         system: one of `roles.SYSTEMS`.
         folder: where everything about this cell is kept.
         identity: everything that the completions depend on, as in cell.json.
+        other_dataset: how the task's dataset differs from the paper's; "" where it does not.
     """
 
     task: Any
@@ -92,6 +93,7 @@ class Cell(ABC):
     system: str
     folder: Path
     identity: dict[str, Any]
+    other_dataset: str = dataclasses.field(default="", kw_only=True)
 
     def models(self) -> dict[str, Any]:
         """Role of the triple -> the model that plays it here, as in cell.json."""
@@ -330,8 +332,11 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
     if len({e.id for e in examples}) != len(examples):
         raise UserError(f"task {name}: two examples share an id")
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
+    other = task.other_dataset(examples)
+    if other:
+        log.warning("%s is not the paper's dataset: %s", name, other)
     overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
-    decoding = dataclasses.replace(task.decoding, **overrides)
+    decoding = _as_begun(dataclasses.replace(task.decoding, **overrides), task, folder)
     asked = examples[: cfg.limit]
     write_jsonl(folder / "examples.jsonl", asked)
     return [
@@ -345,9 +350,21 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
             | {"decoding": decoding_identity(decoding, cfg.decoding.seed)},
             examples=asked,
             decoding=decoding,
+            other_dataset=other,
         )
         for system in _in_order(cfg.systems)
     ]
+
+
+def _as_begun(decoding: Decoding, task: Any, folder: Path) -> Decoding:
+    """The decoding; with a task's former stop strings in a folder that was begun with them."""
+    begun = [
+        tuple(read_json(path).get("decoding", {}).get("stop", ()))
+        for path in sorted(folder.glob("*/cell.json"))
+    ]
+    own = decoding.stop == type(task).decoding.stop  # and not the user's
+    former = next((stop for stop in begun if own and stop in task.former_stops), None)
+    return decoding if former is None else dataclasses.replace(decoding, stop=former)
 
 
 def _harness_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[HarnessCell]:

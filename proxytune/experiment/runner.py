@@ -127,6 +127,7 @@ def _begin_run_json(
     if path.exists():
         run_json = read_json(path, sessions=list, tasks=dict, models=dict)
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
+    others = run_json.get("other_datasets", {}) | {c.task_name: c.other_dataset for c in cells}
     models = {role: member for c in cells for role, member in c.models().items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
         models |= run_json.get("models", {})
@@ -136,6 +137,7 @@ def _begin_run_json(
         "config_sha256": provenance.sha256_json(resolved),
         "tasks": run_json.get("tasks", {}) | resolved["task"],
         "datasets": run_json.get("datasets", {}) | datasets,
+        "other_datasets": {task: other for task, other in others.items() if other},
         "models": run_json.get("models", {}) | models,
         "seed": cfg.decoding.seed,
     }
@@ -214,7 +216,8 @@ def _show(
 
     infos = {cell.task_name: cell.infos for cell in cells}
     output = Path(cfg.output_dir)
-    table = build_table(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished)
+    others = {cell.task_name: cell.other_dataset for cell in cells}
+    table = build_table(output, metrics, infos, paper_place(cfg), cfg.limit, unfinished, others)
     Console().print(tables.to_rich(table, cfg.name))
     tracker.log_metrics(metrics)
     tracker.log_table(table)

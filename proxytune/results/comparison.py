@@ -171,8 +171,20 @@ def _set_gap(row: dict[str, Any], gap: stats.GapClosed | None) -> None:
 
 
 def caveat(table: pd.DataFrame) -> str:
-    """The warning above the table of a smoke run or an unfinished run; "" for a full run."""
-    return "; ".join(part for part in (_smoke(table), _lacking(table)) if part)
+    """The warning above a table that is not comparable; "" for a full run on the paper's data."""
+    return "; ".join(part for part in (_smoke(table), _lacking(table), _others(table)) if part)
+
+
+def _others(table: pd.DataFrame) -> str:
+    rows = [row for row in headlines(table) if other_dataset_text(row) and row["task"] != AVERAGE]
+    tasks = "; ".join(f"{row['task']}: {other_dataset_text(row)}" for row in rows)
+    return f"† not the paper's dataset, not comparable with its numbers ({tasks})" if tasks else ""
+
+
+def other_dataset_text(row: Mapping[str, Any]) -> str:
+    """How the dataset of a row's task differs from the paper's; "" where it does not."""
+    text = row.get("other_dataset")
+    return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
 
 
 def _lacking(table: pd.DataFrame) -> str:

@@ -12,7 +12,13 @@ from proxytune.errors import UserError
 from proxytune.files import read_jsonl, replace_file, set_aside
 from proxytune.records import Metric, Score
 from proxytune.results import tables
-from proxytune.results.comparison import AVERAGE, comparison, records, unfinished_text
+from proxytune.results.comparison import (
+    AVERAGE,
+    comparison,
+    other_dataset_text,
+    records,
+    unfinished_text,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +48,7 @@ def build_table(
     paper_table: tuple[str, str] | None = None,
     limit: int | None = None,
     unfinished: Mapping[str, str] | None = None,
+    other_datasets: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """The comparison of a results folder, written to its table.csv and table.md.
 
@@ -56,6 +63,7 @@ def build_table(
         paper_table: see `comparison`.
         limit: how many examples per task a smoke run has; the table's header names it.
         unfinished: task -> which of its systems lack completions; the header names them, too.
+        other_datasets: task -> how its dataset differs from the paper's; the header says so.
     """
     earlier = _earlier(folder, metrics)
     order = list(dict.fromkeys([*earlier.infos, *(m.task for m in metrics)]))
@@ -66,6 +74,9 @@ def build_table(
     lacking = earlier.unfinished | dict.fromkeys(infos, "") | dict(unfinished or {})
     table["limit"] = pd.array(_of_rows(table, limits, None), dtype="Int64")
     table["unfinished"] = _of_rows(table, lacking, "")
+    others = earlier.other_datasets | dict.fromkeys(infos, "") | dict(other_datasets or {})
+    if any(others.values()):
+        table["other_dataset"] = _of_rows(table, others, "")
     to_csv(table, folder / "table.csv")
     replace_file(folder / "table.md", f"{tables.to_markdown(table)}\n".encode())
     return table
@@ -96,11 +107,12 @@ class _Earlier:
     infos: dict[str, dict[str, _Shown]]
     limits: dict[str, int | None]
     unfinished: dict[str, str]
+    other_datasets: dict[str, str]
 
 
 def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
     """Reads the results of earlier runs, except those that this run's metrics replace."""
-    found = _Earlier([], {}, {}, {})
+    found = _Earlier([], {}, {}, {}, {})
     path = folder / "table.csv"
     if path.is_file():
         for row in _rows_or_none(path):
@@ -110,6 +122,7 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
                 found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
                 found.unfinished[task] = unfinished_text(row)
+                found.other_datasets[task] = other_dataset_text(row)
     ours = {(m.task, m.system) for m in metrics}
     examples = {m.task: m.n_examples for m in metrics}
     for metric in read_jsonl(folder / "metrics.jsonl", Metric):

@@ -317,6 +317,7 @@ def _provenance(run: Mapping[str, Any]) -> list[list[str]]:
         ["GPUs", ", ".join(hardware.get("gpus") or []) or "none"],
         *([f"model: {role}", _model(model)] for role, model in models),
         *([f"dataset: {t}, SHA-256", str(h)] for t, h in (run.get("datasets") or {}).items()),
+        *([f"dataset: {t}", str(o)] for t, o in (run.get("other_datasets") or {}).items()),
         *([f"version: {n}", str(v)] for n, v in (last.get("versions") or {}).items()),
     ]
 

@@ -19,6 +19,7 @@ from proxytune.results.comparison import (
     has_gap,
     headlines,
     is_number,
+    other_dataset_text,
     records,
     shown,
     systems_of,
@@ -208,7 +209,8 @@ def p_text(p: float, equals: str = "") -> str:
 
 
 def _task(row: Mapping[str, Any]) -> str:
-    return str(row["task"]) + ("" if row["higher_is_better"] else " ↓")
+    other = other_dataset_text(row) and row["task"] != AVERAGE
+    return str(row["task"]) + ("" if row["higher_is_better"] else " ↓") + (" †" if other else "")
 
 
 def _count(row: Mapping[str, Any]) -> str:

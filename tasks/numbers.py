@@ -1,0 +1,129 @@
+r"""Numbers as models write them, read as values.
+
+Understood besides plain digits: thousands separators (1,000, 1'000, 1_000, 1 000 with any kind of
+space, 1.000.000, and India's 1,00,000), LaTeX's forms of them ({,}, \, and their like), currency
+signs, every Unicode digit and minus, fractions (3/4, 1 1/2, \frac{3}{4}, ½), and a point or comma
+before decimals where the other one separates thousands (1.234,50). One point or comma is read as
+English does: 70.000 is 70, and 7,5 is two numbers.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import NamedTuple
+
+Value = Decimal | Fraction
+
+
+class Number(NamedTuple):
+    """One number of a text.
+
+    Attributes:
+        value: with its sign.
+        start, end: the offsets of the number, with its sign and currency, in `plain(text)`.
+    """
+
+    value: Value
+    start: int
+    end: int
+
+
+_THIN = "\N{THIN SPACE}"  # stands for every space that is not the keyboard's
+_MINUS = "‐‑‒–—―−﹘﹣➖"
+_APOSTROPHES = "‘’ʼ′"
+_CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹₩₽₺₫₦¢]{1,3}[ \u2009]?)?"
+# After a letter, digit, ")", "]", "}" or "%", a sign is a subtraction or a hyphen, not a sign.
+_SIGN = r"(?:(?<![\w.)\]}%])[-+])?"
+_LATEX = (
+    (re.compile(r"(?:\\(?:text|mathrm|mathord|mathpunct))?\{([-+,]|\\[,;:!]|\\? |~)\}"), r"\1"),
+    (re.compile(r"\\!|\\(?:left|right)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[,;: ]|\\(?:thin|med|thick)space(?![a-zA-Z])|(?<=\d)~(?=\d)"), _THIN),
+    (re.compile(r"\\(?=[$%#&_€£])"), ""),
+    (re.compile(r"\\[dtc]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}"), r" \1/\2"),
+    (re.compile(r"\\[dtc]?frac *(\d) *(\d)"), r" \1/\2"),
+)
+# 3/4 and 1 1/2, but no date (1/2/2020) and no division by zero
+_FRACTION = r"""
+    (?<![\d./]) (?:(?P<whole>\d{1,15})[ ]+)?
+    (?P<over>\d{1,15})/(?P<under>(?!0+(?!\d))\d{1,15}) (?![\d/]|\.\d)
+    |"""
+_POINTS = r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?(?!\d) | \d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)"
+_PLAIN = rf"""
+    \d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!\d|,\d) (?:\.\d+)?  # 1,00,000
+    | \d{{1,3}}(?P<separator>,{_THIN}?|[{_THIN}'_])\d{{3}}(?:(?P=separator)\d{{3}})*(?!\d)
+        (?:\.\d+)?
+    | (?<!\d[ ])\d{{1,3}}(?:[ ]\d{{3}})+(?![ ]?\d) (?:\.\d+)?  # 1 000, but no list of numbers
+    | \d*\.\d+
+    | \d+"""
+_WITHOUT_FRACTIONS, _NUMBER = (
+    re.compile(
+        rf"(?P<sign>{_SIGN}) {_CURRENCY} (?:{kind} (?P<points>{_POINTS}) | (?P<plain>{_PLAIN}))",
+        re.VERBOSE,
+    )
+    for kind in ("", _FRACTION)
+)
+_SEPARATORS = re.compile(rf"[,{_THIN}'_ ]")
+
+
+def plain(text: str) -> str:
+    r"""The text with ASCII digits, signs and separators; LaTeX's spacing and HTML's entities go.
+
+    Spaces that are not the keyboard's, LaTeX's \, among them, become thin spaces.
+    """
+    if "&" in text:
+        text = html.unescape(text)
+    text = text.translate({ord(c): _ascii(c) for c in set(text) if not c.isascii()})
+    for pattern, by in _LATEX:
+        text = pattern.sub(by, text)
+    return text
+
+
+def numbers(plain_text: str, *, fractions: bool = True) -> Iterator[Number]:
+    """The numbers of a text that `plain` returned, from left to right.
+
+    Args:
+        plain_text: the text.
+        fractions: whether 3/4 is one number, and not two.
+    """
+    pattern = _NUMBER if fractions else _WITHOUT_FRACTIONS
+    for match in pattern.finditer(plain_text):
+        value = _value(match)
+        yield Number(-value if match["sign"] == "-" else value, match.start(), match.end())
+
+
+def parse_number(text: str, *, fractions: bool = True) -> Value | None:
+    """The value of the last number in a text, with its sign; None if there is no number."""
+    found = list(numbers(plain(text), fractions=fractions))
+    return found[-1].value if found else None
+
+
+def _value(match: re.Match[str]) -> Value:
+    """The value without its sign."""
+    if match["plain"]:
+        return Decimal(_SEPARATORS.sub("", match["plain"]))
+    if match["points"]:
+        return Decimal(match["points"].replace(".", "").replace(",", "."))
+    return int(match["whole"] or 0) + Fraction(int(match["over"]), int(match["under"]))
+
+
+def _ascii(char: str) -> str:
+    """What a character beyond ASCII stands for in a number; itself if for nothing."""
+    if char in _MINUS:
+        return "-"
+    if char in _APOSTROPHES:
+        return "'"
+    if "！" <= char <= "～":  # the full-width forms of ASCII
+        return chr(ord(char) - 0xFEE0)
+    kind = unicodedata.category(char)
+    if kind == "Nd":
+        return str(unicodedata.decimal(char))
+    if kind == "Zs":
+        return _THIN
+    if kind == "Cf":  # invisible: zero-width spaces, marks of direction
+        return ""
+    if kind == "No" and "\N{FRACTION SLASH}" in (form := unicodedata.normalize("NFKC", char)):
+        return " " + form.replace("\N{FRACTION SLASH}", "/")
+    return {"⁄": "/", "∕": "/", "٬": ",", "٫": ".", "﹩": "$", "﹪": "%"}.get(char, char)

@@ -23,6 +23,7 @@ import openai
 import yaml
 
 from proxytune.errors import MissingExtra, UserError
+from proxytune.loopback import openai_client
 from proxytune.records import Example
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 from tasks.local_chat import LocalChat
@@ -258,7 +259,7 @@ class AlpacaJudge:
         request["model"] = request.pop("model_name")
 
         def judge(prompts: list[str]) -> Iterator[dict[str, Any]]:
-            client = openai.OpenAI(
+            client = openai_client(
                 api_key=os.environ.get(self.api_key_env) or "none",  # the client wants one
                 base_url=self.base_url or client_settings.get("base_url"),
                 max_retries=self.max_retries,

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from proxytune.loopback import without_proxies
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Two test processes with a thread per core each would wait for one another: of tiny models, one
 # thread does the same work in a quarter of the time. Read when torch is first imported, so here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The tests' own clients (requests, urllib, openai) ask servers on this machine alone.
+without_proxies()
 
 # A script's background jobs and `nohup` ignore these, and so would the commands that tests start
 # and interrupt. With a handler that does nothing we go on ignoring them, and the commands do not.

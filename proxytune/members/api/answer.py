@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from proxytune.members.api.distribution import FLOOR, Listed
 from proxytune.members.api.names import Named, TokenNames
 
 _SLACK = 1e-5  # probability that rounding to float32 may hide
@@ -63,12 +64,41 @@ class Answer:
         return cls(ids[:listed], logprobs, bound, ids[listed:], doubtful_bound, unseen)
 
 
+def values_of(listed: Sequence[Named], k: int, vocab_size: int) -> Listed:
+    """The values of a list, for the arithmetic on them.
+
+    Args:
+        listed: as for `make_answer`.
+        k: as for `make_answer`.
+        vocab_size: of the tokenizer.
+    """
+    known, without = _likeliest(listed, k)
+    values = np.array([named.logprob for named in known], dtype=np.float64)
+    floors = int((values <= FLOOR).sum())
+    lost = len(without)
+    if 0 < len(listed) < k and any(named.by_text for named in listed):
+        lost += k - len(listed)  # tokens that share a text are one entry of the list
+    return Listed(values[~(values <= FLOOR)], floors, lost, k, vocab_size)
+
+
+def _likeliest(listed: Sequence[Named], k: int) -> tuple[list[Named], list[Named]]:
+    """The k likeliest tokens in descending order, and those without a value.
+
+    A nan comes first.
+    """
+    known = [named for named in listed if named.logprob is not None]
+    known.sort(key=lambda n: math.inf if math.isnan(n.logprob or 0) else n.logprob, reverse=True)
+    return (known[:k] if k > 0 else known), [named for named in listed if named.logprob is None]
+
+
 def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
     """Derives bounds for the tokens that a server did not list from those that it did.
 
     A token outside the k likeliest is no likelier than the last of them, and no likelier than the
     probability that the listed ones leave. If a name fits several tokens, or none, no token gets
-    its log-probability; the probability that is left is the only bound for these tokens.
+    its log-probability; the probability that is left is the only bound for these tokens, as it is
+    for those that are listed without a value (null). A value at the floor (-9999, -3.4e38) is that
+    of an unlisted token.
 
     Args:
         listed: the listed tokens in any order; entries beyond the k likeliest (a server may add
@@ -76,12 +106,16 @@ def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
         names: finds the ids of a listed token.
         k: how many likeliest tokens the list has; -1 is the whole vocabulary.
     """
-    ordered = sorted(listed, key=lambda named: -named.logprob)
-    ordered = ordered[:k] if k > 0 else ordered
+    ordered, without = _likeliest(listed, k)
     known: dict[int, float] = {}
     doubtful: set[int] = set()
     unknown = False
+    least = math.inf
     for named in ordered:
+        assert named.logprob is not None
+        if k > 0 and named.logprob <= FLOOR:
+            continue
+        least = named.logprob
         ids = names.ids(named)
         unknown |= not ids and named.id is None and not named.text.startswith("token_id:")
         if len(ids) == 1:
@@ -89,15 +123,19 @@ def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
             known[ids[0]] = float(np.logaddexp(known.get(ids[0], -math.inf), named.logprob))
         else:
             doubtful.update(ids)
+    for named in without:
+        ids = names.ids(named)
+        unknown |= not ids
+        doubtful.update(ids)
     doubtful -= known.keys()
     seen = sum(map(math.exp, known.values()))
     left = math.log(max(0.0, 1 - seen) + _SLACK)
     if len(known) == names.vocab_size:
         bound = -math.inf
-    elif unknown or not ordered:
+    elif unknown or least == math.inf:
         bound = left
     else:
-        bound = min(left, ordered[-1].logprob)
+        bound = min(left, least)
     order = sorted(known)
     return Answer(
         ids=np.array(order, dtype=np.int64),

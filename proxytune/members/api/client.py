@@ -1,18 +1,29 @@
 """Requests to the server: retries after failures, waits that it asks for, and the budget."""
 
-import email.utils
 import logging
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import openai
 
 from proxytune.errors import Unanswered, UpstreamError, UserError
+from proxytune.loopback import openai_client
+from proxytune.members.api.faults import (
+    Closed,
+    Failed,
+    Failure,
+    Malformed,
+    NoRoom,
+    Refused,
+    failure_in,
+    failure_of,
+    reason_of,
+)
 from proxytune.members.api.settings import ApiSettings
 from proxytune.members.api.store import Store
 
@@ -21,21 +32,11 @@ log = logging.getLogger(__name__)
 FIRST_WAIT = 0.5  # seconds before the second try; doubled for every further one
 LONGEST_WAIT = 30.0
 _CHECK_TIMEOUT = 15.0
-_TRY_AGAIN = (408, 409, 425, 429)  # and every 5xx
+# Where servers write the context length of a model: vLLM and SGLang, LM Studio, gateways.
+_CONTEXT_KEYS = ("max_model_len", "loaded_context_length", "context_length", "context_window")
+_WRONG_ANSWERS = 5  # tries of one request whose answers are whole, paid for, and of no use
 BudgetLimit = Literal["max_requests", "max_tokens", "max_cost"]  # settings of `ApiSettings`
 _ROUNDING = 1 + 1e-9  # sums of prices may come out this much too large
-
-
-class Refused(UpstreamError, UserError):
-    """The server says that it cannot serve the request."""
-
-
-class Closed(UpstreamError, UserError):
-    """No request may be sent: the key is wrong, or the money is spent."""
-
-
-class Malformed(Exception):
-    """The answer does not follow the protocol."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class Client:
 
     A request that fails with 408, 409, 425, 429, 5xx, a broken connection, a time-out or a
     malformed body is tried again after a growing, random wait (the server's Retry-After, where it
-    gives one), for `retry_for_s` seconds. Threads may share a client.
+    gives one), for `retry_for_s` seconds; an answer of an unknown form, five times at most. An
+    error in the body of an answer with status 200 counts as its own code says. Threads may share a
+    client.
 
     Args:
         settings: the endpoint's.
@@ -92,11 +95,8 @@ class Client:
         self.store = store
         self.spent = Spent(**(store.fact("spent") or {}))
         self.max_positions: int | None = None  # the model's, if the server's list has it
-        self._open = openai.OpenAI(
-            base_url=settings.base_url,
-            api_key=_key(settings),
-            max_retries=0,
-            timeout=settings.timeout_s,
+        self._open = openai_client(
+            settings.base_url, api_key=_key(settings), max_retries=0, timeout=settings.timeout_s
         )
         self._lock = threading.Lock()
         self._reserved = Spent()  # by requests that are under way
@@ -116,11 +116,13 @@ class Client:
             )
             known = {model["id"]: model for model in answer["data"]}
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(self._wrong_key(error)) from error
+            failure = failure_of(error)
+            assert failure is not None
+            raise UserError(self._wrong_key(failure)) from error
         except openai.APIConnectionError as error:
             raise UserError(
-                f"nobody answers at {self.settings.base_url} ({_reason(error)}); start the server, "
-                "or set triple.base.api.base_url"
+                f"nobody answers at {self.settings.base_url} ({reason_of(error)}); start the "
+                "server, or set triple.base.api.base_url"
             ) from error
         except (openai.APIStatusError, ValueError, KeyError, TypeError):
             return  # the server has no list of models; the first real request checks the rest
@@ -129,7 +131,7 @@ class Client:
                 f"{self.settings.base_url} has no model {self.settings.model!r}; it has "
                 f"{', '.join(map(str, [*known][:10]))}: set triple.base.api.model"
             )
-        self.max_positions = known.get(self.settings.model, {}).get("max_model_len")
+        self.max_positions = _context_of(known.get(self.settings.model, {}))
 
     def ask(
         self,
@@ -137,6 +139,7 @@ class Client:
         body: dict[str, Any],
         read: Callable[[dict[str, Any]], Any],
         prompt_tokens: int,
+        tries: int | None = None,
     ) -> Any:
         """Sends a request until `read` accepts its answer.
 
@@ -146,48 +149,64 @@ class Client:
             read: makes the result from the answer's JSON; a KeyError, TypeError, ValueError or
                 `Malformed` in it means that the answer is malformed.
             prompt_tokens: the prompt's length, which counts until the server reports its own.
+            tries: how often a server's error (5xx) or malformed answer is asked for; None goes on
+                for `retry_for_s` seconds.
 
         Raises:
-            Refused: the server says that it cannot serve the request.
+            NoRoom: the prompt is too long for the server.
+            Refused: the server says that it cannot serve the request, or fails at all `tries`.
             Unanswered: the server did not answer for `retry_for_s` seconds.
             Closed: the key is wrong, or the budget is spent.
         """
         give_up: float | None = None
         wait = FIRST_WAIT
+        broken = wrong = 0  # failures of the server's own; answers of no use among them
         while True:
             self._wait_until_allowed()
-            reserved = self._reserve(prompt_tokens)
             try:
-                answer = self._open.post(f"/{endpoint}", body=body, cast_to=object)
-                usage = _usage(answer, prompt_tokens)
-                result = _read(answer, read)
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-                self._release(reserved)
-                raise Closed(self._wrong_key(error)) from error
-            except Refused:
-                self._release(reserved)
+                return self._send(endpoint, body, read, prompt_tokens)
+            except UpstreamError:
                 raise
-            except (openai.APIError, Malformed, ValueError) as error:
-                self._release(reserved)
-                asked = self._judge(error)
-                now = time.monotonic()
-                give_up = give_up or now + self.settings.retry_for_s
-                pause = wait * random.uniform(0.5, 1) if asked is None else asked
-                if now + pause > give_up:
-                    raise Unanswered(
-                        f"{self.settings.base_url} did not answer for "
-                        f"{self.settings.retry_for_s:g} seconds (last: {_reason(error)}); what is "
-                        "finished is kept, and the same command goes on"
-                    ) from error
-                log.info("trying again in %.1f s: %s", pause, _reason(error))
-                if asked is not None:
-                    with self._lock:
-                        self._not_before = max(self._not_before, now + asked)
-                self._pause(pause)
-                wait = min(2 * wait, LONGEST_WAIT)
-                continue
+            except (openai.APIError, Malformed, ValueError, Failed) as caught:
+                error = caught
+            failure, said = failure_of(error), reason_of(error)
+            asked = self._judge(failure, endpoint) if failure else None
+            wrong += not isinstance(error, openai.APIError | Failed)
+            broken += (failure.status or 0) >= 500 if failure else isinstance(error, Malformed)
+            if tries is not None and broken >= tries:
+                url = self.settings.base_url
+                raise Refused(f"{url} fails {broken} times: {said}") from error
+            now = time.monotonic()
+            give_up = give_up or now + self.settings.retry_for_s
+            pause = wait * random.uniform(0.5, 1) if asked is None else asked
+            if now + pause > give_up or wrong >= _WRONG_ANSWERS:
+                raise Unanswered(self._given_up(said, wrong)) from error
+            log.info("trying again in %.1f s: %s", pause, said)
+            if asked is not None:
+                with self._lock:
+                    self._not_before = max(self._not_before, now + asked)
+            self._pause(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _send(
+        self,
+        endpoint: str,
+        body: dict[str, Any],
+        read: Callable[[dict[str, Any]], Any],
+        prompt_tokens: int,
+    ) -> Any:
+        """One try of `ask`; what it spends is counted."""
+        reserved = self._reserve(prompt_tokens)
+        usage = 0, 0
+        try:
+            answer = self._open.post(f"/{endpoint}", body=body, cast_to=object)
+            failure = failure_in(answer)
+            if failure is not None:
+                raise Failed(failure)
+            usage = _usage(answer, prompt_tokens)
+            return _read(answer, read)
+        finally:
             self._release(reserved, *usage)
-            return result
 
     def stop(self) -> None:
         """Ends all waiting: a request that waits, or would have to, fails with Unanswered."""
@@ -240,28 +259,39 @@ class Client:
 
     # -- waiting --------------------
 
-    def _judge(self, error: Exception) -> float | None:
+    def _judge(self, failure: Failure, endpoint: str) -> float | None:
         """The seconds that the server asks us to wait, if it does.
 
         Raises:
             Refused, Closed: waiting would not help; see `ask`.
         """
-        if not isinstance(error, openai.APIStatusError):
-            return None
-        status = error.status_code
-        if error.code == "insufficient_quota":
+        url = self.settings.base_url
+        if failure.key:
+            raise Closed(self._wrong_key(failure))
+        if failure.money:
             raise Closed(
-                f"{self.settings.base_url}: the account has no money left ({_reason(error)}); what "
-                "is finished is kept, and the same command goes on"
-            ) from error
-        if status == 404:
+                f"{url}: the account has no money left ({failure}); what is finished is kept, and "
+                "the same command goes on"
+            )
+        if failure.status == 404:
             raise Refused(
-                f"{error.request.url} is not there ({_reason(error)}): triple.base.api.base_url "
-                "ends in /v1 with most servers"
-            ) from error
-        if status < 500 and status not in _TRY_AGAIN:
-            raise Refused(f"{self.settings.base_url} refuses: {_reason(error)}") from error
-        return _retry_after(error.response.headers.get("retry-after"))
+                f"{url}/{endpoint} is not there ({failure}): triple.base.api.base_url ends in /v1 "
+                "with most servers"
+            )
+        if failure.room:
+            raise NoRoom(f"{url} has no room for the prompt: {failure}")
+        if not failure.passing:
+            raise Refused(f"{url} refuses: {failure}")
+        return failure.retry_after
+
+    def _given_up(self, said: str, wrong: int) -> str:
+        kept = "what is finished is kept, and the same command goes on"
+        if wrong >= _WRONG_ANSWERS:
+            return f"{self.settings.base_url} gave {wrong} answers of no use (last: {said}); {kept}"
+        return (
+            f"{self.settings.base_url} did not answer for {self.settings.retry_for_s:g} seconds "
+            f"(last: {said}); {kept}"
+        )
 
     def _wait_until_allowed(self) -> None:
         while (left := self._not_before - time.monotonic()) > 0:
@@ -271,12 +301,12 @@ class Client:
         if self._stopped.wait(seconds):
             raise Unanswered("stopped while waiting for the server")
 
-    def _wrong_key(self, error: openai.APIStatusError) -> str:
+    def _wrong_key(self, failure: Failure) -> str:
         name = self.settings.api_key_env
         way_out = f"check the environment variable {name}" if name else "name the environment "
         if not name:
             way_out += "variable that holds the key: triple.base.api.api_key_env=..."
-        return f"{self.settings.base_url} does not accept the key ({_reason(error)}): {way_out}"
+        return f"{self.settings.base_url} does not accept the key ({failure}): {way_out}"
 
 
 def _key(settings: ApiSettings) -> str:
@@ -291,10 +321,20 @@ def _key(settings: ApiSettings) -> str:
     return key
 
 
+def _context_of(model: Mapping[str, Any]) -> int | None:
+    """The context length in an entry of the list of models, in tokens; None if it has none."""
+    meta = model.get("meta")  # llama-server's
+    found = [model.get(key) for key in _CONTEXT_KEYS]
+    found.append(meta.get("n_ctx") if isinstance(meta, Mapping) else None)
+    return next((each for each in found if isinstance(each, int) and each > 1), None)
+
+
 def _read(answer: Any, read: Callable[[dict[str, Any]], Any]) -> Any:
+    if not isinstance(answer, dict):
+        raise Malformed(f"an answer that is no JSON object: {str(answer)[:200]!r}")
     try:
         return read(answer)
-    except Refused:
+    except UpstreamError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Malformed(f"an answer of an unknown form: {type(error).__name__} {error}") from error
@@ -307,30 +347,3 @@ def _usage(answer: Any, prompt_tokens: int) -> tuple[int, int]:
     return int(usage.get("prompt_tokens") or prompt_tokens), int(
         usage.get("completion_tokens") or 0
     )
-
-
-def _reason(error: BaseException) -> str:
-    """The server's or the network's message, in one line."""
-    if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {}
-        said = str(body.get("message") or error.message).strip() or "no message"
-        return f"{error.status_code}, {said.splitlines()[0][:300]}"
-    if isinstance(error, openai.APITimeoutError):
-        return "timed out"
-    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else None
-    text = str(cause or error).strip()
-    return text.splitlines()[0][:300] if text else type(cause or error).__name__
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a header that holds a number or a date."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None

@@ -18,7 +18,8 @@ from proxytune.errors import UserError
 from proxytune.members.api.answer import Answer
 from proxytune.members.api.client import Client
 from proxytune.members.api.names import TokenNames
-from proxytune.members.api.probe import Protocol, find_offer
+from proxytune.members.api.probe import find_offer
+from proxytune.members.api.protocol import Protocol
 from proxytune.members.api.settings import LOCAL, ApiSettings
 from proxytune.members.api.store import Store
 from proxytune.records import Decoding

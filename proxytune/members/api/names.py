@@ -17,16 +17,26 @@ class Named:
     """One listed token as the server names it.
 
     Attributes:
-        logprob: its log-probability.
+        logprob: its log-probability; None if the server lists it without one.
         text: its name: its text, or "token_id:<int>".
         id: its id, if the server gives it.
         bytes: its UTF-8 bytes, if the server gives them.
     """
 
-    logprob: float
+    logprob: float | None
     text: str = ""
     id: int | None = None
     bytes: Sequence[int] | None = None
+
+    @property
+    def key(self) -> int | str:
+        """The name itself."""
+        return self.text if self.id is None else self.id
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the text is the whole name, so that several tokens may share it."""
+        return self.id is None and self.bytes is None and not self.text.startswith(_TOKEN_ID)
 
 
 class TokenNames:

@@ -1,254 +1,151 @@
-"""Finds out what a server offers (endpoint, number of log-probabilities, blocks) by asking once.
+"""Finds out what a server offers (endpoint, log-probabilities, blocks) by asking.
 
-Also writes the requests that use the offer, and reads their answers.
+asking.py sends the requests, verify.py tests what the server lists before it is used, and blocks.py
+chooses how several positions are scored. For a server that lists the model's log-probabilities all
+this takes about six requests; the result is kept in the store.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from proxytune.errors import UserError
-from proxytune.members.api.answer import Answer, make_answer
-from proxytune.members.api.client import Client, Malformed, Refused
-from proxytune.members.api.names import Named, TokenNames
+from proxytune.members.api.answer import make_answer
+from proxytune.members.api.asking import TRIES, Asker, Shown
+from proxytune.members.api.blocks import with_blocks
+from proxytune.members.api.client import Client
+from proxytune.members.api.faults import Refused
+from proxytune.members.api.names import TokenNames
+from proxytune.members.api.protocol import Offer, counted_by
+from proxytune.members.api.verify import trusted
 
 log = logging.getLogger(__name__)
 
 AUTO = (100, 50, 20, 10, 5, 3, 2, 1)  # tokens per position that "auto" asks for, in this order
-_AGREE = 0.25  # two requests for one log-probability may differ by this much (bfloat16)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """The log-probabilities that a server gives.
-
-    Attributes:
-        endpoint: "completions", or "chat/completions" (which shows the first token only).
-        k: tokens listed at each position; -1 is the whole vocabulary.
-        blocks: the field by which it gives log-probabilities of a prompt's tokens:
-            "prompt_logprobs" (vLLM's) or "echo" (OpenAI's); None if it gives none.
-        token_ids: whether it names tokens by their ids on request.
-    """
-
-    endpoint: str
-    k: int
-    blocks: str | None
-    token_ids: bool
-
-    def __str__(self) -> str:
-        listed = "every token" if self.k == -1 else f"the {self.k} likeliest tokens"
-        places = f"many places ({self.blocks})" if self.blocks else "one place"
-        return f"{listed}, of {places} per request to {self.endpoint}"
-
-
-class Protocol:
-    """Requests for log-probabilities in the form that the server understands.
-
-    Args:
-        client: sends them.
-        names: finds the ids of listed tokens.
-        offer: the log-probabilities that the server gives.
-        tokenizer: writes prompts for servers that want text.
-    """
-
-    def __init__(self, client: Client, names: TokenNames, offer: Offer, tokenizer: Any) -> None:
-        self.client = client
-        self.names = names
-        self.offer = offer
-        self._tokenizer = tokenizer
-
-    def ask(self, ids: Sequence[int], start: int) -> list[Answer]:
-        """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`, by one request.
-
-        Raises:
-            ValueError, OSError: see `Client.ask`.
-        """
-        if start < len(ids) - 1:
-            assert self.offer.blocks is not None
-        body = self.body(ids, block=start < len(ids) - 1)
-
-        def read(answer: Mapping[str, Any]) -> list[Answer]:
-            choice = answer["choices"][0]
-            lists = self.rated(choice, ids, start + 1) if start < len(ids) - 1 else []
-            lists.append(_generated(choice))
-            return [make_answer(each, self.names, self.offer.k) for each in lists]
-
-        return self.client.ask(self.offer.endpoint, body, read, len(ids))
-
-    def body(self, ids: Sequence[int], block: bool) -> dict[str, Any]:
-        """The request for the position after `ids`; with `block`, for those before it, too."""
-        settings = self.client.settings
-        body: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 0}
-        if self.offer.endpoint == "chat/completions" or settings.foreign_tokenizer:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
-            if self.offer.endpoint == "chat/completions":
-                body["messages"] = [{"role": "user", "content": text}]
-                return body | {"logprobs": True, "top_logprobs": self.offer.k}
-            body["prompt"] = text
-        else:
-            body["prompt"] = list(map(int, ids))
-        body["logprobs"] = self.offer.k
-        if self.offer.token_ids:
-            body["return_tokens_as_token_ids"] = True
-        if block and self.offer.blocks == "echo":
-            body["echo"] = True
-        elif block:
-            body["prompt_logprobs"] = self.offer.k
-        return body
-
-    def rated(self, choice: Mapping[str, Any], ids: Sequence[int], first: int) -> list[list[Named]]:
-        """The listed tokens at the positions `first`, `first` + 1, ... of the prompt."""
-        if self.offer.blocks == "echo":
-            lists = choice["logprobs"]["top_logprobs"][: len(ids)]
-            if len(choice["logprobs"]["top_logprobs"]) != len(ids) + 1:
-                raise Malformed(f"{len(lists)} places rated for a prompt of {len(ids)} tokens")
-            return [_from_map(listed) for listed in lists[first:]]
-        lists = choice["prompt_logprobs"]
-        if len(lists) != len(ids) or any(
-            str(token) not in rated for token, rated in zip(ids[1:], lists[1:], strict=True)
-        ):
-            raise Malformed("the prompt that was rated is not the one that was sent")
-        return [
-            [Named(each["logprob"], id=int(i)) for i, each in listed.items()]
-            for listed in lists[first:]
-        ]
-
-
-def _generated(choice: Mapping[str, Any]) -> list[Named]:
-    """The listed tokens at the position of the one generated token."""
-    logprobs = choice["logprobs"]
-    if logprobs is None:
-        raise Malformed("no log-probabilities")
-    if logprobs.get("content") is not None:  # chat, and llama.cpp's completions
-        return [
-            Named(each["logprob"], each.get("token", ""), each.get("id"), each.get("bytes"))
-            for each in logprobs["content"][-1]["top_logprobs"]
-        ]
-    return _from_map(logprobs["top_logprobs"][-1])
-
-
-def _from_map(listed: Mapping[str, float] | None) -> list[Named]:
-    if not listed:
-        raise Malformed("a place without log-probabilities")
-    return [Named(float(logprob), text) for text, logprob in listed.items()]
+_FORM = "2"  # of `Offer`, and of the tests that it has passed
 
 
 def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
     """The most that the server offers within the settings; asked once, then kept in the store.
 
     Raises:
-        UserError: it shows no log-probabilities, or fewer than the settings ask for.
+        NotLogProbs: what it lists are no log-probabilities.
+        UserError: it shows none, or fewer than the settings ask for.
     """
     settings = client.settings
-    name = f"offer {settings.model} {settings.top_logprobs} {settings.endpoint} {settings.blocks}"
+    name = f"offer {_FORM} {settings.model} {settings.top_logprobs} {settings.endpoint} "
+    name += str(settings.blocks)
     known = client.store.fact(name)
     if known is not None:
         return Offer(**known)
-    offer = _ask_offer(client, names, tokenizer)
+    asker = Asker(client, names, tokenizer)
+    offer = with_blocks(asker, trusted(asker, _Listing(asker).find()))
     client.store.note(name, asdict(offer))
     log.info("%s shows %s", settings.base_url, offer)
     return offer
 
 
-def _ask_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
-    settings = client.settings
-    wanted = settings.top_logprobs
-    ks = AUTO if wanted == "auto" else (int(wanted),)
-    endpoints = {
-        "auto": ("completions", "chat/completions"),
-        "completions": ("completions",),
-        "chat": ("chat/completions",),
-    }[settings.endpoint]
-    ids = tokenizer("The capital of France is")["input_ids"]
-    refusals: list[str] = []
-    for endpoint in endpoints:
-        answered = False
-        for k, token_ids in _ways(endpoint, ks):
-            offer = Offer(endpoint, k, None, token_ids)
+class _Listing:
+    """Finds the request that lists the most tokens."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker = asker
+        self.settings = asker.client.settings
+        self._refusals: list[str] = []
+
+    def find(self) -> Offer:
+        """The way of asking; see `find_offer`."""
+        endpoints = {
+            "auto": ("completions", "chat/completions"),
+            "completions": ("completions",),
+            "chat": ("chat/completions",),
+        }[self.settings.endpoint]
+        for endpoint in endpoints:
+            offer = self._listing(endpoint)
+            if offer is not None:
+                return offer
+        wanted = self.settings.top_logprobs
+        said = "; ".join(dict.fromkeys(self._refusals[-3:])) or "it refuses"
+        raise UserError(
+            f"{self.settings.base_url} does not show the log-probabilities that are asked for "
+            f"(triple.base.api.top_logprobs={wanted}): {said}"
+        )
+
+    def _listing(self, endpoint: str, text: bool = False) -> Offer | None:
+        """The way of asking that lists the most tokens; None if there is none."""
+        exact = endpoint == "completions" and not self.settings.foreign_tokenizer
+        asked_why = text or not exact
+        for tried in self._ways(endpoint):
+            offer = replace(tried, text=text)
             try:
-                shown, first = _shown(client, names, offer, tokenizer, ids)
+                shown = self.asker.shown(offer, self.asker.first)
             except Refused as error:
-                refusals.append(str(error))
+                self._refusals.append(str(error))
+                if not asked_why:
+                    asked_why = True
+                    wants_text = self._wants_text(endpoint)
+                    if wants_text is None:
+                        return None
+                    if wants_text:
+                        log.warning("%s takes no token ids: it gets text", self.settings.base_url)
+                        return self._listing(endpoint, text=True)
                 continue
-            answered = True
-            if shown < (k if k > 0 else names.vocab_size) and wanted != "auto":
-                refusals.append(f"it lists {shown} tokens where {k} were asked for")
-                continue
-            offer = Offer(endpoint, k if k < 0 else min(k, shown), None, token_ids)
-            return _with_blocks(client, names, offer, tokenizer, ids, first)
-        if answered:  # the chat endpoint shows no more, and first tokens only
-            break
-    raise UserError(
-        f"{settings.base_url} does not show the log-probabilities that are asked for "
-        f"(triple.base.api.top_logprobs={wanted}): {refusals[-1] if refusals else 'it refuses'}"
-    )
+            counts = shown.counted == len(self.asker.first)
+            counted = self._counted(replace(offer, counts=counts), shown)
+            if counted is not None:
+                return counted
+        return None
 
+    def _ways(self, endpoint: str) -> Iterator[Offer]:
+        """Ways of asking, those that list most tokens first."""
+        wanted, whole = self.settings.top_logprobs, self.asker.names.vocab_size
+        counts: tuple[tuple[int, int | None], ...] = ((wanted, None),)
+        if wanted == "auto":
+            counts = tuple((k, None) for k in AUTO)
+        elif wanted == -1:
+            # a model may have more logits than the tokenizer has tokens
+            counts = ((-1, None), (-1, whole), (-1, whole + 1024))
+        chat = endpoint == "chat/completions"
+        for k, asked in counts:
+            for token_ids in (False,) if chat else (True, False):
+                if k > 0 or not chat:
+                    yield Offer(endpoint, k, None, token_ids, asked)
 
-def _ways(endpoint: str, ks: Sequence[int]) -> list[tuple[int, bool]]:
-    """(Number of listed tokens, whether to ask for their ids), the best pair first."""
-    if endpoint == "completions":
-        return [(k, token_ids) for k in ks for token_ids in (True, False)]
-    return [(k, False) for k in ks if k > 0]
+    def _counted(self, offer: Offer, shown: Shown) -> Offer | None:
+        """The offer with the number of tokens that are listed; None if they are too few."""
+        whole = self.asker.names.vocab_size
+        listed = len(make_answer(shown.named, self.asker.names, -1).ids)
+        if listed == whole:
+            asked = offer.k if offer.asked is None else offer.asked
+            return replace(offer, k=-1, asked=None if asked == -1 else asked)
+        count = listed if offer.k == -1 else shown.count()
+        wanted = whole if offer.k == -1 else offer.k
+        if count >= wanted:
+            return offer
+        if self.settings.top_logprobs == "auto":
+            return replace(offer, k=count)
+        self._refusals.append(f"it lists {count} tokens where {wanted} were asked for")
+        return None
 
+    def _wants_text(self, endpoint: str) -> bool | None:
+        """Whether the server takes text alone; None if it takes neither text nor token ids."""
+        ids = self.asker.first
+        for text in (False, True):
+            protocol = self.asker.protocol(Offer(endpoint, 1, None, False, text=text))
+            body = protocol.body(ids)
+            del body["logprobs"]
 
-def _shown(
-    client: Client, names: TokenNames, offer: Offer, tokenizer: Any, ids: Sequence[int]
-) -> tuple[int, Answer]:
-    """How many tokens one answer lists, and the answer."""
-    protocol = Protocol(client, names, offer, tokenizer)
+            def read(answer: Mapping[str, Any]) -> int | None:
+                answer["choices"][0]
+                return counted_by(answer)
 
-    def read(answer: Mapping[str, Any]) -> tuple[int, Answer]:
-        try:
-            listed = _generated(answer["choices"][0])
-        except (Malformed, KeyError, TypeError) as error:
-            raise Refused("it answers without log-probabilities") from error
-        shown = len(listed)
-        if shown > offer.k / 2 and any(len(names.ids(named)) > 1 for named in listed):
-            shown = max(shown, offer.k)  # tokens that share a name are one entry of the list
-        return shown, make_answer(listed, names, offer.k)
-
-    return client.ask(offer.endpoint, protocol.body(ids, block=False), read, len(ids))
-
-
-def _with_blocks(
-    client: Client,
-    names: TokenNames,
-    offer: Offer,
-    tokenizer: Any,
-    ids: Sequence[int],
-    first: Answer,
-) -> Offer:
-    """The offer with the first kind of blocks that agrees with `first`, one position's answer."""
-    if offer.endpoint != "completions" or client.settings.foreign_tokenizer:
-        return offer
-    if not client.settings.blocks or not len(first.ids):
-        return offer
-    longer = [*ids, int(first.ids[first.logprobs.argmax()])]
-    for blocks in ("prompt_logprobs", "echo"):
-        tried = Offer(offer.endpoint, offer.k, blocks, offer.token_ids)
-        protocol = Protocol(client, names, tried, tokenizer)
-
-        def read(answer: Mapping[str, Any], protocol: Protocol = protocol) -> list[Named]:
             try:
-                return protocol.rated(answer["choices"][0], longer, len(longer) - 1)[0]
-            except (Malformed, KeyError, TypeError, IndexError) as error:
-                raise Refused("it does not rate prompts") from error
-
-        try:
-            body = protocol.body(longer, block=True)
-            rated = client.ask(offer.endpoint, body, read, len(longer))
-        except Refused:
-            continue
-        again = make_answer(rated, names, offer.k)
-        if _agree(first, again):
-            return tried
-        log.warning("%s rates prompts by %s differently; not used", client.settings.model, blocks)
-    return offer
-
-
-def _agree(one: Answer, other: Answer) -> bool:
-    """Whether two answers for one position agree on the likeliest token's log-probability."""
-    token = int(one.ids[one.logprobs.argmax()])
-    theirs = dict(zip(other.ids.tolist(), other.logprobs.tolist(), strict=True))
-    return token in theirs and abs(theirs[token] - float(one.logprobs.max())) < _AGREE
+                counted = self.asker.client.ask(endpoint, body, read, len(ids), TRIES)
+            except Refused as error:
+                self._refusals.append(f"a prompt of {'text' if text else 'token ids'}: {error}")
+                continue
+            if counted in (None, len(ids)):
+                return text
+            self._refusals.append(f"it reads {counted} tokens in a prompt of {len(ids)}")
+        return None

@@ -1,0 +1,257 @@
+"""Requests for log-probabilities in the form that a server understands, and their answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxytune.members.api.answer import Answer, make_answer, values_of
+from proxytune.members.api.client import Client
+from proxytune.members.api.distribution import MEND, NotLogProbs, Watch
+from proxytune.members.api.faults import Malformed, Refused
+from proxytune.members.api.names import Named, TokenNames
+
+# Ways to sample the token that nobody needs. Some servers list what sampling left: at temperature
+# 0 a single token. At temperature 1, without filters, that is the model's own distribution.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "plain": {"temperature": 1, "top_p": 1},
+    "unfiltered": {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0},
+}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The log-probabilities that a server gives.
+
+    Attributes:
+        endpoint: "completions", or "chat/completions" (which shows the first token only).
+        k: tokens listed at each position; -1 is the whole vocabulary.
+        blocks: how one request scores several positions: "prompt_logprobs" (vLLM's field) or
+            "echo" (OpenAI's) for those of a prompt, "prompts" for a list of prompts that grow by
+            one token; None if it scores one.
+        token_ids: whether it names tokens by their ids on request.
+        asked: the number of tokens in a request, if not k: servers that do not know -1 list the
+            whole vocabulary when they are asked for its size.
+        text: whether prompts go as text, because the server takes no token ids.
+        counts: whether the server's count of a prompt's tokens was right.
+        sampling: the way in `SAMPLING` that lists the model's own distribution.
+    """
+
+    endpoint: str
+    k: int
+    blocks: str | None
+    token_ids: bool
+    asked: int | None = None
+    text: bool = False
+    counts: bool = False
+    sampling: str = "greedy"
+
+    def __str__(self) -> str:
+        listed = "every token" if self.k == -1 else f"the {self.k} likeliest tokens"
+        places = f"many places ({self.blocks})" if self.blocks else "one place"
+        how = ", asked with text" if self.text else ""
+        how += "" if self.sampling == "greedy" else ", at temperature 1"
+        return f"{listed}, of {places} per request to {self.endpoint}{how}"
+
+
+@dataclass
+class Protocol:
+    """Asks for log-probabilities.
+
+    Attributes:
+        client: sends the requests.
+        names: finds the ids of listed tokens.
+        offer: the log-probabilities that the server gives.
+        tokenizer: writes prompts for servers that want text.
+    """
+
+    client: Client
+    names: TokenNames
+    offer: Offer
+    tokenizer: Any
+    _watch: Watch = field(default_factory=Watch)
+
+    def ask(self, ids: Sequence[int], start: int) -> list[Answer]:
+        """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`, by one request.
+
+        Raises:
+            NotLogProbs: the server has changed what it lists.
+            ValueError, OSError: see `Client.ask`.
+        """
+        block = start < len(ids) - 1
+        assert not block or self.offer.blocks is not None
+        body = self.body(ids, start)
+
+        def read(answer: Mapping[str, Any]) -> list[Answer]:
+            lists = self.lists(answer, ids, start)
+            self._recount(answer, ids, block)
+            return [
+                self.checked(each, ids[place])
+                for place, each in enumerate(lists, start=len(ids) - len(lists))
+            ]
+
+        prompts = body.get("prompt", [])
+        many = block and self.offer.blocks == "prompts"
+        read_tokens = sum(range(start + 1, len(ids) + 1)) if many else len(ids)
+        assert not many or len(prompts) == len(ids) - start
+        return self.client.ask(self.offer.endpoint, body, read, read_tokens)
+
+    def body(self, ids: Sequence[int], start: int | None = None) -> dict[str, Any]:
+        """The request for the positions after `ids`, and after those from ids[: start + 1] on."""
+        offer, model = self.offer, self.client.settings.model
+        body: dict[str, Any] = {"model": model, "max_tokens": 1, **SAMPLING[offer.sampling]}
+        count = offer.k if offer.asked is None else offer.asked
+        if offer.endpoint == "chat/completions":
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            body["messages"] = [{"role": "user", "content": text}]
+            return body | {"logprobs": True, "top_logprobs": count}
+        body["logprobs"] = count
+        if offer.token_ids:
+            body["return_tokens_as_token_ids"] = True
+        block = offer.blocks if start is not None and start < len(ids) - 1 else None
+        if block == "prompts":
+            assert start is not None
+            body["prompt"] = [self.prompt(ids[: i + 1]) for i in range(start, len(ids))]
+            return body
+        body["prompt"] = self.prompt(ids)
+        if block == "echo":
+            body["echo"] = True
+        elif block is not None:
+            body["prompt_logprobs"] = count
+        return body
+
+    def prompt(self, ids: Sequence[int]) -> list[int] | str:
+        """A prompt as the server takes it.
+
+        Raises:
+            Refused: it takes text alone, and there is no text for these tokens.
+        """
+        if self.client.settings.foreign_tokenizer:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        if not self.offer.text:
+            return list(map(int, ids))
+        text = text_of(ids, self.tokenizer)
+        if text is None:
+            tail = self.tokenizer.decode(ids[-8:])
+            raise Refused(
+                f"{self.client.settings.base_url} takes text alone, and no text encodes to these "
+                f"{len(ids)} tokens (they end in {tail!r}): use a server that takes token ids"
+            )
+        return text
+
+    def lists(self, answer: Mapping[str, Any], ids: Sequence[int], start: int) -> list[list[Named]]:
+        """The listed tokens after ids[: start + 1], ids[: start + 2], ..., `ids`."""
+        choices = answer["choices"]
+        if start == len(ids) - 1:
+            return [generated(choices[0])]
+        if self.offer.blocks == "prompts":
+            if sorted(choice["index"] for choice in choices) != list(range(len(ids) - start)):
+                raise Malformed(f"{len(choices)} choices for {len(ids) - start} prompts")
+            return [generated(c) for c in sorted(choices, key=lambda c: c["index"])]
+        return [*self._rated(choices[0], ids, start + 1), generated(choices[0])]
+
+    def _rated(self, choice: Mapping[str, Any], ids: Sequence[int], first: int) -> list[Any]:
+        """The listed tokens at the positions `first`, `first` + 1, ... of the prompt."""
+        if self.offer.blocks == "echo":
+            lists = choice["logprobs"]["top_logprobs"][: len(ids)]
+            if len(choice["logprobs"]["top_logprobs"]) != len(ids) + 1:
+                raise Malformed(f"{len(lists)} places rated for a prompt of {len(ids)} tokens")
+            return [_from_map(listed) for listed in lists[first:]]
+        lists = choice["prompt_logprobs"]
+        if len(lists) != len(ids) or any(
+            str(token) not in rated for token, rated in zip(ids[1:], lists[1:], strict=True)
+        ):
+            raise Malformed("the prompt that was rated is not the one that was sent")
+        return [
+            [Named(_number(each["logprob"]), id=int(i)) for i, each in listed.items()]
+            for listed in lists[first:]
+        ]
+
+    def checked(self, listed: Sequence[Named], after: int) -> Answer:
+        """The answer for one position, if its values can be log-probabilities.
+
+        Args:
+            listed: the position's tokens.
+            after: the token before it.
+
+        Raises:
+            NotLogProbs: they cannot.
+        """
+        answer = make_answer(listed, self.names, self.offer.k)
+        values = values_of(listed, self.offer.k, self.names.vocab_size)
+        found = self._watch.fault(values, after, answer.ids)
+        if found is None and self.offer.k == -1 and len(answer.ids) < self.names.vocab_size:
+            found = f"{len(answer.ids)} of {self.names.vocab_size} tokens"
+        if found is not None:
+            raise NotLogProbs(
+                f"{complaint(self.client, found)}; it did otherwise before: what is finished is "
+                "kept, and the same command goes on"
+            )
+        return answer
+
+    def _recount(self, answer: Mapping[str, Any], ids: Sequence[int], block: bool) -> None:
+        """Refuses an answer to a text that the server has split into another number of tokens."""
+        counted = counted_by(answer)
+        many = block and self.offer.blocks == "prompts"
+        if not self.offer.text or not self.offer.counts or many or counted in (None, len(ids)):
+            return
+        raise Refused(
+            f"{self.client.settings.base_url} reads {counted} tokens in a text of {len(ids)} "
+            f"({self.tokenizer.decode(ids[-8:])!r} at its end): its tokenizer is another one"
+        )
+
+
+def text_of(ids: Sequence[int], tokenizer: Any) -> str | None:
+    """The text that encodes to these tokens, with the special tokens that the tokenizer adds."""
+    ids = list(map(int, ids))
+    lead = 0
+    for own, added in zip(ids, tokenizer("")["input_ids"], strict=False):
+        if own != added:
+            break
+        lead += 1
+    text = tokenizer.decode(ids[lead:], clean_up_tokenization_spaces=False)
+    return text if list(tokenizer(text)["input_ids"]) == ids else None
+
+
+def counted_by(answer: Mapping[str, Any]) -> int | None:
+    """The server's count of the prompt's tokens; None if it gives none."""
+    usage = answer.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def complaint(client: Client, found: str) -> str:
+    """A server's fault (`Listed.fault`) with the way out, in one line."""
+    return (
+        f"{client.settings.base_url} lists {found}: these are no natural log-probabilities of the "
+        f"model's own distribution ({MEND})"
+    )
+
+
+def generated(choice: Mapping[str, Any]) -> list[Named]:
+    """The listed tokens at the position of the one generated token."""
+    logprobs = choice["logprobs"]
+    if logprobs is None:
+        raise Malformed("no log-probabilities")
+    if logprobs.get("content") is not None:  # chat, and llama.cpp's completions
+        listed = logprobs["content"][-1]["top_logprobs"]
+        return [
+            Named(_number(t["logprob"]), t.get("token", ""), t.get("id"), t.get("bytes"))
+            for t in listed
+        ]
+    return _from_map(logprobs["top_logprobs"][-1])
+
+
+def _from_map(listed: Mapping[str, Any] | None) -> list[Named]:
+    if not listed:
+        raise Malformed("a place without log-probabilities")
+    return [Named(_number(logprob), text) for text, logprob in listed.items()]
+
+
+def _number(logprob: Any) -> float | None:
+    """A log-probability; None for a token that is listed without one."""
+    if logprob is None:
+        return None
+    if isinstance(logprob, int | float) and not isinstance(logprob, bool):
+        return float(logprob)
+    return float("nan")  # "NaN", "-inf", true: refused by the arithmetic on the list

@@ -324,13 +324,22 @@ def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[
     return cells
 
 
+def decoding_of(cfg: DictConfig, task: Any) -> Decoding:
+    """A task's own settings of decoding, with those of the command line in their place.
+
+    Raises:
+        UserError: an impossible value.
+    """
+    overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
+    return dataclasses.replace(task.decoding, **overrides)
+
+
 def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[TaskCell]:
     examples = task.examples()
     if len({e.id for e in examples}) != len(examples):
         raise UserError(f"task {name}: two examples share an id")
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
-    overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
-    decoding = dataclasses.replace(task.decoding, **overrides)
+    decoding = decoding_of(cfg, task)
     asked = examples[: cfg.limit]
     write_jsonl(folder / "examples.jsonl", asked)
     return [

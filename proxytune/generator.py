@@ -12,6 +12,7 @@ import torch
 from proxytune.engine import score
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
+from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.engine.rows import Finished, Request, longest
 from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
@@ -114,9 +115,10 @@ class Generator:
                 decodes in lockstep.
             settings: the fields of `Decoding`, in short: max_new_tokens per sample (256 by
                 default; fewer if the context of a member ends before), temperature (0, greedy),
-                top_p, top_k, n (samples per prompt), and lists of strings: `stop` ends a
-                completion, the single tokens of `banned` and `banned_first` are not chosen
-                (anywhere, as the first token), those of `choices` are the only ones chosen.
+                top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                ignore_eos, n (samples per prompt), and lists of strings: `stop` ends a completion,
+                the single tokens of `banned` and `banned_first` are not chosen (anywhere, as the
+                first token), those of `choices` are the only ones chosen.
 
         Returns:
             One generation per prompt and sample: all samples of the first prompt, then those of
@@ -205,6 +207,8 @@ class Generator:
             raise UserError(f"seed must be a whole number, not {seed!r}")
         if decoding.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
+        if decoding.repetition_penalty != 1 and not self.system.members["base"].raw_logits:
+            raise UserError(NO_RAW_LOGITS)
         top = 5 if record is True else whole_number("record", record or 0, 0)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
@@ -227,7 +231,7 @@ class Generator:
                     seed=seed,
                     decoding=decoding,
                     sampler=sampler,
-                    eos_ids=self.eos_ids,
+                    eos_ids=frozenset() if decoding.ignore_eos else self.eos_ids,
                     max_new_tokens=min(decoding.max_new_tokens, room),
                     tokenizer=self.tokenizer,
                     record=top,

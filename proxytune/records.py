@@ -50,6 +50,17 @@ class Example:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Settings between two numbers: lowest, highest, neutral. Those of the presence and frequency
+# penalty are OpenAI's. A repetition penalty has no customary bounds beyond 0; these keep float32
+# logits finite.
+_BOUNDS = {
+    "min_p": (0.0, 1.0, 0.0),
+    "repetition_penalty": (1e-3, 1e3, 1.0),
+    "presence_penalty": (-2.0, 2.0, 0.0),
+    "frequency_penalty": (-2.0, 2.0, 0.0),
+}
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How a task's completions are drawn; the defaults are the paper's.
@@ -59,7 +70,14 @@ class Decoding:
         temperature: 0 is greedy.
         top_p: nucleus mass, applied after the temperature.
         top_k: 0 keeps the whole vocabulary.
+        min_p: after top-p, drops tokens less likely than this share of the likeliest one's
+            probability; 0 drops none.
         n: samples per prompt.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens
+            that stand in the base's prompt or in the completion so far; 1 changes nothing.
+        presence_penalty: is subtracted from the logits of tokens in the completion so far.
+        frequency_penalty: the same, times the number of times that the token stands there.
+        ignore_eos: goes on after an end-of-sequence token, which is then a token like any other.
         stop: generation ends when one of these appears in the completion.
         banned: strings whose single tokens may never be chosen.
         banned_first: strings whose single tokens may not be chosen as the first token.
@@ -75,16 +93,29 @@ class Decoding:
     banned: tuple[str, ...] = ()
     banned_first: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("n", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", *_BOUNDS):
             object.__setattr__(self, name, finite(name, getattr(self, name)))
         if self.temperature < 0:
             raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        for name, (low, high, neutral) in _BOUNDS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(
+                    f"{name} must be from {low:g} to {high:g} ({neutral:g} changes nothing), "
+                    f"not {getattr(self, name)}"
+                )
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
         for name in ("stop", "banned", "banned_first", "choices"):
             strings = getattr(self, name)
             if isinstance(strings, str) or not all(isinstance(each, str) for each in strings):
@@ -105,6 +136,11 @@ class DecodingSettings(TypedDict, total=False):
     banned: str | Sequence[str] | None
     banned_first: str | Sequence[str] | None
     choices: str | Sequence[str] | None
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    ignore_eos: bool
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

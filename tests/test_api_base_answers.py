@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from proxytune.engine.penalties import History
 from proxytune.engine.sampling import NOTHING, Sampler
 from proxytune.members.api.answer import Answer, make_answer
 from proxytune.members.api.member import MAX_WIDTH, RequestPace
@@ -141,6 +142,11 @@ SAMPLERS = {
     "temperature": Sampler(Decoding(max_new_tokens=1, temperature=0.7)),
     "top_k": Sampler(Decoding(max_new_tokens=1, temperature=1.0, top_k=4)),
     "top_p": Sampler(Decoding(max_new_tokens=1, temperature=1.0, top_p=0.8)),
+    "min_p": Sampler(Decoding(max_new_tokens=1, temperature=1.0, min_p=0.2)),
+    "presence": Sampler(Decoding(max_new_tokens=1, presence_penalty=2.0)),
+    "frequency": Sampler(
+        Decoding(max_new_tokens=1, temperature=1.0, frequency_penalty=-1.5, min_p=0.1)
+    ),
 }
 
 
@@ -154,13 +160,15 @@ def test_a_certain_choice_is_that_of_the_whole_answer(kind):
     known = torch.stack([answer.logits(300) for answer in answers]) + shift
     ceiling = torch.stack([answer.ceiling(300) for answer in answers]) + shift
     streams, positions = list(range(rows)), [row % 5 for row in range(rows)]
-    truth = sampler.choose(base + shift, streams, positions)
-    chosen = sampler.choose(known, streams, positions)
-    certain = sampler.certain(chosen, known, ceiling, streams, positions)
+    written = (base + shift).topk(8).indices[:, ::2].tolist()  # penalised, if anything is
+    histories = [History(torch.tensor([], dtype=torch.long), row) for row in written]
+    truth = sampler.choose(base + shift, streams, positions, histories)
+    chosen = sampler.choose(known, streams, positions, histories)
+    certain = sampler.certain(chosen, known, ceiling, streams, positions, histories)
     assert torch.equal(chosen[certain], truth[certain])
     assert certain.sum() > (0 if kind == "choices" else rows / 20), "it must prove something"
     assert (chosen != truth).sum() > 0, "and there must be something to catch"
-    everything = sampler.certain(truth, base, base, streams, positions)
+    everything = sampler.certain(truth, base, base, streams, positions, histories)
     assert everything.all()
 
 

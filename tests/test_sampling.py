@@ -29,7 +29,7 @@ def reference(logits, temperature, top_k, top_p):
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    return scores.softmax(-1)
+    return scores.double().softmax(-1)  # in float32 an unlikely token that is kept rounds to 0
 
 
 def draws(sampler, logits, count, key="k"):

@@ -35,7 +35,8 @@ class DecodingConfig:
         speculative: "auto", false, or a fixed number of drafted tokens.
         seed: of sampling; a sample depends on it, its example and its number alone.
         trace: record per token how far proxy-tuning moved its probability (proxy system).
-        max_new_tokens, temperature, top_p, top_k, n: override every task of the run.
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty, ignore_eos, n: override every task of the run; see `records.Decoding`.
     """
 
     batch_size: Any = "auto"
@@ -46,6 +47,11 @@ class DecodingConfig:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    ignore_eos: bool | None = None
     n: int | None = None
 
 

@@ -3,7 +3,8 @@
 system.py       the contract: System, Member, Pair, Pass
 loop.py         which rows run, what each writes, when it ends
 rows.py         a row: one sample from its request to its record
-sampling.py     temperature, top-k, top-p, bans; noise that depends on the sample alone
+sampling.py     temperature, top-k, top-p, min-p, bans; noise that depends on the sample alone
+penalties.py    repetition, presence and frequency penalty
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
 truncation.py   logits of a server that lists only the largest

@@ -244,7 +244,7 @@ class DecodeLoop:
         start = time.perf_counter()
         width = self._width = self._next_width()
         guesses, seen = self._read_block(width)
-        chosen = choose_from(seen.flat(), rows, width)
+        chosen = choose_from(seen.flat(), rows, width, guesses)
         right = [_matching(chosen.of(index), guess) for index, guess in enumerate(guesses)]
         if self.pace is not None:
             self.pace.observe(len(rows), width, time.perf_counter() - start, right)
@@ -273,8 +273,16 @@ class DecodeLoop:
             return [[] for _ in rows], self.system.step(tokens)
         assert isinstance(self.system, DraftingSystem)
 
+        guesses: list[list[int]] = [[] for _ in rows]
+        # To read guesses from the device takes time, so this happens where a sampler needs them.
+        looks_back = any(row.request.sampler.looks_back for row in rows)
+
         def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-            return pick_tokens(logits, rows, [offset] * len(rows))
+            tokens = pick_tokens(logits, rows, [offset] * len(rows), guesses)
+            if looks_back:
+                for own, token in zip(guesses, tokens.tolist(), strict=True):
+                    own.append(token)
+            return tokens
 
         block = self.system.draft(tokens, width, pick)
         return block[:, 1:].tolist(), self.system.verify(block)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from proxytune.engine.penalties import History
 from proxytune.engine.sampling import NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
@@ -25,7 +26,8 @@ class Request:
     Attributes:
         index: the caller's number for the prompt.
         prompt: role -> token ids.
-        context: the base's prompt ids; the generated tokens are decoded after them.
+        context: the base's prompt ids; the generated tokens are decoded after them, and a
+            repetition penalty counts them.
         key: names the prompt in the random streams of its samples.
         seed: of the random streams.
         decoding: the settings.
@@ -58,6 +60,11 @@ class Request:
     def room(self) -> int:
         """The most tokens that a row of this request can hold: longest prompt and completion."""
         return longest(self.prompt) + self.max_new_tokens
+
+    @cached_property
+    def seen(self) -> torch.Tensor:
+        """The token ids of `context`, each once, [n]: those that a repetition penalty counts."""
+        return torch.tensor(sorted(set(self.context)), dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -227,93 +234,109 @@ class Chosen:
                 return
 
 
-def choose_from(seen: Pass, rows: Sequence[Row], width: int = 1) -> Chosen:
+def choose_from(
+    seen: Pass, rows: Sequence[Row], width: int = 1, guesses: Sequence[Sequence[int]] = ()
+) -> Chosen:
     """Chooses a token at every place of a pass. Rows are written from these choices alone.
 
     Args:
         seen: a flat pass, [rows * width, vocab]: the first row's places, then the next row's.
         rows: the rows that were read.
         width: places per row. Place i of a row chooses its token number len(row.tokens) + i.
+        guesses: the drafted tokens of each row, width - 1 each; none for a width of 1.
     """
     owners = [row for row in rows for _ in range(width)]
     offsets = list(range(width)) * len(rows)
-    tokens = pick_tokens(seen.logits, owners, offsets)
+    drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
+    groups = _by_sampler(owners, offsets, drafted)
+    tokens = _pick(seen.logits, groups)
     certain, unseen = [], []
     if seen.truncation is not None:
-        certain = _certain(tokens, seen.logits, seen.truncation.ceiling, owners, offsets)
+        certain = _certain(tokens, seen.logits, seen.truncation.ceiling, groups)
         unseen = seen.truncation.unseen.tolist()
     return Chosen(seen, width, tokens.tolist(), certain, unseen)
 
 
-def pick_tokens(logits: torch.Tensor, rows: Sequence[Row], offsets: Sequence[int]) -> torch.Tensor:
+def pick_tokens(
+    logits: torch.Tensor,
+    rows: Sequence[Row],
+    offsets: Sequence[int],
+    guesses: Sequence[Sequence[int]],
+) -> torch.Tensor:
     """Picks a token at every place by its row's sampler, [places]; writes nothing.
 
     Args:
         logits: [places, vocab].
         rows: the row of each place.
         offsets: which token of its row each place picks: 0 for the next one, 1 for the one after.
+        guesses: tokens drafted after those of each place's row; as many as its offset come before
+            the place. Only a sampler that looks back reads them.
     """
-    groups = _by_sampler(rows, offsets)
-    if len(groups) == 1:
-        (group,) = groups
-        return group.sampler.choose(logits, group.streams, group.positions)
-    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for group in groups:
-        where = torch.tensor(group.places, device=logits.device)
-        tokens[where] = group.sampler.choose(logits[where], group.streams, group.positions)
-    return tokens
-
-
-def _certain(
-    tokens: torch.Tensor,
-    logits: torch.Tensor,
-    ceiling: torch.Tensor,
-    rows: Sequence[Row],
-    offsets: Sequence[int],
-) -> list[bool]:
-    """Whether `pick_tokens` would choose each token whatever the unlisted logits are.
-
-    Args:
-        tokens: the choices, [places].
-        logits: what they were chosen from, [places, vocab].
-        ceiling: `Truncation.ceiling`, [places, vocab].
-        rows: as for `pick_tokens`.
-        offsets: as for `pick_tokens`.
-    """
-    certain = [True] * len(rows)
-    for group in _by_sampler(rows, offsets):
-        where = torch.tensor(group.places, device=logits.device)
-        sure = group.sampler.certain(
-            tokens[where], logits[where], ceiling[where], group.streams, group.positions
-        )
-        for place, each in zip(group.places, sure.tolist(), strict=True):
-            certain[place] = each
-    return certain
+    return _pick(logits, _by_sampler(rows, offsets, guesses))
 
 
 class _Group(NamedTuple):
-    """The places of a pass whose rows share a sampler, with their streams and positions."""
+    """The places of a pass whose rows share a sampler, with the arguments of `Sampler.choose`."""
 
     sampler: Sampler
     places: list[int]
     streams: list[int]
     positions: list[int]
+    histories: list[History]
 
 
-def _by_sampler(rows: Sequence[Row], offsets: Sequence[int]) -> list[_Group]:
+def _pick(logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
+    """`pick_tokens` for places that are grouped."""
+    if len(groups) == 1:
+        _, *arguments = groups[0][1:]
+        return groups[0].sampler.choose(logits, *arguments)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for sampler, places, *arguments in groups:
+        where = torch.tensor(places, device=logits.device)
+        tokens[where] = sampler.choose(logits[where], *arguments)
+    return tokens
+
+
+def _certain(
+    tokens: torch.Tensor, logits: torch.Tensor, ceiling: torch.Tensor, groups: Sequence[_Group]
+) -> list[bool]:
+    """Whether `_pick` would choose each token whatever the unlisted logits are.
+
+    Args:
+        tokens: the choices, [places].
+        logits: what they were chosen from, [places, vocab].
+        ceiling: `Truncation.ceiling`, [places, vocab].
+        groups: the places.
+    """
+    certain = [True] * len(tokens)
+    for sampler, places, *arguments in groups:
+        where = torch.tensor(places, device=logits.device)
+        sure = sampler.certain(tokens[where], logits[where], ceiling[where], *arguments)
+        for place, each in zip(places, sure.tolist(), strict=True):
+            certain[place] = each
+    return certain
+
+
+def _by_sampler(
+    rows: Sequence[Row], offsets: Sequence[int], guesses: Sequence[Sequence[int]]
+) -> list[_Group]:
     """Groups places by the sampler of their rows; arguments as for `pick_tokens`."""
     groups: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault(id(row.request.sampler), []).append(place)
-    return [
-        _Group(
-            rows[places[0]].request.sampler,
-            places,
-            [rows[i].stream for i in places],
-            [len(rows[i].tokens) + offsets[i] for i in places],
-        )
-        for places in groups.values()
-    ]
+
+    def history(place: int) -> History:
+        row = rows[place]
+        return History(row.request.seen, [*row.tokens, *guesses[place][: offsets[place]]])
+
+    grouped = []
+    for places in groups.values():
+        sampler = rows[places[0]].request.sampler
+        streams = [rows[i].stream for i in places]
+        positions = [len(rows[i].tokens) + offsets[i] for i in places]
+        histories = [history(i) for i in places] if sampler.looks_back else []
+        grouped.append(_Group(sampler, places, streams, positions, histories))
+    return grouped
 
 
 def longest(prompt: Prompt) -> int:

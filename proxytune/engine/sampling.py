@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy or sampled, with temperature, top-k, top-p and bans.
+"""From logits to the next token: greedy or sampled, with penalties, filters and bans.
 
 A token is sampled as the argmax of the log-probabilities plus Gumbel noise (the Gumbel-max trick).
 The noise is a pure function of the sample's stream, the position and the token. So a sample has
@@ -7,11 +7,13 @@ agree on the distribution agree on the token.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from proxytune.engine.penalties import History, Penalties
 from proxytune.records import Decoding
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's constants (Steele, Lea, Flood 2014)
@@ -80,9 +82,10 @@ def _signed(value: int) -> int:
 class Sampler:
     """Chooses tokens as a `Decoding` says.
 
-    First come the bias, bans and choices, then temperature, top-k and top-p, in the order and with
-    the meaning that `transformers` gives them: top-p keeps the smallest set of tokens whose
-    probabilities sum to at least that much.
+    First come the bias, the penalties, bans and choices, then temperature, top-k, top-p and min-p,
+    in the order and with the meaning that `transformers` gives them: top-p keeps the smallest set
+    of tokens whose probabilities sum to at least that much; of these, min-p drops those less
+    likely than that share of the likeliest token.
 
     Args:
         decoding: the settings.
@@ -90,6 +93,10 @@ class Sampler:
         banned_first: token ids that are never chosen as a sample's first token.
         choices: the only token ids that may be chosen; empty for no such limit.
         bias: token id -> number that is added to its logit.
+
+    Attributes:
+        looks_back: whether a choice depends on the tokens before it; then `choose` and `certain`
+            need histories.
     """
 
     def __init__(
@@ -103,6 +110,9 @@ class Sampler:
         self.temperature = decoding.temperature
         self.top_k = decoding.top_k
         self.top_p = decoding.top_p
+        self.min_p = decoding.min_p
+        self._penalties = Penalties(decoding)
+        self.looks_back = not self._penalties.neutral
         self._lists = [
             torch.tensor(sorted(ids), dtype=torch.long) for ids in (banned, banned_first, choices)
         ]
@@ -111,7 +121,11 @@ class Sampler:
         self._bias = torch.tensor(list((bias or {}).values()), dtype=torch.float32)
 
     def choose(
-        self, logits: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        streams: Sequence[int],
+        positions: Sequence[int],
+        histories: Sequence[History] = (),
     ) -> torch.Tensor:
         """The next token of each row.
 
@@ -119,17 +133,18 @@ class Sampler:
             logits: [rows, vocab], in any float type; they are not changed.
             streams: each row's `sample_stream`.
             positions: how many tokens each row has generated before.
+            histories: the tokens before each row's next one; used where `looks_back`.
 
         Returns:
             Token ids, [rows]; `NOTHING` where every allowed token has a logit of minus infinity.
         """
-        scores = self._allowed(logits, positions)
+        scores = self._allowed(logits, positions, histories)
         if self.temperature == 0:
             return _best(scores)
         scores = scores.float() / self.temperature
         noise_streams = self._noise_streams(scores, streams, positions)
-        if not self._filters:
-            return _best(self._with_noise(scores, noise_streams))
+        if not self.top_k and self.top_p >= 1:
+            return _best(self._with_noise(self._without_unlikely(scores), noise_streams))
         values, ids = self._candidates(scores)
         best = _best(values.add_(gumbel_noise(noise_streams, ids)))
         chosen = ids.gather(-1, best.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -142,13 +157,15 @@ class Sampler:
         ceiling: torch.Tensor,
         streams: Sequence[int],
         positions: Sequence[int],
+        histories: Sequence[History] = (),
     ) -> torch.Tensor:
         """Whether `choose` would choose the same token if it knew all logits, [rows].
 
-        It would if the choice wins even with every unknown logit at its upper bound. With top-k
-        or top-p, the choice must win before these filters are applied, and no unknown logit may
-        lie above it; then it passes the filters whatever the unknown logits are. True is proven;
-        with False the choice may still be the same.
+        It would if the choice wins even with every unknown logit at its upper bound. With top-k,
+        top-p or min-p, the choice must win before these filters are applied, and no unknown logit
+        may lie above it; then it passes the filters whatever the unknown logits are. A presence or
+        frequency penalty moves a logit and its bound alike. True is proven; with False the choice
+        may still be the same.
 
         Args:
             chosen: the result of `choose` for `logits`, [rows].
@@ -156,8 +173,10 @@ class Sampler:
             ceiling: the logits, with upper bounds where they are unknown, [rows, vocab].
             streams: as for `choose`.
             positions: as for `choose`.
+            histories: as for `choose`.
         """
-        known, scores = self._allowed(logits, positions), self._allowed(ceiling, positions)
+        known = self._allowed(logits, positions, histories)
+        scores = self._allowed(ceiling, positions, histories)
         noisy = scores
         if self.temperature:
             scores = scores.float() / self.temperature
@@ -172,8 +191,8 @@ class Sampler:
 
     @property
     def _filters(self) -> bool:
-        """Whether top-k or top-p is in use."""
-        return bool(self.top_k) or self.top_p < 1
+        """Whether top-k, top-p or min-p is in use."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     def _noise_streams(
         self, scores: torch.Tensor, streams: Sequence[int], positions: Sequence[int]
@@ -188,12 +207,16 @@ class Sampler:
         ids = torch.arange(scores.shape[-1], device=scores.device)
         return scores.add_(gumbel_noise(noise_streams, ids))
 
-    def _allowed(self, logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """The logits with the bias added, and minus infinity for tokens that may not be chosen."""
+    def _allowed(
+        self, logits: torch.Tensor, positions: Sequence[int], histories: Sequence[History]
+    ) -> torch.Tensor:
+        """The biased, penalised logits, and minus infinity for tokens that may not be chosen."""
         device = logits.device
         if len(self._biased):
             ids, bias = self._biased.to(device), self._bias.to(device)
             logits = logits.float().index_add(-1, ids, bias.expand(len(logits), -1))
+        if self.looks_back:
+            logits = self._penalties.apply(logits, histories)
         if device not in self._lists_on:
             self._lists_on[device] = [ids.to(device) for ids in self._lists]
         banned, banned_first, choices = self._lists_on[device]
@@ -210,17 +233,17 @@ class Sampler:
         return logits
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that top-k and top-p leave, best first.
+        """The tokens that top-k, top-p and min-p leave, best first.
 
         Returns:
-            Scores and token ids, [rows, n] each; the score of a token that top-p drops is minus
-            infinity.
+            Scores and token ids, [rows, n] each; the score of a token that top-p or min-p drops is
+            minus infinity.
         """
         vocab = scores.shape[-1]
         kept = min(self.top_k or vocab, vocab)
         if self.top_p >= 1:
             values, ids = scores.topk(kept)
-            return values, ids
+            return self._without_unlikely(values), ids
         count = min(kept, _CANDIDATES)
         values, ids = scores.topk(count)
         total = (values if count == kept else scores).logsumexp(-1, keepdim=True)
@@ -230,7 +253,14 @@ class Sampler:
             before = _mass_before(values, values.logsumexp(-1, keepdim=True))
         beyond = before >= self.top_p
         beyond[:, 0] = False  # the best token always stays, even where top_p rounds to 0
-        return values.masked_fill(beyond, -torch.inf), ids
+        return self._without_unlikely(values.masked_fill(beyond, -torch.inf)), ids
+
+    def _without_unlikely(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, n] with minus infinity for tokens that min-p drops."""
+        if not self.min_p:
+            return scores
+        best = scores.amax(-1, keepdim=True)
+        return scores.masked_fill(scores < best + math.log(self.min_p), -torch.inf)
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,8 @@ class Member(Rows):
         max_positions: the longest row in tokens; None for no limit.
         max_rows: the number of rows beyond which nothing is gained; None for no such number.
         joins: whether `join` takes a single pass.
+        raw_logits: whether a pass gives the model's own logits; if not, they are known up to a
+            constant at each position.
         complete: whether a pass gives the logit of every token; if not, see `Pass.truncation`.
         eos_ids: tokens that end a completion, besides those that the tokenizer names.
     """
@@ -133,6 +135,7 @@ class Member(Rows):
     max_positions: int | None = None
     max_rows: int | None = None
     joins: bool = False
+    raw_logits: bool = True
     complete: bool = True
     eos_ids: frozenset[int] = frozenset()
 

@@ -327,6 +327,16 @@ def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[
     return cells
 
 
+def decoding_of(cfg: DictConfig, task: Any) -> Decoding:
+    """A task's own settings of decoding, with those of the command line in their place.
+
+    Raises:
+        UserError: an impossible value.
+    """
+    overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
+    return dataclasses.replace(task.decoding, **overrides)
+
+
 def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[TaskCell]:
     examples = task.examples()
     if len({e.id for e in examples}) != len(examples):
@@ -335,8 +345,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
     other = task.other_dataset(examples)
     if other:
         log.warning("%s is not the paper's dataset: %s", name, other)
-    overrides = {k: cfg.decoding[k] for k in DECODING_OVERRIDES if cfg.decoding[k] is not None}
-    decoding = _as_begun(dataclasses.replace(task.decoding, **overrides), task, folder)
+    decoding = _as_begun(decoding_of(cfg, task), task, folder)
     asked = examples[: cfg.limit]
     write_jsonl(folder / "examples.jsonl", asked)
     return [

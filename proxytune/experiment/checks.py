@@ -11,7 +11,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
+from proxytune.experiment.cells import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
@@ -36,6 +38,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
+    _check_decoding(cfg, tasks)
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
             task.check()
@@ -67,7 +70,7 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError("output_dir is empty; give a folder, or leave it out")
     if str(cfg.output_dir).startswith("~"):
         raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
-    for role in {role for system in cfg.systems for role in MEMBERS[system].values()}:
+    for role in _members_in_use(cfg):
         member = cfg.triple[role]
         if member is None or OmegaConf.is_missing(member, "id"):
             raise UserError(
@@ -95,6 +98,20 @@ def _make_task(name: str, node: DictConfig) -> Any:
         reason = str(cause).splitlines()[0]
         hint = f"its keys stand in conf/task/{name}.yaml"
         raise UserError(f"task {name}: {reason}; {hint}") from error
+
+
+def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any]) -> None:
+    """Refuses impossible settings of decoding, and penalties that the base cannot be given."""
+    behind_api = any(cfg.triple[role].api is not None for role in _members_in_use(cfg))
+    for name, task in tasks.items():
+        if task.runs_itself:  # lm-eval's tasks set their own
+            continue
+        try:
+            decoding = decoding_of(cfg, task)
+        except UserError as error:
+            raise UserError(f"task {name}: {error}") from None
+        if behind_api and decoding.repetition_penalty != 1:
+            raise UserError(f"task {name}: {NO_RAW_LOGITS}")
 
 
 def check_writable(folder: Path) -> None:
@@ -164,5 +181,10 @@ def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
 def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:
     from proxytune.config.specs import model_specs
 
-    used = {role for system in cfg.systems for role in MEMBERS[system].values()}
+    used = _members_in_use(cfg)
     return {role: spec for role, spec in model_specs(cfg).items() if role in used}
+
+
+def _members_in_use(cfg: DictConfig) -> set[str]:
+    """The members of the triple that the run's systems consist of."""
+    return {role for system in cfg.systems for role in MEMBERS[system].values()}

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _FINISHED = ("completions.jsonl", "result.json")  # a cell's finished work
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
+# Settings of `Decoding` that the identities of older folders lack; the defaults change nothing.
+_ADDED = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos")
+
 
 def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     """Everything of a system that its completions depend on, and nothing else.
@@ -53,8 +56,15 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
 
 
 def decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
-    """The settings that a completion depends on; a greedy one depends on no seed."""
+    """The settings that a completion depends on; a greedy one depends on no seed.
+
+    Settings that were added later are left out where they change nothing: so a folder made before
+    them is resumed.
+    """
     identity = json.loads(json.dumps(dataclasses.asdict(decoding)))
+    for name in _ADDED:
+        if identity[name] == getattr(Decoding, name):
+            del identity[name]
     return identity | ({"seed": seed} if decoding.temperature > 0 else {})
 
 

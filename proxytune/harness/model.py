@@ -21,9 +21,9 @@ _CHAT = "<|proxytune-conversation|>"  # begins a context that each member render
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
 _BLOCK = 256  # log-likelihood requests between two writes to lm-eval's cache
 # Sampling settings that tasks may give, by lm-eval's name, which is ours, too.
-_SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
+_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 # Arguments of Hugging Face's generate that tasks set, and the values that change nothing here.
-_HARMLESS = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "early_stopping": False}
+_HARMLESS = {"num_beams": 1, "use_cache": True, "early_stopping": False}
 
 # One token sequence for every member, or role -> sequence.
 Ids = list[int] | dict[str, list[int]]
@@ -295,6 +295,7 @@ class ProxyTuneLM(TemplateLM):
         if sampled:  # else greedy, whatever the sampling settings are
             settings["temperature"] = 1.0
             settings |= {name: _SAMPLING[name](value) for name, value in sampling.items()}
+        settings["repetition_penalty"] = float(wanted.pop("repetition_penalty", 1.0))
         for name, value in wanted.items():
             if _HARMLESS.get(name, object()) != value:
                 raise UserError(f"generation_kwargs {name}={value!r} cannot be done here")

@@ -1,9 +1,11 @@
 """An OpenAI-compatible HTTP server for any system: `proxytune serve`; docs/serving.md.
 
 protocol.py  the JSON of requests and answers, as pydantic models
+neutral.py   fields of requests that change nothing
 prepare.py   a client's request -> a job: prompts encoded, settings checked
 worker.py    one thread per system that runs the jobs of all clients in one decode loop
 answers.py   the worker's events -> OpenAI's JSON
+responses.py the same for /v1/responses
 app.py       the routes
 gate.py      the API key, limits and counters, before a request is read
 errors.py    every answer other than 200

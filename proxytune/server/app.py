@@ -15,26 +15,34 @@ from pydantic import BaseModel
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from proxytune.engine.sampling import NOTHING
 from proxytune.engine.text import TokenTexts
 from proxytune.generator import Generator
 from proxytune.server import protocol
 from proxytune.server.answers import (
+    Answer,
     ChatAnswer,
     CompletionAnswer,
     Sample,
     generated_tokens,
     usage,
 )
-from proxytune.server.errors import ApiError, PlainJson, error_body, explain, handle_errors
+from proxytune.server.errors import ApiError, PlainJson, explain, handle_errors
 from proxytune.server.gate import Gate, Metrics
-from proxytune.server.prepare import Prepared, prepare_chat, prepare_completion
-from proxytune.server.protocol import ChatRequest, CompletionRequest
+from proxytune.server.prepare import (
+    Prepared,
+    prepare_chat,
+    prepare_completion,
+    prepare_response,
+)
+from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
+from proxytune.server.responses import ResponsesAnswer
 from proxytune.server.settings import ServerSettings
-from proxytune.server.worker import Ended, Rated, Worker, WorkerError
+from proxytune.server.worker import Ended, Piece, Rated, Worker, WorkerError
 
-PATHS = frozenset(["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"])
-Answer = CompletionAnswer | ChatAnswer
-Body = TypeVar("Body", CompletionRequest, ChatRequest)
+_GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+PATHS = frozenset(["/v1/models", *_GENERATING, "/health", "/metrics"])
+Body = TypeVar("Body", CompletionRequest, ChatRequest, ResponsesRequest)
 _ERRORS = {
     400: "The request cannot be served as it is",
     401: "No valid API key",
@@ -171,6 +179,7 @@ class _Routes:
         router.post("/v1/chat/completions", responses=_answers(protocol.ChatResponse))(
             self.chat_completions
         )
+        router.post("/v1/responses", responses=_answers(protocol.ResponsesResponse))(self.responses)
         router.get("/v1/models", responses=_errors(401))(self.list_models)
         router.get("/v1/models/{name:path}", responses=_errors(401, 404))(self.one_model)
         router.get("/health", responses={503: {"description": "An engine has ended"}})(self.health)
@@ -191,6 +200,10 @@ class _Routes:
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answers the last turn of a conversation."""
         return await self._answer(request, body, prepare_chat, ChatAnswer)
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        """Answers the last turn of a conversation, in the form of OpenAI's newer endpoint."""
+        return await self._answer(request, body, prepare_response, ResponsesAnswer)
 
     async def list_models(self) -> Response:
         """What clients may name as `model`."""
@@ -228,8 +241,6 @@ class _Routes:
             ApiError, BusyError, WorkerError, TimeoutError: see `errors.handle_errors`.
         """
         served = self._find(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError("stream_options needs stream=true", param="stream_options")
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(
             self._encoder, prepare, body, served.generator, self._settings
@@ -238,8 +249,7 @@ class _Routes:
         served.worker.submit(prepared.job)
         exchange = _Exchange(served, prepared, form, self._metrics, self._settings.timeout)
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _EventStream(exchange, exchange.stream(with_usage))
+            return _EventStream(exchange, exchange.stream())
         return await exchange.whole(request)
 
     def _find(self, name: str | None) -> Served:
@@ -277,6 +287,7 @@ class _Exchange:
         self._seconds = seconds
         self._prompt_tokens = sum(map(len, prepared.ids))
         self._generated = 0
+        self._streamed = defaultdict[tuple[int, int], int](int)  # tokens of unfinished samples
         metrics.prompt_tokens.labels(served.name).inc(self._prompt_tokens)
 
     def _usage(self) -> dict[str, int]:
@@ -308,20 +319,22 @@ class _Exchange:
             elif isinstance(event, Ended):
                 samples[event.prompt, event.finished.sample].finished = event.finished
                 self._count(event)
-            elif event.token is not None:
-                samples[event.prompt, event.sample].tokens.append(event.token)
+            else:
+                samples[event.prompt, event.sample].add(event)
 
         def write() -> Response:
-            return PlainJson(self._form.whole(samples, rated) | {"usage": self._usage()})
+            return PlainJson(self._form.whole(samples, rated, self._usage()))
 
         return await asyncio.to_thread(write)  # whole vocabularies take a while
 
-    async def stream(self, with_usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        more = {"usage": None} if with_usage else {}
+        form = self._form
         rated: dict[int, Any] = {}
         opened: set[tuple[int, int]] = set()
         try:
+            for each in form.begin():
+                yield _sse(each)
             async for event in self.served.worker.events(self.job, self._seconds):
                 if isinstance(event, Rated):
                     rated[event.prompt] = event.tokens
@@ -330,24 +343,30 @@ class _Exchange:
                 sample = event.prompt, event.finished.sample if ended else event.sample
                 if sample not in opened:
                     opened.add(sample)
-                    opening = self._form.opening(*sample, rated)
-                    if opening is not None:
-                        yield _sse(opening | more)
-                if isinstance(event, Ended):
-                    self._count(event)
-                    reason = event.finished.finish_reason
-                    yield _sse(self._form.chunk(*sample, "", None, reason) | more)
-                elif event.text or event.token is not None:
-                    yield _sse(self._form.chunk(*sample, event.text, event.token, None) | more)
+                    for each in form.opening(*sample, rated, self._usage()):
+                        yield _sse(each)
+                for each in self._written(event):
+                    yield _sse(each)
             if not self.job.requests:  # max_tokens=0: the answer is the prompts
                 for sample in self._prepared.samples():
-                    opening = self._form.opening(*sample, rated)
-                    yield _sse((opening or self._form.empty()) | more)
-            if with_usage:
-                yield _sse(self._form.empty() | {"usage": self._usage()})
-            yield b"data: [DONE]\n\n"
+                    for each in form.opening(*sample, rated, self._usage()):
+                        yield _sse(each)
+            for each in form.end(self._usage()):
+                yield _sse(each)
+            yield form.last
         except (TimeoutError, WorkerError) as error:
-            yield _sse(error_body(*explain(error)))
+            yield _sse(form.failed(*explain(error)))
+
+    def _written(self, event: Piece | Ended) -> list[dict[str, Any]]:
+        """Counts a piece's token, and gives what a stream says about the event."""
+        if isinstance(event, Ended):
+            self._generated -= self._streamed.pop((event.prompt, event.finished.sample), 0)
+            self._count(event)
+            return self._form.ended(event.prompt, event.finished, self._usage())
+        if event.id != NOTHING:
+            self._generated += 1
+            self._streamed[event.prompt, event.sample] += 1
+        return self._form.piece(event, self._usage())
 
 
 class _EventStream(StreamingResponse):
@@ -366,7 +385,9 @@ class _EventStream(StreamingResponse):
 
 
 def _sse(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    """One event; the events of /v1/responses are named by their type."""
+    name = f"event: {content['type']}\n".encode() if "type" in content else b""
+    return name + b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _disconnected(request: Request) -> None:

@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from proxytune.errors import Unanswered, UpstreamError
-from proxytune.server.protocol import ChatRequest, CompletionRequest
+from proxytune.server.neutral import Strict, way_out
+from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
 from proxytune.server.worker import BusyError, WorkerError
 
 # Our own explanations for fields whose errors pydantic explains at great length.
@@ -18,8 +19,13 @@ _WANTED = {
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
     "stop": "must be a string or a list of strings, none of them empty",
     "logit_bias": "must map token ids, as strings, to numbers from -100 to 100",
-    "frequency_penalty": "is not supported; leave it out or send 0",
-    "presence_penalty": "is not supported; leave it out or send 0",
+    "input": "must be a string, or a list of messages (of system, developer, user or assistant) "
+    "whose content is a string or a list of text parts",
+}
+_BODIES: dict[str, type[Strict]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponsesRequest,
 }
 
 
@@ -132,10 +138,15 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
         return "the body must be a JSON object, sent as Content-Type: application/json", None
     param = place[0]
     if kind == "extra_forbidden":
-        model = ChatRequest if "chat" in request.url.path else CompletionRequest
-        close = difflib.get_close_matches(place[-1], list(model.model_fields), n=1)
+        name = ".".join(place)
+        neutral = way_out(place[-1])
+        if neutral is not None:
+            return f"{name} is not supported; leave it out or send {neutral}", param
+        body = next(body for path, body in _BODIES.items() if request.url.path.endswith(path))
+        known = list(body.model_fields)
+        close = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"; did you mean {close[0]}?" if close and len(place) == 1 else ""
-        return f"unknown field {'.'.join(place)!r}{hint}", param
+        return f"unknown field {name!r}{hint}", param
     if kind == "missing":
         return f"{'.'.join(place)} is missing", param
     if param in _WANTED:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.engine.rows import Request, longest
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
@@ -15,7 +16,14 @@ from proxytune.errors import UserError
 from proxytune.generator import Generator, make_decoding
 from proxytune.records import Decoding
 from proxytune.server.errors import ApiError
-from proxytune.server.protocol import ChatRequest, CompletionRequest
+from proxytune.server.protocol import (
+    OUTPUT_LOGPROBS,
+    ChatRequest,
+    CompletionRequest,
+    InputMessage,
+    Message,
+    ResponsesRequest,
+)
 from proxytune.server.settings import ServerSettings
 from proxytune.server.worker import Job, can_rate
 
@@ -26,7 +34,7 @@ UNLIMITED_CONTEXT = 4096  # tokens of a chat answer if neither the model nor the
 # Fields of a request that are settings of `Decoding` by the same name.
 _SAMPLING = CompletionRequest.model_fields.keys() & {each.name for each in fields(Decoding)}
 
-AnyRequest = CompletionRequest | ChatRequest
+AnyRequest = CompletionRequest | ChatRequest | ResponsesRequest
 Prompt = str | list[int]  # a text, or token ids
 
 
@@ -60,11 +68,12 @@ def prepare_completion(
     Raises:
         ApiError: the request cannot be served.
     """
+    _check_stream(body)
     prompts = _prompts(body)
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, settings.max_tokens or DEFAULT_MAX_TOKENS)
-    n = _samples(body, len(prompts), settings)
+    n = _samples(body.n or 1, len(prompts), settings)
     _refuse_completion(body, max_tokens, n, generator, settings)
     tops = _prompt_tops(body)
     ids = [_encode(prompt, body.add_special_tokens is not False, generator) for prompt in prompts]
@@ -72,7 +81,7 @@ def prepare_completion(
         top=body.logprobs,
         rate_top=-1 if -1 in tops else max(tops, default=0),
         alpha=_alpha(body.alpha, generator),
-        stream=bool(body.stream),
+        pieces=bool(body.stream or body.return_token_ids),
     )
     if tops:
         job.rate = [_ratable(each, generator) for each in ids]
@@ -111,37 +120,100 @@ def _prompt_tops(body: CompletionRequest) -> list[int]:
     return [top for top in wanted if top is not None]
 
 
+def _check_stream(body: CompletionRequest | ChatRequest) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError("stream_options needs stream=true", param="stream_options")
+
+
 def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettings) -> Prepared:
     """The job of POST /v1/chat/completions.
 
     Raises:
         ApiError: the request cannot be served.
     """
-    n = _samples(body, 1, settings)
+    _check_stream(body)
+    n = _samples(body.n or 1, 1, settings)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
     _check_top("top_logprobs", body.top_logprobs, settings)
+    _check_continuation(body)
+    ids = _conversation(body.messages, generator, "messages")
     asked = body.max_completion_tokens or body.max_tokens
-    most = settings.max_tokens or generator.max_positions or UNLIMITED_CONTEXT
-    messages = []
-    for message in body.messages:
-        parts = message.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        role = "system" if message.role == "developer" else message.role
-        messages.append({"role": role, "content": text})
-    try:
-        ids = generator.encode(messages)
-    except (UserError, UnicodeError, TemplateError) as error:
-        raise ApiError(str(error), param="messages") from error
+    decoding = _decoding(body, asked or _longest_answer(generator, settings), settings)
     job = Job(
-        requests=_requests(
-            [ids], _decoding(body, asked or most, settings), body, generator, "messages"
-        ),
+        requests=_requests([ids], decoding, body, generator, "messages"),
         top=(body.top_logprobs or 0) if body.logprobs else None,
         alpha=_alpha(body.alpha, generator),
-        stream=bool(body.stream),
+        pieces=bool(body.stream or body.return_token_ids),
     )
     return Prepared(job, [ids["base"]], None, n)
+
+
+def prepare_response(
+    body: ResponsesRequest, generator: Generator, settings: ServerSettings
+) -> Prepared:
+    """The job of POST /v1/responses.
+
+    Raises:
+        ApiError: the request cannot be served.
+    """
+    _samples(1, 1, settings)
+    rated = OUTPUT_LOGPROBS in (body.include or ())
+    if body.top_logprobs and not rated:
+        raise ApiError(f"top_logprobs needs include={[OUTPUT_LOGPROBS]}", param="top_logprobs")
+    _check_top("top_logprobs", body.top_logprobs, settings)
+    turns = body.input
+    if isinstance(turns, str):
+        turns = [InputMessage(role="user", content=turns)]
+    if body.instructions is not None:
+        turns = [InputMessage(role="system", content=body.instructions), *turns]
+    ids = _conversation(turns, generator, "input")
+    most = body.max_output_tokens or _longest_answer(generator, settings)
+    job = Job(
+        requests=_requests([ids], _decoding(body, most, settings), body, generator, "input"),
+        top=(body.top_logprobs or 0) if rated else None,
+        alpha=_alpha(body.alpha, generator),
+        pieces=bool(body.stream),
+    )
+    return Prepared(job, [ids["base"]], None, 1)
+
+
+def _conversation(
+    turns: Sequence[Message | InputMessage], generator: Generator, param: str
+) -> dict[str, list[int]]:
+    """A conversation as each member reads it, in its own format; `param` is for errors."""
+    messages = []
+    for turn in turns:
+        parts = turn.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        role = "system" if turn.role == "developer" else turn.role
+        messages.append({"role": role, "content": text})
+    try:
+        return generator.encode(messages)
+    except (UserError, UnicodeError, TemplateError) as error:
+        raise ApiError(str(error), param=param) from error
+
+
+def _longest_answer(generator: Generator, settings: ServerSettings) -> int:
+    """The tokens of an answer whose request sets no limit."""
+    return settings.max_tokens or generator.max_positions or UNLIMITED_CONTEXT
+
+
+def _check_continuation(body: ChatRequest) -> None:
+    """Refuses vLLM's two switches where they ask for what is not done.
+
+    Here the last turn decides: the assistant's is continued, any other is answered.
+    """
+    continued = body.messages[-1].role == "assistant"
+    last = "the assistant's" if continued else f"a {body.messages[-1].role}'s"
+    for name, right in (
+        ("continue_final_message", continued),
+        ("add_generation_prompt", not continued),
+    ):
+        if getattr(body, name) not in (None, right):
+            raise ApiError(
+                f"the last turn is {last}, so {name} must be {str(right).lower()}", param=name
+            )
 
 
 def _prompts(body: CompletionRequest) -> list[Prompt]:
@@ -156,9 +228,8 @@ def _prompts(body: CompletionRequest) -> list[Prompt]:
     return list(prompt)  # pyright: ignore[reportReturnType]
 
 
-def _samples(body: AnyRequest, prompts: int, settings: ServerSettings) -> int:
-    """Samples per prompt."""
-    n = body.n or 1
+def _samples(n: int, prompts: int, settings: ServerSettings) -> int:
+    """Samples per prompt; refused where one request asks for too many."""
     if n * prompts > settings.max_completions:
         raise ApiError(
             f"n={n} for each of {prompts} prompts is more than the {settings.max_completions} "
@@ -219,6 +290,8 @@ def _requests(
         param: the request's field that holds the prompts, for errors.
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    if decoding.repetition_penalty != 1 and not generator.system.members["base"].raw_logits:
+        raise ApiError(NO_RAW_LOGITS, param="repetition_penalty")
     try:
         requests = generator.requests(ids, decoding, seed=seed)
     except (UserError, UnicodeError) as error:
@@ -230,7 +303,7 @@ def _requests(
             f"token {odd} is outside the vocabulary of {generator.vocab_size}", param="logit_bias"
         )
     # Sampling looks at no limit, so requests that differ in their limits alone share a sampler.
-    sampling = replace(decoding, max_new_tokens=1, n=1, stop=())
+    sampling = replace(decoding, max_new_tokens=1, n=1, stop=(), ignore_eos=False)
     sampler = _sampler(sampling, tuple(sorted(bias.items())))
     return [replace(request, sampler=sampler) for request in requests]
 

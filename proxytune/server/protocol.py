@@ -1,33 +1,45 @@
 """The JSON of requests and answers: OpenAI's fields, vLLM's extensions, and our `alpha`.
 
-Types are strict and unknown fields are refused: to ignore a misspelt setting would be to answer
-another question. The docstrings and descriptions are in the OpenAPI document.
+Types are strict and unknown fields are refused, except where they change nothing (`neutral`). The
+docstrings and descriptions are in the OpenAPI document.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from proxytune.server.neutral import (
+    BOOKKEEPING,
+    CHAT,
+    COMPLETION,
+    MESSAGE,
+    RESPONSE_TEXT,
+    RESPONSES,
+    Strict,
+)
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-# OpenAI's penalties are not supported, but many clients send the default, 0.
-Penalty = Annotated[float, Field(ge=0, le=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream brings besides text."""
 
-    include_usage: bool | None = None
+    ignored = frozenset({"include_obfuscation"})
+
+    include_usage: bool | None = Field(None, description="a last chunk with the usage")
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage, every chunk has the usage so far"
+    )
 
 
-class _Sampling(_Strict):
-    """The fields that completions and chat completions have in common."""
+class _Choosing(Strict):
+    """The fields that say how tokens are chosen; all three endpoints have them."""
+
+    ignored = BOOKKEEPING
 
     model: str | None = Field(None, description="as in /v1/models; may be left out")
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
@@ -37,7 +49,19 @@ class _Sampling(_Strict):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="0 or -1 keeps the whole vocabulary"
     )
-    n: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="drops tokens below this share of the likeliest one's probability"
+    )
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
+        None, description="scales the logits of tokens in the prompt and the completion"
+    )
+    presence_penalty: Penalty | None = Field(
+        None, description="subtracted from the logits of tokens in the completion"
+    )
+    frequency_penalty: Penalty | None = Field(
+        None, description="the same, times how often the token stands there"
+    )
+    ignore_eos: bool | None = Field(None, description="goes on after an end token")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="with it, the same request has the same answer"
     )
@@ -48,20 +72,28 @@ class _Sampling(_Strict):
         None, description="token id -> what is added to its logit"
     )
     stream: bool | None = None
+    alpha: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = Field(
+        None, description="scale on (expert - antiexpert), of this request alone"
+    )
+
+
+class _Sampling(_Choosing):
+    """The fields that completions and chat completions have in common."""
+
+    n: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool | None = Field(
         None, description='log-probabilities name tokens as "token_id:<int>"'
     )
-    alpha: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = Field(
-        None, description="scale on (expert - antiexpert), of this request alone"
+    return_token_ids: bool | None = Field(
+        None, description="the answer brings token_ids and prompt_token_ids (of the base)"
     )
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    user: str | None = Field(None, description="not looked at")
 
 
 class CompletionRequest(_Sampling):
     """POST /v1/completions."""
+
+    neutral = COMPLETION
 
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
     max_tokens: Count | None = Field(None, description="16 by default, as at OpenAI")
@@ -80,15 +112,20 @@ class CompletionRequest(_Sampling):
     )
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content."""
+
+    ignored = frozenset({"cache_control", "prompt_cache_breakpoint"})
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation."""
+
+    ignored = frozenset({"cache_control"})
+    neutral = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
@@ -97,6 +134,8 @@ class Message(_Strict):
 
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
+
+    neutral = CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
@@ -107,6 +146,69 @@ class ChatRequest(_Sampling):
     top_logprobs: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="needs logprobs=true"
     )
+    continue_final_message: bool | None = Field(
+        None, description="must be true where the last turn is the assistant's, else false"
+    )
+    add_generation_prompt: bool | None = Field(None, description="must be the opposite")
+
+
+class InputPart(Strict):
+    """A part of the content of an input message."""
+
+    ignored = frozenset({"cache_control", "logprobs", "prompt_cache_breakpoint"})
+    neutral = MESSAGE
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+
+
+class InputMessage(Strict):
+    """One turn of the input, given by the client or answered before."""
+
+    ignored = frozenset({"id", "phase", "status"})
+
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[InputPart], Field(min_length=1)]
+
+
+class ResponseTextSettings(Strict):
+    """The form of the answer: text alone."""
+
+    ignored = frozenset({"verbosity"})
+    neutral = RESPONSE_TEXT
+
+
+OUTPUT_LOGPROBS = "message.output_text.logprobs"
+# What an answer may bring besides its text. All but the log-probabilities belong to tools and to
+# reasoning, which no answer has here.
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class ResponsesRequest(_Choosing):
+    """POST /v1/responses: text in, text out; nothing is stored."""
+
+    # stream_options holds include_obfuscation alone
+    ignored = BOOKKEEPING | {"reasoning", "stream_options"}
+    neutral = RESPONSES
+
+    input: Text | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: Text | None = Field(None, description="a system turn before the input")
+    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    include: list[Includable] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description=f"needs include={[OUTPUT_LOGPROBS]}"
+    )
+    text: ResponseTextSettings | None = None
 
 
 class ErrorBody(BaseModel):
@@ -157,6 +259,8 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -204,6 +308,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(BaseModel):
@@ -215,3 +320,59 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class OutputText(BaseModel):
+    """The text of an answer."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[ChatToken]
+
+
+class OutputMessage(BaseModel):
+    """The assistant's turn."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["completed", "incomplete"]
+    content: list[OutputText]
+
+
+class InputTokensDetails(BaseModel):
+    """Nothing is cached between requests."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    """No model reasons apart from its answer."""
+
+    reasoning_tokens: int
+
+
+class ResponsesUsage(BaseModel):
+    """Tokens read and written."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponsesResponse(BaseModel):
+    """The answer of POST /v1/responses; its other fields are OpenAI's with constant values."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    incomplete_details: dict[str, str] | None
+    model: str
+    output: list[OutputMessage]
+    usage: ResponsesUsage

@@ -43,12 +43,14 @@ class Piece:
     Attributes:
         prompt: the prompt's place in the job.
         sample: the sample's number.
+        id: the token; `NOTHING` where none could be chosen.
         text: the text that became certain by the token; see `engine.rows.Request.on_token`.
         token: its log-probability; None where the job asks for none.
     """
 
     prompt: int
     sample: int
+    id: int
     text: str
     token: TokenLogprob | None
 
@@ -94,7 +96,7 @@ class Job:
         top: tokens listed per generated token; None asks for no log-probabilities.
         rate_top: tokens listed per token of a rated prompt.
         alpha: scale on (expert - antiexpert) for this job; None is the system's.
-        stream: whether `Piece` events are wanted although no log-probabilities are.
+        pieces: whether `Piece` events are wanted although no log-probabilities are.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -102,7 +104,7 @@ class Job:
     top: int | None = None
     rate_top: int = 0
     alpha: float | None = None
-    stream: bool = False
+    pieces: bool = False
     _queue: asyncio.Queue[list[Event | Failed]] = field(default_factory=asyncio.Queue)
     _pending: list[Event | Failed] = field(default_factory=list)
     _home: asyncio.AbstractEventLoop | None = None
@@ -259,7 +261,7 @@ class Worker:
             index = self._next
             self._next += 1
             self._jobs[index] = (job, place)
-            watch = partial(self._watch, job, place) if job.stream or job.top is not None else None
+            watch = partial(self._watch, job, place) if job.pieces or job.top is not None else None
             self._loop.add(replace(request, index=index, alpha=job.alpha, on_token=watch))
 
     def _cancel(self, job: Job) -> None:
@@ -277,7 +279,7 @@ class Worker:
         rated = None
         if job.top is not None and token >= 0:
             (rated,) = token_logprobs(logits.unsqueeze(0), [token], job.top)
-        job._pending.append(Piece(place, sample, text, rated))
+        job._pending.append(Piece(place, sample, token, text, rated))
 
     def _rate(self) -> None:
         """Rates as many waiting prompts as fit into one pass."""

@@ -68,6 +68,7 @@ class ApiMember(Member):
     """
 
     device = torch.device("cpu")
+    raw_logits = False
 
     def __init__(
         self, protocol: Protocol, store: Store, vocab_size: int, eos_ids: frozenset[int]

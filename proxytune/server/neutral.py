@@ -1,0 +1,137 @@
+"""Fields of requests that change nothing here: accepted with these values, refused with others.
+
+Clients send many fields with the value that stands for "not used", and fields for bookkeeping at
+OpenAI. Both leave the answer as it is. Every other unknown field is refused by name: to ignore a
+setting would be to answer another question.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+Neutral = Mapping[str, tuple[Any, ...]]  # field -> its values that change nothing
+
+# Taken and not looked at, whatever their value: they are about accounts, caches and records, or
+# about reasoning and tools, which no model has here.
+BOOKKEEPING = frozenset(
+    {
+        "cache_prompt",
+        "cache_salt",
+        "include_reasoning",
+        "max_tool_calls",
+        "metadata",
+        "parallel_tool_calls",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+_DECODING: Neutral = {
+    "bad_words": ([],),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "repeat_penalty": (1,),  # llama.cpp's name of repetition_penalty
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # about tokens that are skipped
+    "stop_token_ids": ([],),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+}
+_TOOLS: Neutral = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # "auto" is the default, and there are no tools to choose
+}
+COMPLETION: Neutral = {**_DECODING, "suffix": ("",)}
+CHAT: Neutral = {
+    **_DECODING,
+    **_TOOLS,
+    "add_special_tokens": (False,),  # the template writes them
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+}
+MESSAGE: Neutral = {"annotations": ([],), "tool_calls": ([],)}
+RESPONSES: Neutral = {
+    **_DECODING,
+    **_TOOLS,
+    "background": (False,),
+    "context_management": ([],),
+    "truncation": ("disabled", "auto"),  # a prompt that is too long is refused anyway
+}
+RESPONSE_TEXT: Neutral = {"format": ({"type": "text"},)}
+_TABLES = (COMPLETION, CHAT, RESPONSES, MESSAGE, RESPONSE_TEXT)
+
+
+class Strict(BaseModel):
+    """A JSON object of strict types, in which unknown fields are refused unless they do nothing.
+
+    Attributes:
+        ignored: unknown fields that may have any value.
+        neutral: unknown fields that may have one of these values. Null is neutral everywhere.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_does_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        return {
+            name: value
+            for name, value in body.items()
+            if name in cls.model_fields or not cls._does_nothing(name, value)
+        }
+
+    @classmethod
+    def _does_nothing(cls, name: str, value: Any) -> bool:
+        if value is None or name in cls.ignored:
+            return True
+        return any(_same(value, each) for each in cls.neutral.get(name, ()))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """The OpenAPI document lists these fields, too."""
+        schema = handler(core_schema)
+        target = handler.resolve_ref_schema(schema)
+        properties = target.setdefault("properties", {})
+        for name in sorted(cls.ignored):
+            properties.setdefault(name, {"description": "not looked at"})
+        for name, values in cls.neutral.items():
+            properties.setdefault(name, {"enum": [*values, None], "description": "changes nothing"})
+        target["additionalProperties"] = {"type": "null"}
+        return schema
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal as JSON is: 1 and 1.0 are one number, and no number is a truth value."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def way_out(name: str) -> str | None:
+    """What to send for a field that is accepted with its neutral value alone, as JSON."""
+    values = next((table[name] for table in _TABLES if name in table), None)
+    return None if values is None else json.dumps(values[0])

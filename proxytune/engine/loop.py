@@ -274,7 +274,8 @@ class DecodeLoop:
         assert isinstance(self.system, DraftingSystem)
 
         def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-            return pick_tokens(logits, rows, [offset] * len(rows))
+            # A guess must be a token; `choose_from` decides where there is none to choose.
+            return pick_tokens(logits, rows, [offset] * len(rows)).clamp(min=0)
 
         block = self.system.draft(tokens, width, pick)
         return block[:, 1:].tolist(), self.system.verify(block)

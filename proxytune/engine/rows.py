@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from proxytune.engine.sampling import NOTHING, Sampler, sample_stream
+from proxytune.engine.broken import blame
+from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
@@ -234,15 +235,21 @@ def choose_from(seen: Pass, rows: Sequence[Row], width: int = 1) -> Chosen:
         seen: a flat pass, [rows * width, vocab]: the first row's places, then the next row's.
         rows: the rows that were read.
         width: places per row. Place i of a row chooses its token number len(row.tokens) + i.
+
+    Raises:
+        UserError: a member gave logits from which no token can be chosen.
     """
     owners = [row for row in rows for _ in range(width)]
     offsets = list(range(width)) * len(rows)
     tokens = pick_tokens(seen.logits, owners, offsets)
+    chosen = tokens.tolist()
+    if BROKEN in chosen:
+        raise blame(seen[chosen.index(BROKEN)])
     certain, unseen = [], []
     if seen.truncation is not None:
         certain = _certain(tokens, seen.logits, seen.truncation.ceiling, owners, offsets)
         unseen = seen.truncation.unseen.tolist()
-    return Chosen(seen, width, tokens.tolist(), certain, unseen)
+    return Chosen(seen, width, chosen, certain, unseen)
 
 
 def pick_tokens(logits: torch.Tensor, rows: Sequence[Row], offsets: Sequence[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ Example:
         print(generation.text)
 """
 
+import logging
 from os import PathLike, fspath
 from typing import Any
 
@@ -15,10 +16,14 @@ from transformers import PreTrainedModel
 from proxytune.errors import UserError
 from proxytune.generator import Generation, Generator, make_decoding
 from proxytune.loading.build import build
+from proxytune.loading.ends import in_words
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
+from proxytune.proxy import ProxyTunedModel
 from proxytune.records import finite
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Generation", "Generator", "load", "make_decoding"]
 
@@ -82,7 +87,10 @@ def load(
         if role in sources:
             members[role] = _loaded(sources[role], members.get("antiexpert"), tokenizer)
     members = {role: members[role] for role in sources}
-    return Generator(members, build(members, alpha, cuda_graphs))
+    system = build(members, alpha, cuda_graphs)
+    if isinstance(system, ProxyTunedModel) and system.end is not None:
+        log.warning(in_words(system.end, {role: each.tokenizer for role, each in members.items()}))
+    return Generator(members, system)
 
 
 def _named(source: Source, dtype: str, device: str | None) -> Any:

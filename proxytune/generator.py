@@ -78,6 +78,11 @@ class Generator:
         self.tokenizer = members["base"].tokenizer
         self._paces: dict[int | None, Pace] = {}
         self._texts: list[str] | None = None
+        # A helper's own prompt may hold tokens that only it has (the marks of its chat template).
+        self._readable = {
+            role: max(self.vocab_size, 0 if role == "base" else member.output_size or 0)
+            for role, member in members.items()
+        }
         limits = [member.max_positions for member in system.members.values()]
         self.max_positions = min((limit for limit in limits if limit), default=None)
         self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in members.values()))
@@ -321,11 +326,11 @@ class Generator:
                 raise UserError(
                     f"the prompt of the {role} has no tokens; give it at least one (a BOS)"
                 )
-            odd = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
+            odd = next((t for t in tokens if not 0 <= t < self._readable[role]), None)
             if odd is not None:
                 raise UserError(
                     f"token id {odd} in the prompt of the {role} is outside the common "
-                    f"vocabulary of {self.vocab_size}"
+                    f"vocabulary of {self._readable[role]}"
                 )
         return ids
 

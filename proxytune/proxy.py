@@ -4,8 +4,9 @@ A small tuned model (expert) and the same model untuned (antiexpert) steer a lar
 (base): the difference of their logits is added to the base's.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,14 +30,78 @@ def combine_logits(
             their own, a tensor that broadcasts, [rows, 1].
 
     Returns:
-        The proxy-tuned logits in float32, in new memory.
+        The proxy-tuned logits in float32, in new memory. Where expert and antiexpert are both minus
+        infinity there is no shift. A token stays at minus infinity where the base gives that.
     """
     shift = expert.float()  # a copy, except where the expert is float32 already
     shift = torch.sub(expert, antiexpert) if shift is expert else shift.sub_(antiexpert)
+    # On a GPU the answer of `isfinite` would have to be waited for; there `_settle` is cheaper.
+    if shift.is_cuda or not math.isfinite(shift.sum()):
+        _settle(shift, base, expert, antiexpert, alpha)
     # From here on `shift` is ours; writing into it saves memory of the size of the logits.
     if isinstance(alpha, torch.Tensor):
         return torch.add(base, shift.mul_(alpha), out=shift)
     return torch.add(base, shift, alpha=alpha, out=shift)
+
+
+def _settle(
+    shift: torch.Tensor,
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    alpha: float | torch.Tensor,
+) -> None:
+    """Removes from a shift, in place, what infinite logits leave without a value.
+
+    An expert's minus infinity alone forbids the token. An antiexpert's alone leaves an infinite
+    logit, and NaN stays NaN: from neither can a token be chosen (`engine.sampling.BROKEN`).
+
+    Args:
+        shift: expert - antiexpert; NaN where both are minus infinity.
+        base, expert, antiexpert, alpha: as in `combine_logits`.
+    """
+    shift.masked_fill_((expert == -torch.inf) & (antiexpert == -torch.inf), 0)
+    # Nothing moves a token that the base forbids, and alpha 0 moves no token.
+    shift.masked_fill_(shift.isinf() & ((base == -torch.inf) | (alpha == 0)), 0)
+
+
+@dataclass(frozen=True)
+class SharedEnd:
+    """The end token that takes the place of end tokens beyond the shared vocabulary.
+
+    A tuned model may end its text by a token that the base lacks (`<|im_end|>`). Its probability
+    of ending is then that of all its end tokens together, and the shift of that goes to the base's
+    end token.
+
+    Attributes:
+        token: the end token that all members have, the base's.
+        of: role -> that model's end tokens beyond the shared vocabulary, and `token` where it
+            ends that model's text, too. A role without such tokens is missing.
+        vocab_size: of the shared vocabulary.
+    """
+
+    token: int
+    of: Mapping[str, tuple[int, ...]]
+    vocab_size: int
+
+    def width(self, role: str) -> int:
+        """How many logits of a member are needed: `vocab_size`, or more."""
+        return max(self.vocab_size, *(token + 1 for token in self.of.get(role, (0,))))
+
+    def merge(self, role: str, logits: torch.Tensor) -> torch.Tensor:
+        """A member's logits over the shared vocabulary, [..., vocab_size].
+
+        Args:
+            role: the member's.
+            logits: [..., width].
+        """
+        shared = logits[..., : self.vocab_size]
+        if role not in self.of:
+            return shared
+        ends = torch.stack([logits[..., token] for token in self.of[role]], dim=-1)
+        shared = shared.clone()
+        shared[..., self.token] = ends.float().logsumexp(-1)
+        return shared
 
 
 class ProxyTunedModel(DraftingSystem):
@@ -49,14 +114,19 @@ class ProxyTunedModel(DraftingSystem):
         base: the large untuned model.
         pair: the small tuned model (expert) and the small untuned one (antiexpert).
         alpha: see `combine_logits`; a row may have its own.
+        end: see `SharedEnd`; None where the shared vocabulary has every end token.
     """
 
-    def __init__(self, base: Member, pair: Pair, alpha: float = 1.0) -> None:
+    def __init__(
+        self, base: Member, pair: Pair, alpha: float = 1.0, end: SharedEnd | None = None
+    ) -> None:
         self.base = base
         self.pair = pair
         self.members = {"base": base, "expert": pair.expert, "antiexpert": pair.antiexpert}
         self.alpha = alpha
-        self.vocab_size = min(member.vocab_size for member in self.members.values())
+        self.end = end
+        sizes = [member.vocab_size for member in self.members.values()]
+        self.vocab_size = end.vocab_size if end else min(sizes)
         self._alphas: list[float | None] = []  # per row; None takes `alpha`
         self._drafted: list[torch.Tensor] = []  # the expert's logits while it drafts, [rows, vocab]
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -78,7 +148,8 @@ class ProxyTunedModel(DraftingSystem):
             return self._combine(self._run(calls), new)
         # The expert reads first, so that the base's request can ask about its guesses, too.
         passes = self._run({"expert": calls["expert"]})
-        guesses = self.pair.expert.guess(passes["expert"].logits, ahead)
+        first = passes["expert"].logits
+        guesses = self.pair.expert.guess(first, ahead, partial(self._shared, "expert"))
         calls["base"] = partial(self.base.prefill, [p["base"] for p in prompts], guesses)
         passes |= self._run({role: calls[role] for role in ("base", "antiexpert")})
         return self._combine(passes, new)
@@ -105,7 +176,7 @@ class ProxyTunedModel(DraftingSystem):
             logits = self.pair.expert.step(block[-1]).logits
             self._drafted.append(logits)
             if offset < width - 1:
-                block.append(pick(logits, offset))
+                block.append(pick(self._shared("expert", logits), offset))
         return torch.stack([each.to(block[-1].device) for each in block], dim=1)
 
     def verify(self, block: torch.Tensor) -> Pass:
@@ -182,7 +253,7 @@ class ProxyTunedModel(DraftingSystem):
         """
         device = passes["base"].logits.device
         cut = {
-            role: each.logits[..., : self.vocab_size].to(device, non_blocking=True)
+            role: self._shared(role, each.logits).to(device, non_blocking=True)
             for role, each in passes.items()
         }
         alpha = self._scale(alphas, cut["base"])
@@ -191,6 +262,12 @@ class ProxyTunedModel(DraftingSystem):
             highest = cut | {"base": truncation.ceiling[..., : self.vocab_size]}
             truncation = replace(truncation, ceiling=combine_logits(**highest, alpha=alpha))
         return Pass(combine_logits(**cut, alpha=alpha), cut, truncation)
+
+    def _shared(self, role: str, logits: torch.Tensor) -> torch.Tensor:
+        """A member's logits, cut to the shared vocabulary."""
+        if self.end is None:
+            return logits[..., : self.vocab_size]
+        return self.end.merge(role, logits)
 
     def _scale(self, alphas: Sequence[float | None], logits: torch.Tensor) -> float | torch.Tensor:
         """The rows' alphas for `combine_logits`: one number, or a tensor, [rows, 1, ...].

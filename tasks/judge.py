@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from proxytune.errors import UserError
+from proxytune.loading.prompting import prompt_ids
 from proxytune.provenance import weights_fingerprint
 from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
 
@@ -232,9 +233,9 @@ class YesNoJudge(LocalJudge):
 
     def _encode(self, prompt: str, tokenizer: Any, limit: int | None) -> tuple[list[int], int]:
         """Returns the ids of prompt and answer, and how many of them belong to the answer."""
-        before = tokenizer(prompt)["input_ids"]
+        before = prompt_ids(prompt, tokenizer)
         # Tokenise both together: a tokenizer may merge the answer's space with the text before it.
-        ids = tokenizer(prompt + self.yes)["input_ids"]
+        ids = prompt_ids(prompt + self.yes, tokenizer)
         answer = max(1, len(ids) - len(before))
         return (ids[-limit:] if limit else ids), answer
 

@@ -8,6 +8,7 @@ penalties.py    repetition, presence and frequency penalty
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
 truncation.py   logits of a server that lists only the largest
+broken.py       logits from which no token can be chosen: whose they are
 memory.py       how many rows fit into memory
 score.py        log-probabilities of given tokens
 """

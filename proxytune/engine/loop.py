@@ -278,7 +278,8 @@ class DecodeLoop:
         looks_back = any(row.request.sampler.looks_back for row in rows)
 
         def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
-            tokens = pick_tokens(logits, rows, [offset] * len(rows), guesses)
+            # A guess must be a token; `choose_from` decides where there is none to choose.
+            tokens = pick_tokens(logits, rows, [offset] * len(rows), guesses).clamp(min=0)
             if looks_back:
                 for own, token in zip(guesses, tokens.tolist(), strict=True):
                     own.append(token)

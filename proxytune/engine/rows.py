@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from proxytune.engine.broken import blame
 from proxytune.engine.penalties import History
-from proxytune.engine.sampling import NOTHING, Sampler, sample_stream
+from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
@@ -244,17 +245,23 @@ def choose_from(
         rows: the rows that were read.
         width: places per row. Place i of a row chooses its token number len(row.tokens) + i.
         guesses: the drafted tokens of each row, width - 1 each; none for a width of 1.
+
+    Raises:
+        UserError: a member gave logits from which no token can be chosen.
     """
     owners = [row for row in rows for _ in range(width)]
     offsets = list(range(width)) * len(rows)
     drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
     groups = _by_sampler(owners, offsets, drafted)
     tokens = _pick(seen.logits, groups)
+    chosen = tokens.tolist()
+    if BROKEN in chosen:
+        raise blame(seen[chosen.index(BROKEN)])
     certain, unseen = [], []
     if seen.truncation is not None:
         certain = _certain(tokens, seen.logits, seen.truncation.ceiling, groups)
         unseen = seen.truncation.unseen.tolist()
-    return Chosen(seen, width, tokens.tolist(), certain, unseen)
+    return Chosen(seen, width, chosen, certain, unseen)
 
 
 def pick_tokens(

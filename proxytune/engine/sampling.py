@@ -21,6 +21,7 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _U64 = (1 << 64) - 1
 NOTHING = -1  # the choice where no allowed token has a finite logit (an API lists only a few)
+BROKEN = -2  # the choice where a logit is NaN or plus infinity; see `broken.blame`
 _CANDIDATES = 1024  # tokens sorted for top-p; the whole vocabulary only if these have too little
 
 
@@ -136,7 +137,8 @@ class Sampler:
             histories: the tokens before each row's next one; used where `looks_back`.
 
         Returns:
-            Token ids, [rows]; `NOTHING` where every allowed token has a logit of minus infinity.
+            Token ids, [rows]; `NOTHING` where every allowed token has a logit of minus infinity,
+            and `BROKEN` where one has NaN or plus infinity.
         """
         scores = self._allowed(logits, positions, histories)
         if self.temperature == 0:
@@ -148,7 +150,7 @@ class Sampler:
         values, ids = self._candidates(scores)
         best = _best(values.add_(gumbel_noise(noise_streams, ids)))
         chosen = ids.gather(-1, best.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(best < 0, NOTHING, chosen)
+        return torch.where(best < 0, best, chosen)
 
     def certain(
         self,
@@ -264,10 +266,11 @@ class Sampler:
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:
-    """The index of each row's greatest score, [rows]; `NOTHING` where all are minus infinity."""
-    best = scores.argmax(-1)
+    """The index of each row's greatest score, [rows]; else `NOTHING` or `BROKEN`."""
+    best = scores.argmax(-1)  # of NaN, if there is one
     top = scores.gather(-1, best.unsqueeze(-1)).squeeze(-1)
-    return torch.where(top == -torch.inf, NOTHING, best)
+    best = torch.where(top == -torch.inf, NOTHING, best)
+    return torch.where(top < torch.inf, best, BROKEN)
 
 
 def _mass_before(values: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Log-likelihoods and logits of given tokens, from any system."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from proxytune.engine.broken import blame
 from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import longest
-from proxytune.engine.system import Prompt, System
+from proxytune.engine.system import Pass, Prompt, System
 from proxytune.errors import UserError
 
 BLOCK_ENTRIES = 1 << 26  # logits of one block at most: rows * positions * vocabulary
@@ -57,6 +60,9 @@ def loglikelihoods(
     Returns:
         For each prompt: the sum of the continuation's log-probabilities, and whether greedy
         decoding would write it.
+
+    Raises:
+        UserError: a member gave logits that are no probabilities.
     """
     lengths = [longest(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]
     # Longest first; similar lengths share a batch, and equal prompts are neighbours.
@@ -99,38 +105,68 @@ def _score(
     different: dict[str, int] = {}
     rows = [different.setdefault(repr(prompt), len(different)) for prompt in prompts]
     firsts = [prompts[rows.index(row)] for row in range(len(different))]
-    logits = system.prefill(firsts).logits[torch.tensor(rows)].unsqueeze(1)
+    seen = system.prefill(firsts)
     system.keep(rows)
-    sums, greedy = _rate(logits, targets[:, :1], real[:, :1])
+    rating = _rate(seen.logits[torch.tensor(rows)].unsqueeze(1), targets[:, :1], real[:, :1])
+    sums, greedy = _usable(rating, lambda row, _: seen[rows[row]])
     block = max(16, BLOCK_ENTRIES // (len(rows) * system.vocab_size))
     for start in range(0, width - 1, block):
         stop = min(start + block, width - 1)
-        logits = system.extend(targets[:, start:stop]).logits
+        block_seen = system.extend(targets[:, start:stop])
         here = slice(start + 1, stop + 1)
-        more, still = _rate(logits, targets[:, here], real[:, here])
+        rating = _rate(block_seen.logits, targets[:, here], real[:, here])
+        more, still = _usable(rating, lambda row, place, seen=block_seen: seen[row][place])
         sums, greedy = sums + more, greedy & still
     return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
 
-def _rate(
-    logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
+class _Rating(NamedTuple):
+    """The rating of a block of tokens.
+
+    Attributes:
+        sums: of each row's log-probabilities, [rows].
+        greedy: whether all tokens of a row are the likeliest ones, [rows].
+        usable: whether the highest logit is finite, [rows, width].
+    """
+
+    sums: torch.Tensor
+    greedy: torch.Tensor
+    usable: torch.Tensor
+
+
+def _usable(
+    rating: _Rating, place_of: Callable[[int, int], Pass]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums and greedy flags of a rating.
+
+    Args:
+        rating: see `_rate`.
+        place_of: row, place in the block -> the pass there, for the error.
+
+    Raises:
+        UserError: the logits at a place are no probabilities.
+    """
+    if not bool(rating.usable.all()):
+        row, place = (~rating.usable).nonzero()[0].tolist()
+        raise blame(place_of(row, place))
+    return rating.sums, rating.greedy
+
+
+def _rate(logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor) -> _Rating:
     """Rates a block of tokens.
 
     Args:
         logits: [rows, width, vocab].
         targets: token ids, [rows, width].
         real: False for padding, [rows, width].
-
-    Returns:
-        The sum of each row's log-probabilities, and whether all its tokens are the likeliest
-        ones; [rows] each.
     """
     targets, real = targets.to(logits.device), real.to(logits.device)
     picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float()
     log_probs = picked - logits.float().logsumexp(-1)
-    likeliest = logits.argmax(-1) == targets
-    return log_probs.masked_fill(~real, 0).sum(-1), (likeliest | ~real).all(-1)
+    best = logits.argmax(-1)  # of NaN, if there is one
+    usable = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite() | ~real
+    greedy = ((best == targets) | ~real).all(-1)
+    return _Rating(log_probs.masked_fill(~real, 0).sum(-1), greedy, usable)
 
 
 @dataclass(frozen=True)
@@ -183,25 +219,32 @@ def prompt_logprobs(
 
     Returns:
         For each prompt one entry per token of the base; None for the first, which follows nothing.
+
+    Raises:
+        UserError: a member gave logits that are no probabilities.
     """
     rests = [list(prompt["base"][1:]) for prompt in prompts]
     rated: list[list[TokenLogprob | None]] = [[None] for _ in prompts]
 
-    def rate(logits: torch.Tensor, at: int) -> None:
+    def rate(seen: Pass, at: int) -> None:
         for index, rest in enumerate(rests):
-            here = rest[at : at + logits.shape[1]]
+            here = rest[at : at + seen.logits.shape[1]]
             if here:
-                rated[index] += token_logprobs(logits[index, : len(here)], here, tops[index])
+                tokens = token_logprobs(seen.logits[index, : len(here)], here, tops[index])
+                for place, token in enumerate(tokens):
+                    if math.isnan(token.logprob):
+                        raise blame(seen[index][place])
+                rated[index] += tokens
 
     width = max(map(len, rests))
     block = max(16, BLOCK_ENTRIES // (len(prompts) * system.vocab_size))
     try:
-        rate(system.prefill(list(map(first_tokens, prompts)), alphas).logits.unsqueeze(1), 0)
+        rate(system.prefill(list(map(first_tokens, prompts)), alphas).unflat(), 0)
         for start in range(0, width - 1, block):
             stop = min(start + block, width - 1)
             read = [rest[start:stop] for rest in rests]
             padded = [[*ids, *[0] * (stop - start - len(ids))] for ids in read]
-            rate(system.extend(torch.tensor(padded)).logits, start + 1)
+            rate(system.extend(torch.tensor(padded)), start + 1)
         return rated
     finally:
         system.clear()

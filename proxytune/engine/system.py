@@ -50,6 +50,11 @@ class Pass:
         members = {role: logits.flatten(0, 1) for role, logits in self.members.items()}
         return Pass(self.logits.flatten(0, 1), members, self.truncation and self.truncation.flat())
 
+    def unflat(self) -> "Pass":
+        """A block of width 1 for each row: [rows, vocab] becomes [rows, 1, vocab]."""
+        members = {role: logits.unsqueeze(1) for role, logits in self.members.items()}
+        return Pass(self.logits.unsqueeze(1), members)
+
     def copy_of(self, row: int, with_members: bool) -> "Pass":
         """A copy of one row's logits, [vocab]; a view would keep those of all rows in memory.
 
@@ -164,12 +169,18 @@ class Member(Rows):
         """
         return Pass.concatenate(self.step(tokens), self.prefill(prompts))
 
-    def guess(self, logits: torch.Tensor, count: int) -> list[list[int]]:
+    def guess(
+        self,
+        logits: torch.Tensor,
+        count: int,
+        shared: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+    ) -> list[list[int]]:
         """Continues the last rows greedily, and forgets these tokens again.
 
         Args:
             logits: the member's own logits after those rows, [rows, vocab].
             count: tokens per row.
+            shared: cuts the member's logits to the vocabulary of the system.
 
         Returns:
             The guessed tokens of each row; none where a row would exceed `max_positions`.
@@ -180,7 +191,7 @@ class Member(Rows):
         tokens = torch.zeros(len(self.lengths), dtype=torch.long, device=logits.device)
         guessed = []
         for _ in range(count):
-            guessed.append(logits.argmax(-1))
+            guessed.append(shared(logits).argmax(-1))
             tokens[-new:] = guessed[-1]
             logits = self.step(tokens).logits[-new:]
         self.rollback([count] * len(tokens))

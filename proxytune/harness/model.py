@@ -15,7 +15,7 @@ from tqdm import tqdm
 from proxytune.api import Generation, Generator, load
 from proxytune.errors import UserError
 from proxytune.harness.arguments import batch_rows, specs_of, usable_device
-from proxytune.loading.prompting import render_messages
+from proxytune.loading.prompting import prompt_ids, render_messages
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
@@ -110,9 +110,7 @@ class ProxyTuneLM(TemplateLM):
     def _tokenize(self, text: str, tokenizer: Any, special: bool | None = None) -> list[int]:
         if special is None:
             special = not text.startswith(tokenizer.decode(self.prefix_token_id))
-            if special:  # the tokenizer's own way
-                return tokenizer.encode(text)
-        return tokenizer.encode(text, add_special_tokens=special)
+        return prompt_ids(text, tokenizer, special)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

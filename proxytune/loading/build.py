@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from proxytune.engine.system import Member, Pair, System
 from proxytune.errors import UserError
+from proxytune.loading.ends import shared_end
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
@@ -26,25 +27,45 @@ def build(
     Raises:
         UserError: the vocabularies differ, or a model looks ahead.
     """
-    vocab_size = common_vocabulary(
-        {role: model.tokenizer for role, model in models.items()},
-        {role: model.output_size for role, model in models.items() if model.output_size},
-    )
-    base = _wrap(models["base"], vocab_size, cuda_graphs)
+    tokenizers = {role: model.tokenizer for role, model in models.items()}
+    sizes = {role: model.output_size for role, model in models.items() if model.output_size}
+    vocab_size = common_vocabulary(tokenizers, sizes)
+    ends = {role: model.eos_ids for role, model in models.items()}
     if "expert" in models:
-        pair = _pair(models["expert"], models["antiexpert"], vocab_size, cuda_graphs)
-        return ProxyTunedModel(base, pair, alpha)
+        end = shared_end(ends, sizes, tokenizers["base"], vocab_size)
+        widths = {role: end.width(role) if end else vocab_size for role in models}
+        base = _wrap(models["base"], widths["base"], cuda_graphs)
+        pair = _pair(models["expert"], models["antiexpert"], widths, cuda_graphs)
+        return ProxyTunedModel(base, pair, alpha, end)
+    base = _wrap(models["base"], vocab_size, cuda_graphs)
     if "draft" in models:
+        lost = [token for token in ends["base"] if vocab_size <= token < sizes.get("base", 0)]
+        if lost:
+            raise UserError(
+                f"the model ends its text with token {lost[0]}, which the draft model lacks; "
+                "choose another draft model"
+            )
         return DraftedModel(base, _wrap(models["draft"], vocab_size, cuda_graphs))
     return Single(base)
 
 
-def _pair(expert: LoadedModel, antiexpert: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Pair:
-    """Expert and antiexpert; they share a member if the expert is an adapter on the antiexpert."""
-    adapted = antiexpert.adapted
-    if adapted is not None and expert.model is adapted and can_cache(adapted, vocab_size):
-        return AdapterPair(AdapterModel(adapted, vocab_size))
-    return Pair(_wrap(expert, vocab_size, cuda_graphs), _wrap(antiexpert, vocab_size, cuda_graphs))
+def _pair(
+    expert: LoadedModel, antiexpert: LoadedModel, widths: Mapping[str, int], cuda_graphs: bool
+) -> Pair:
+    """Expert and antiexpert; they share a member if the expert is an adapter on the antiexpert.
+
+    Args:
+        expert, antiexpert: the models.
+        widths: role -> how many of its logits are needed.
+        cuda_graphs: see `build`.
+    """
+    adapted, width = antiexpert.adapted, max(widths.values())
+    if adapted is not None and expert.model is adapted and can_cache(adapted, width):
+        return AdapterPair(AdapterModel(adapted, width))
+    return Pair(
+        _wrap(expert, widths["expert"], cuda_graphs),
+        _wrap(antiexpert, widths["antiexpert"], cuda_graphs),
+    )
 
 
 def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:

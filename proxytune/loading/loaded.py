@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from proxytune.engine.system import Member
 from proxytune.errors import UserError
+from proxytune.loading.ends import end_ids
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
 
@@ -44,11 +45,8 @@ class LoadedModel:
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends a completion, by the configurations, the tokenizer, the server."""
         configs = [] if self.model is None else [self.model.generation_config, self.model.config]
-        found = [getattr(config, "eos_token_id", None) for config in configs]
-        found.append(getattr(self.tokenizer, "eos_token_id", None))
-        lists = [each if isinstance(each, list | tuple) else [each] for each in found]
         own = self.member.eos_ids if self.member else frozenset[int]()
-        return own | {int(i) for each in lists for i in each if i is not None}
+        return own | end_ids(self.tokenizer, *configs)
 
     def need_tokenizer(self) -> Any:
         """The tokenizer.

@@ -4,6 +4,7 @@ A member reads the raw prompt, or the same parts through a chat template. A sett
 decides that (`PromptFormat`), never its name.
 """
 
+import logging
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from proxytune.errors import UserError
 from proxytune.records import Prompt
+
+log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 Message = Mapping[str, str]
@@ -110,7 +114,43 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
 
 def encode(rendered: Rendered, tokenizer: Any) -> list[int]:
     """The token ids of a rendered prompt."""
-    return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+    return prompt_ids(rendered.text, tokenizer, rendered.add_special_tokens)
+
+
+def prompt_ids(text: str, tokenizer: Any, special: bool = True) -> list[int]:
+    """The token ids of a text that a model is to continue.
+
+    Tokens that the tokenizer adds after a text (an end token, a separator) are cut, with one
+    warning for each tokenizer: after them a model begins another text.
+
+    Args:
+        text: what the model reads.
+        tokenizer: the model's.
+        special: whether the tokenizer adds its special tokens; only its first ones stay.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    added = _added_after(tokenizer) if special else []
+    return ids[: -len(added)] if added and ids[-len(added) :] == added else ids
+
+
+_added: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # tokenizer -> what it adds
+
+
+def _added_after(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer adds after every text; the first call warns of them."""
+    if tokenizer not in _added:
+        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer("a")["input_ids"])
+        after = whole[::-1].index(plain[-1]) if plain and plain[-1] in whole else 0
+        _added[tokenizer] = whole[len(whole) - after :]
+        if after:
+            log.warning(
+                "the tokenizer of %s adds %s at the end of a prompt; it is cut, for a model would "
+                "begin another text after it",
+                getattr(tokenizer, "name_or_path", "") or "a model",
+                " ".join(tokenizer.convert_ids_to_tokens(_added[tokenizer])),
+            )
+    return _added[tokenizer]
 
 
 def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> list[int]:
@@ -133,7 +173,7 @@ def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> l
         )
     if messages is not None:
         return encode(render_messages(messages, fmt, tokenizer), tokenizer)
-    return tokenizer(prompt)["input_ids"]  # with the tokenizer's own special tokens (a BOS)
+    return prompt_ids(prompt, tokenizer)
 
 
 def as_messages(prompt: Any) -> Sequence[Message] | None:

@@ -5,8 +5,9 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
+from proxytune.errors import UserError
 from proxytune.members.cached import CachedModel
-from proxytune.members.facts import input_device, tolerance, version_hint
+from proxytune.members.facts import distance, input_device, magnitude, tolerance, version_hint
 from proxytune.members.graphs import may_record
 from proxytune.members.recomputed import RecomputedModel
 
@@ -28,7 +29,7 @@ def make_member(
         cuda_graphs: records the steps of a cached model that is on one GPU.
 
     Raises:
-        UserError: the model looks ahead: its logits depend on later tokens.
+        UserError: the model looks ahead: its logits depend on later tokens; or they are NaN.
     """
     reason = _refusal(CachedModel(model, vocab_size))
     if reason is None:
@@ -77,8 +78,13 @@ def _refusal(cached: CachedModel) -> str | None:
     want = _plain_logits(RecomputedModel(model, vocab_size), short, long)
     if [g.shape for g in got] != [w.shape for w in want]:
         return "its cached logits have another shape than the plain ones"
-    worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
-    scale = max(float(w.abs().max()) for w in want)
+    if any(bool(w.isnan().any()) for w in want):
+        raise UserError(
+            f"{model.config._name_or_path or type(model).__name__} gives logits of NaN; load it in "
+            "another dtype (bfloat16 or float32), and check its weights"
+        )
+    worst = max(distance(g, w) for g, w in zip(got, want, strict=True))
+    scale = max(magnitude(w) for w in want)
     if worst <= tolerance(model.dtype) * scale:
         return None
     return f"its cached logits differ from the plain ones by {worst:.2g} of {scale:.2g}"

@@ -38,3 +38,13 @@ def version_hint() -> str:
     if installed == TRIED:
         return ""
     return f"; this is transformers {installed}, with {TRIED} it may be otherwise"
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The greatest difference of two tensors; equal infinities have none."""
+    return float((got - want).abs().masked_fill_(got == want, 0).max())
+
+
+def magnitude(logits: torch.Tensor) -> float:
+    """The greatest finite absolute value."""
+    return float(logits[logits.isfinite()].abs().max())

@@ -7,7 +7,14 @@ from transformers import PreTrainedModel
 
 from proxytune.engine.system import Member, Pass
 from proxytune.errors import UserError
-from proxytune.members.facts import input_device, max_positions, tolerance, version_hint
+from proxytune.members.facts import (
+    distance,
+    input_device,
+    magnitude,
+    max_positions,
+    tolerance,
+    version_hint,
+)
 
 
 class RecomputedModel(Member):
@@ -72,8 +79,7 @@ class RecomputedModel(Member):
         """
         row = [token % self.vocab_size for token in range(3, 12)]
         alone, followed = self._last([row[:5]], 1)[0, 0], self._last([row], 5)[0, 0]
-        scale = float(alone.abs().max())
-        if float((alone - followed).abs().max()) > 3 * tolerance(self.model.dtype) * scale:
+        if distance(alone, followed) > 3 * tolerance(self.model.dtype) * magnitude(alone):
             raise UserError(
                 f"{type(self.model).__name__} looks ahead: its logits depend on later tokens, so "
                 "it is no causal language model (is_decoder=True in its config.json?)"

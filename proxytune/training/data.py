@@ -1,7 +1,7 @@
 """Turns rows of text into token ids and labels; only answers carry loss.
 
-A prompt is tokenised as it is for generation (the tokenizer's own special tokens, BOS for Llama,
-then the text), so a tuned model is asked in the form in which it was trained.
+A prompt is tokenised as it is for generation (`prompt_ids`: the tokenizer's own BOS, then the text,
+and nothing that it adds at the end), so a tuned model is asked in the form in which it was trained.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from proxytune.errors import UserError
+from proxytune.loading.prompting import prompt_ids
 
 IGNORE = -100  # transformers' loss ignores positions with this label
 
@@ -199,20 +200,17 @@ def _encode(
     """One row's ids and labels, and whether a token straddled a boundary."""
     chat = "prompt" not in row
 
-    def ids_of(text: str, special: bool) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])  # pyright: ignore
-
     text = ""
     ids: list[int] = []
     labels: list[int] = []
     straddled = False
     last: list[int] = []
     for piece, learn in turns(row, tokenizer):
-        joined = ids_of(text + piece, special=not chat)
+        joined = prompt_ids(text + piece, tokenizer, special=not chat)
         if joined[: len(ids)] == ids:
             last = joined[len(ids) :]
         else:
-            last, straddled = ids_of(piece, special=False), True
+            last, straddled = prompt_ids(piece, tokenizer, special=False), True
         text += piece
         ids = ids + last
         labels += last if learn else [IGNORE] * len(last)

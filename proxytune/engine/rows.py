@@ -17,6 +17,8 @@ from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
+FULL = NOTHING - 1  # chosen where the server's context has no room for another token
+
 
 @dataclass(frozen=True)
 class Request:
@@ -132,7 +134,9 @@ class Row:
         """
         request = self.request
         text = ""
-        if token == NOTHING:
+        if token == FULL:
+            self.reason = "length"
+        elif token == NOTHING:
             self.reason = "nothing"
         elif token in request.eos_ids:
             self.reason = "eos"
@@ -151,20 +155,21 @@ class Row:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
-            token: the choice.
+            token: the choice; `FULL` where the context of a server ends.
             seen: the flat pass that it was chosen from.
             place: its row in `seen`.
             certain: False where tokens that an API did not list could have changed the choice.
             unseen: the probability of the tokens that the API did not list.
         """
-        if self.trace is not None:
+        if self.trace is not None and token != FULL:
             each_role = {"system": seen.logits[place]}
             each_role |= {role: each[place] for role, each in seen.members.items()}
             self.trace.append(trace_of(each_role, token, self.request.record))
         if seen.truncation is not None:
             if self.truncation is None:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
-            self.truncation.add(certain, unseen)
+            if token != FULL:
+                self.truncation.add(certain, unseen)
         text = self._append(token)
         if self.request.on_token is not None:
             self.request.on_token(self.sample, token, text, seen.logits[place])
@@ -240,6 +245,7 @@ def choose_from(seen: Pass, rows: Sequence[Row], width: int = 1) -> Chosen:
     tokens = pick_tokens(seen.logits, owners, offsets)
     certain, unseen = [], []
     if seen.truncation is not None:
+        tokens = tokens.masked_fill(seen.truncation.full.to(tokens.device), FULL)
         certain = _certain(tokens, seen.logits, seen.truncation.ceiling, owners, offsets)
         unseen = seen.truncation.unseen.tolist()
     return Chosen(seen, width, tokens.tolist(), certain, unseen)

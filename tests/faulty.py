@@ -23,8 +23,10 @@ class Faulty:
             None (no fault).
         early: body -> (status, answer) in place of the real server's; None asks that.
         edit: (body, the real answer) -> the answer.
+        drop: body keys that the real server does not get.
         refuse: body keys that are answered with 400, as a server does that lacks them.
         delivered: bodies of the completions whose answers reached the client whole.
+        asked: bodies of all requests.
         hits: how many completions were asked for, faulty ones included.
     """
 
@@ -32,9 +34,11 @@ class Faulty:
     faults: list[Any] = field(default_factory=list)
     early: Callable[[dict[str, Any]], tuple[int, Any] | None] | None = None
     edit: Callable[[dict[str, Any], dict[str, Any]], Any] | None = None
+    drop: tuple[str, ...] = ()
     refuse: tuple[str, ...] = ()
     slowness: float = 1.0
     delivered: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
     hits: int = 0
     port: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,6 +86,8 @@ def _handler(proxy: Faulty) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             body = json.loads(raw)
+            with proxy.lock:
+                proxy.asked.append(body)
             lacking = [key for key in proxy.refuse if key in body]
             if lacking:
                 self.reply(400, _error(f"unknown argument {lacking[0]}"))
@@ -99,6 +105,8 @@ def _handler(proxy: Faulty) -> type[BaseHTTPRequestHandler]:
             if early is not None:
                 self.reply(early[0], json.dumps(early[1]).encode())
                 return
+            if proxy.drop:
+                raw = json.dumps({k: v for k, v in body.items() if k not in proxy.drop}).encode()
             status, answer = self.forward("POST", raw)
             if proxy.edit is not None and status == 200:
                 answer = json.dumps(proxy.edit(body, json.loads(answer))).encode()

@@ -167,14 +167,8 @@ def test_a_default_filter_is_mended_by_asking_for_none(url, small, wanted):
     """A server whose own top_k is 1 unless the request has another one."""
     filtered = strange.edit(strange.one_hot(-9999.0), when=lambda body: "top_k" not in body)
 
-    def plain(body):  # `proxytune serve` does not know min_p
-        return None
-
-    with faulty(url, edit=filtered, early=plain) as proxy:
-        try:
-            remote = over(proxy.url, small)
-        except NotLogProbs:
-            pytest.skip("the server refuses top_k=-1 or min_p")
+    with faulty(url, edit=filtered, drop=("top_k", "min_p")) as proxy:
+        remote = over(proxy.url, small)
         assert offer_of(remote).sampling == "unfiltered"
         assert text_of(remote) == wanted
 

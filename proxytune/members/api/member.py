@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 WORTH_DRAFTING = 0.1  # a token is drafted if it is accepted with at least this probability
 MAX_WIDTH = 16
+_GUESSED_WIDTH = 4  # positions per request of the estimate
 _GUESSED_YIELD = 2.0  # tokens per request of the estimate, before any acceptance is known
 
 _Place = tuple[tuple[int, ...], int]  # tokens, and the first of them whose answer is wanted
@@ -162,12 +163,14 @@ class ApiMember(Member):
         first = len(prompts)  # the samples of a prompt share its request
         requests = first + len(prompts) * n * (per_row - 1)
         read = sum(length + (length + new / 2) * n * (per_row - 1) for length in prompts)
+        if blocks and self.offer.blocks == "prompts":
+            read *= _GUESSED_WIDTH  # every position of a block reads the prompt, or finds it cached
         price = self.client.cost(read, requests)
         text = f"{'about' if blocks else 'at most'} {requests:,} requests, {read:,.0f} tokens read"
         text += f", {price:,.2f} of money" if price else ""
         how = "several tokens per request" if blocks else "token by token"
         if not self.blocks:
-            how += ", for the server does not rate prompts"
+            how += ": the server does not rate prompts, or that takes longer"
         return f"{text} ({how})"
 
     def spending(self) -> str:

@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,16 +21,24 @@ class Faulty:
         faults: one for each of the next completions: an HTTP status, (status, Retry-After), "cut"
             (half an answer), "malformed", "empty" (no choices), "slow" (seconds: `slowness`), or
             None (no fault).
+        early: body -> (status, answer) in place of the real server's; None asks that.
+        edit: (body, the real answer) -> the answer.
+        drop: body keys that the real server does not get.
         refuse: body keys that are answered with 400, as a server does that lacks them.
         delivered: bodies of the completions whose answers reached the client whole.
+        asked: bodies of all requests.
         hits: how many completions were asked for, faulty ones included.
     """
 
     upstream: str
     faults: list[Any] = field(default_factory=list)
+    early: Callable[[dict[str, Any]], tuple[int, Any] | None] | None = None
+    edit: Callable[[dict[str, Any], dict[str, Any]], Any] | None = None
+    drop: tuple[str, ...] = ()
     refuse: tuple[str, ...] = ()
     slowness: float = 1.0
     delivered: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
     hits: int = 0
     port: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -78,6 +86,8 @@ def _handler(proxy: Faulty) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             body = json.loads(raw)
+            with proxy.lock:
+                proxy.asked.append(body)
             lacking = [key for key in proxy.refuse if key in body]
             if lacking:
                 self.reply(400, _error(f"unknown argument {lacking[0]}"))
@@ -91,7 +101,15 @@ def _handler(proxy: Faulty) -> type[BaseHTTPRequestHandler]:
                     status, _error("injected"), {} if after is None else {"Retry-After": after}
                 )
                 return
+            early = proxy.early(body) if proxy.early else None
+            if early is not None:
+                self.reply(early[0], json.dumps(early[1]).encode())
+                return
+            if proxy.drop:
+                raw = json.dumps({k: v for k, v in body.items() if k not in proxy.drop}).encode()
             status, answer = self.forward("POST", raw)
+            if proxy.edit is not None and status == 200:
+                answer = json.dumps(proxy.edit(body, json.loads(answer))).encode()
             if fault == "slow":
                 time.sleep(proxy.slowness)
             if fault == "malformed":

@@ -15,18 +15,24 @@ from proxytune.records import Completion
 from tests.api_triple import over_http, save_triple
 from tests.openai_server import openai_server
 
+PROBE = 4  # requests
+PROBED = {  # what the stand-in says to the probe's texts
+    "The capital of France is": {"Paris": -0.2, "A": -2.5, "the": -3.0, "a": -4.0, "in": -5.0},
+    "The": {"A": -1.2, "The": -1.5, "I": -2.0, "How": -3.0, "What": -4.0},
+    " 1, 2, 3, 4, 5, 6,": {"7": -0.1, "A": -3.0, "8": -4.0, "The": -5.0, "9": -6.0},
+}
 QUESTIONS = {
-    "Which show was renewed?": {"A": -0.4, " B": -1.5, "The": -2.0, "C": -6.0, "I": -7.0},
+    "Which show was renewed?": {"A": -0.4, " B": -1.6, "The": -2.3, "C": -6.0, "I": -7.0},
     "Who won the race?": {" D": -0.2, "D": -1.9, "B": -4.0, "Some": -5.0, "It": -6.0},
     "What fell from the sky?": {"I": -0.1, "As": -3.0, "Sorry": -4.0, "The": -5.0, "My": -6.0},
-    "Which bank closed?": {"C": -0.7, "A": -0.8, "B": -3.0, "D": -3.1, "None": -9.0},
+    "Which bank closed?": {"C": -0.75, "A": -0.85, "B": -3.1, "D": -3.2, "None": -9.0},
 }
 
 
 def answer(body):
     """What the stand-in says: the question's words, one token."""
     text = body["messages"][0]["content"]
-    words = next((w for q, w in QUESTIONS.items() if q in text), QUESTIONS["Which bank closed?"])
+    words = next((w for q, w in QUESTIONS.items() if q in text), None) or PROBED[text]
     listed = [
         {"token": word, "logprob": logprob, "bytes": list(word.encode())}
         for word, logprob in sorted(words.items(), key=lambda each: -each[1])
@@ -93,10 +99,10 @@ def test_options_alone_are_re_weighed_and_out_of_reach_is_excluded(
         metrics = {(m.system, m.metric): m for m in run_experiment(cfg)}
         asked = len(server.requests)
         assert server.keys == {"Bearer secret"}
-        assert {body["top_logprobs"] for body in server.requests} == {5}
+        assert {body["top_logprobs"] for body in server.requests[PROBE:]} == {5}
         run_experiment(cfg)
         assert len(server.requests) == asked  # everything was kept
-    assert asked == 1 + 4  # the probe, and one request per question for both systems
+    assert asked == PROBE + 4  # one request per question for both systems
     for system in ("base", "proxy"):
         assert metrics[system, "acc"].n == 3
         assert metrics[system, "acc_all"].n == 4
@@ -150,14 +156,14 @@ def test_a_spent_budget_keeps_what_is_finished(folder, weeks, tmp_path, monkeypa
     with openai_server(answer) as server:
         cfg = experiment(folder, weeks, tmp_path, server.url)
         cfg.decoding.batch_size = 1
-        cfg.triple.base.api.max_requests = 3  # the probe and two questions
-        with pytest.raises(ValueError, match=r"max_requests=3 is spent .*the same command goes on"):
+        cfg.triple.base.api.max_requests = PROBE + 2
+        with pytest.raises(ValueError, match=r"max_requests=6 is spent .*the same command goes on"):
             run_experiment(cfg)
         path = tmp_path / "realtimeqa" / "base" / "completions.jsonl"
         assert len(path.read_text().splitlines()) == 2
-        cfg.triple.base.api.max_requests = 5
+        cfg.triple.base.api.max_requests = PROBE + 4
         assert {m.n_examples for m in run_experiment(cfg)} == {4}
-        assert len(server.requests) == 5
+        assert len(server.requests) == PROBE + 4
 
 
 def test_a_chat_endpoint_cannot_go_on(folder, weeks, tmp_path, monkeypatch):
@@ -167,7 +173,7 @@ def test_a_chat_endpoint_cannot_go_on(folder, weeks, tmp_path, monkeypatch):
         cfg.decoding.max_new_tokens = 3
         with pytest.raises(ValueError, match="can only be asked for a first token"):
             run_experiment(cfg)
-        assert len(server.requests) == 1  # the probe
+        assert len(server.requests) == PROBE
         remote = over_http(folder, server.url, endpoint="chat", top_logprobs=5)
         with pytest.raises(ValueError, match="can only be asked for a first token"):
             remote.generate(["x"], max_new_tokens=3)

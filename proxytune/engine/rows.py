@@ -19,6 +19,8 @@ from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
+FULL = NOTHING - 1  # chosen where the server's context has no room for another token
+
 
 @dataclass(frozen=True)
 class Request:
@@ -140,7 +142,9 @@ class Row:
         """
         request = self.request
         text = ""
-        if token == NOTHING:
+        if token == FULL:
+            self.reason = "length"
+        elif token == NOTHING:
             self.reason = "nothing"
         elif token in request.eos_ids:
             self.reason = "eos"
@@ -159,20 +163,21 @@ class Row:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
-            token: the choice.
+            token: the choice; `FULL` where the context of a server ends.
             seen: the flat pass that it was chosen from.
             place: its row in `seen`.
             certain: False where tokens that an API did not list could have changed the choice.
             unseen: the probability of the tokens that the API did not list.
         """
-        if self.trace is not None:
+        if self.trace is not None and token != FULL:
             each_role = {"system": seen.logits[place]}
             each_role |= {role: each[place] for role, each in seen.members.items()}
             self.trace.append(trace_of(each_role, token, self.request.record))
         if seen.truncation is not None:
             if self.truncation is None:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
-            self.truncation.add(certain, unseen)
+            if token != FULL:
+                self.truncation.add(certain, unseen)
         text = self._append(token)
         if self.request.on_token is not None:
             self.request.on_token(self.sample, token, text, seen.logits[place])
@@ -254,6 +259,8 @@ def choose_from(
     drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
     groups = _by_sampler(owners, offsets, drafted)
     tokens = _pick(seen.logits, groups)
+    if seen.truncation is not None:
+        tokens = tokens.masked_fill(seen.truncation.full.to(tokens.device), FULL)
     chosen = tokens.tolist()
     if BROKEN in chosen:
         raise blame(seen[chosen.index(BROKEN)])

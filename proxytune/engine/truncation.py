@@ -21,34 +21,43 @@ class Truncation:
         k: tokens listed at each position; -1 is the whole vocabulary.
         ceiling: the logits, with upper bounds where they are unknown, [..., vocab].
         unseen: the base's probability of all unlisted tokens together, [...].
+        full: whether the server's context ends before this place, so that the row does, too, [...].
     """
 
     mode: str
     k: int
     ceiling: torch.Tensor
     unseen: torch.Tensor
+    full: torch.Tensor
 
     def __getitem__(self, rows: slice | int) -> "Truncation":
         """The same bounds, for these rows alone."""
-        return Truncation(self.mode, self.k, self.ceiling[rows], self.unseen[rows])
+        return self._of(self.ceiling[rows], self.unseen[rows], self.full[rows])
 
     def flat(self) -> "Truncation":
         """One row per token of a block: [rows, width, ...] becomes [rows * width, ...]."""
-        return Truncation(self.mode, self.k, self.ceiling.flatten(0, 1), self.unseen.flatten(0, 1))
+        return self._of(*(each.flatten(0, 1) for each in (self.ceiling, self.unseen, self.full)))
+
+    def _of(self, ceiling: torch.Tensor, unseen: torch.Tensor, full: torch.Tensor) -> "Truncation":
+        return Truncation(self.mode, self.k, ceiling, unseen, full)
 
     @staticmethod
     def concatenate(*parts: "Truncation") -> "Truncation":
         """The rows of several passes of one member."""
-        ceiling = torch.cat([part.ceiling for part in parts])
-        unseen = torch.cat([part.unseen for part in parts])
-        return Truncation(parts[0].mode, parts[0].k, ceiling, unseen)
+        return parts[0]._of(
+            torch.cat([part.ceiling for part in parts]),
+            torch.cat([part.unseen for part in parts]),
+            torch.cat([part.full for part in parts]),
+        )
 
     @staticmethod
     def stack(rows: "Sequence[Truncation]") -> "Truncation":
         """Joins single rows."""
-        ceiling = torch.stack([row.ceiling for row in rows])
-        unseen = torch.stack([row.unseen for row in rows])
-        return Truncation(rows[0].mode, rows[0].k, ceiling, unseen)
+        return rows[0]._of(
+            torch.stack([row.ceiling for row in rows]),
+            torch.stack([row.unseen for row in rows]),
+            torch.stack([row.full for row in rows]),
+        )
 
 
 @dataclass

@@ -48,6 +48,20 @@ class Answer:
         row[torch.from_numpy(self.ids)] = torch.from_numpy(self.logprobs)
         return row
 
+    def values(self, k: int, vocab_size: int) -> Listed:
+        """The known values, for the arithmetic on them.
+
+        Names that fit several tokens have none, so nothing is known about the rest.
+
+        Args:
+            k: tokens that were asked for.
+            vocab_size: of the tokenizer.
+        """
+        known = np.sort(self.logprobs.astype(np.float64))[::-1]
+        floors = int((known <= FLOOR).sum())
+        lost = max(0, k - len(known))
+        return Listed(known[~(known <= FLOOR)], floors, lost, k, vocab_size)
+
     def to_bytes(self) -> bytes:
         """For `from_bytes`."""
         sizes = len(self.ids), len(self.doubtful)
@@ -72,23 +86,25 @@ def values_of(listed: Sequence[Named], k: int, vocab_size: int) -> Listed:
         k: as for `make_answer`.
         vocab_size: of the tokenizer.
     """
-    known, without = _likeliest(listed, k)
+    known, without, extra = _likeliest(listed, k)
     values = np.array([named.logprob for named in known], dtype=np.float64)
     floors = int((values <= FLOOR).sum())
     lost = len(without)
     if 0 < len(listed) < k and any(named.by_text for named in listed):
         lost += k - len(listed)  # tokens that share a text are one entry of the list
-    return Listed(values[~(values <= FLOOR)], floors, lost, k, vocab_size)
+    beyond = sum(math.exp(min(0.0, n.logprob or 0.0)) for n in extra)
+    return Listed(values[~(values <= FLOOR)], floors, lost, k, vocab_size, beyond)
 
 
-def _likeliest(listed: Sequence[Named], k: int) -> tuple[list[Named], list[Named]]:
-    """The k likeliest tokens in descending order, and those without a value.
+def _likeliest(listed: Sequence[Named], k: int) -> tuple[list[Named], list[Named], list[Named]]:
+    """The k likeliest tokens in descending order, those without a value, and the others.
 
     A nan comes first.
     """
     known = [named for named in listed if named.logprob is not None]
     known.sort(key=lambda n: math.inf if math.isnan(n.logprob or 0) else n.logprob, reverse=True)
-    return (known[:k] if k > 0 else known), [named for named in listed if named.logprob is None]
+    without = [named for named in listed if named.logprob is None]
+    return (known[:k], without, known[k:]) if k > 0 else (known, without, [])
 
 
 def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
@@ -106,7 +122,7 @@ def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
         names: finds the ids of a listed token.
         k: how many likeliest tokens the list has; -1 is the whole vocabulary.
     """
-    ordered, without = _likeliest(listed, k)
+    ordered, without, _ = _likeliest(listed, k)
     known: dict[int, float] = {}
     doubtful: set[int] = set()
     unknown = False
@@ -120,7 +136,8 @@ def make_answer(listed: Sequence[Named], names: TokenNames, k: int) -> Answer:
         unknown |= not ids and named.id is None and not named.text.startswith("token_id:")
         if len(ids) == 1:
             # several tokens of a foreign tokenizer may write one word: add their probabilities
-            known[ids[0]] = float(np.logaddexp(known.get(ids[0], -math.inf), named.logprob))
+            with np.errstate(invalid="ignore"):  # a nan is refused by the arithmetic on the list
+                known[ids[0]] = float(np.logaddexp(known.get(ids[0], -math.inf), named.logprob))
         else:
             doubtful.update(ids)
     for named in without:

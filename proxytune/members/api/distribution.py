@@ -23,12 +23,13 @@ from proxytune.errors import UpstreamError, UserError
 
 FLOOR = -1000.0  # servers write -9999, -3.4e38 or -inf where they have no log-probability
 EXACT = 5e-5  # a sum of probabilities this close to 1 "is 1": four decimals, or float32
-TELLING = 1e-3  # if the last listed token has this probability, unlisted ones have some, too
+TELLING = 4e-5  # if the last listed token has this probability, unlisted ones have some, too
 AGREE = 0.25  # two requests for one log-probability may differ by this much (bfloat16)
 _POSITIVE = 1e-3  # above 0 by rounding
 _ROUNDING = 2.0**-8  # relative error of a value in bfloat16
 _MANY = 8  # so many equal values are no coincidence of rounding
 _CLIFF = 5.0  # nats between neighbours: a constant after it fills up a list
+_TAIL = 20  # all unlisted tokens together have more than this part of the last listed one
 _STREAK = 3  # lists in a row that prove together what one alone does not
 MEND = (
     "start vLLM with --logprobs-mode raw_logprobs, SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB=1, "
@@ -51,6 +52,7 @@ class Listed:
         lost: how many of the tokens asked for have no value: their names coincide, or it is null.
         asked: how many tokens were asked for; -1 is the whole vocabulary.
         vocab_size: of the tokenizer; the model may have a few more.
+        beyond: the probability of tokens that are listed beyond those asked for.
     """
 
     values: np.ndarray
@@ -58,6 +60,7 @@ class Listed:
     lost: int
     asked: int
     vocab_size: int
+    beyond: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -102,11 +105,11 @@ class Listed:
 
     def _missing(self, total: float, rounding: float) -> str | None:
         """More probability is missing than the unlisted tokens can hold."""
-        first, last = float(self.values[0]), float(self.values[-1])
+        if self.lost:
+            return None  # the lost ones may hold it
         padded = 1.02 * self.vocab_size + 256  # the model's logits may be padded
-        most = np.exp(last * (1 - _ROUNDING))
-        lost = self.lost * np.exp(first)
-        room = max(0.0, padded - len(self.values) - self.lost) * most + lost
+        most = np.exp(float(self.values[-1]) * (1 - _ROUNDING))
+        room = max(0.0, padded - len(self.values)) * most
         if 1 - total <= room + rounding:
             return None
         what = f"probabilities that sum to {total:.4f}"
@@ -124,7 +127,8 @@ class Listed:
         if self.whole or not self.telling:
             return False
         total = float(np.exp(self.values).sum()) if total is None else total
-        return abs(total - 1) <= EXACT
+        close = min(EXACT, np.exp(self.values[-1]) / _TAIL)
+        return abs(total - 1) <= close or abs(total + self.beyond - 1) <= close
 
     @property
     def flat(self) -> bool:

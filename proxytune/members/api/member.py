@@ -17,6 +17,8 @@ from proxytune.engine.truncation import Truncation
 from proxytune.errors import UserError
 from proxytune.members.api.answer import Answer
 from proxytune.members.api.client import Client
+from proxytune.members.api.distribution import NotLogProbs
+from proxytune.members.api.faults import NoRoom
 from proxytune.members.api.names import TokenNames
 from proxytune.members.api.probe import find_offer
 from proxytune.members.api.protocol import Protocol
@@ -28,8 +30,10 @@ log = logging.getLogger(__name__)
 
 WORTH_DRAFTING = 0.1  # a token is drafted if it is accepted with at least this probability
 MAX_WIDTH = 16
+_GUESSED_WIDTH = 4  # positions per request of the estimate
 _GUESSED_YIELD = 2.0  # tokens per request of the estimate, before any acceptance is known
 
+_Place = tuple[tuple[int, ...], int]  # tokens, and the first of them whose answer is wanted
 _probed: dict[str, tuple[Protocol, Store]] = {}  # settings -> result of probing, per process
 
 
@@ -83,6 +87,7 @@ class ApiMember(Member):
         self.max_positions = protocol.client.max_positions
         # two rounds of requests per block; the logits of more rows would only fill memory
         self.max_rows = 2 * protocol.client.settings.max_concurrency
+        self._full: int | None = None  # the shortest prompt that the server has no room for
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
 
@@ -159,12 +164,14 @@ class ApiMember(Member):
         first = len(prompts)  # the samples of a prompt share its request
         requests = first + len(prompts) * n * (per_row - 1)
         read = sum(length + (length + new / 2) * n * (per_row - 1) for length in prompts)
+        if blocks and self.offer.blocks == "prompts":
+            read *= _GUESSED_WIDTH  # every position of a block reads the prompt, or finds it cached
         price = self.client.cost(read, requests)
         text = f"{'about' if blocks else 'at most'} {requests:,} requests, {read:,.0f} tokens read"
         text += f", {price:,.2f} of money" if price else ""
         how = "several tokens per request" if blocks else "token by token"
         if not self.blocks:
-            how += ", for the server does not rate prompts"
+            how += ": the server does not rate prompts, or that takes longer"
         return f"{text} ({how})"
 
     def spending(self) -> str:
@@ -175,48 +182,59 @@ class ApiMember(Member):
 
     # -- asking --------------------
 
-    def _answer(self, rows: list[list[int]], starts: list[int]) -> list[list[Answer]]:
-        """For every row i, the answers after rows[i][: starts[i] + 1] up to the whole row."""
-        found: dict[tuple[tuple[int, ...], int], list[Answer]] = {}
-        missing: list[tuple[tuple[int, ...], int]] = []
+    def _answer(self, rows: list[list[int]], starts: list[int]) -> list[list[Answer | None]]:
+        """For every row i, the answers after rows[i][: starts[i] + 1] up to the whole row.
+
+        None stands for a place that is beyond the server's context.
+        """
+        found: dict[_Place, list[Answer | None]] = {}
+        missing: list[_Place] = []
         places = [(tuple(row), start) for row, start in zip(rows, starts, strict=True)]
         for place in dict.fromkeys(places):
             stored = self.store.get(*place)
-            known = [answer for answer in stored if answer is not None]
-            if len(known) == len(stored):
-                found[place] = known
-            else:
+            for answer in stored:
+                self._refuse_stored(answer)
+            if None in stored[: self._room_after(place[1])]:
                 missing.append(place)
+            found[place] = stored
         self._ask(self._requests(missing))
         for place in missing:
-            stored = self.store.get(*place)
-            assert all(answer is not None for answer in stored)
-            found[place] = [answer for answer in stored if answer is not None]
+            found[place] = self.store.get(*place)
+            assert None not in found[place][: self._room_after(place[1])]
         return [found[place] for place in places]
 
-    def _requests(
-        self, places: Sequence[tuple[tuple[int, ...], int]]
-    ) -> list[tuple[tuple[int, ...], int]]:
+    def _room_after(self, start: int) -> int | None:
+        """How many places from `start` on are in the server's context; None for no known end."""
+        return None if self._full is None else max(0, self._full - 1 - start)
+
+    def _refuse_stored(self, answer: Answer | None) -> None:
+        """Refuses what an earlier version has stored without testing it."""
+        if answer is None or self.complete:
+            return  # the sum over a whole vocabulary takes too long at every step
+        fault = answer.values(self.offer.k, self.vocab_size).fault()
+        if fault is not None:
+            raise NotLogProbs(
+                f"{self.client.settings.cache} holds answers with {fault}: these are no "
+                "log-probabilities; delete the file, and the completions that it led to"
+            )
+
+    def _requests(self, places: Sequence[_Place]) -> list[_Place]:
         """The requests that are needed: one per place, or one per missing token of it."""
-        requests: dict[tuple[tuple[int, ...], int], None] = {}
+        requests: dict[_Place, None] = {}
         for ids, start in places:
-            stored = self.store.get(ids, start)
+            stored = self.store.get(ids, start)[: self._room_after(start)]
             lacking = [start + i for i, answer in enumerate(stored) if answer is None]
-            if self.blocks:
+            if self.blocks and lacking:
                 # the store may have some of these answers, but one request costs the same
                 requests[ids[: lacking[-1] + 1], lacking[0]] = None
             else:
                 requests.update(dict.fromkeys((ids[: i + 1], i) for i in lacking))
         return list(requests)
 
-    def _ask(self, requests: Sequence[tuple[tuple[int, ...], int]]) -> None:
+    def _ask(self, requests: Sequence[_Place]) -> None:
         """Sends the requests in parallel, and stores every answer as it comes."""
-
-        def one(request: tuple[tuple[int, ...], int]) -> None:
-            self.store.put(*request, self.protocol.ask(*request))
-
         self.client.go()
-        futures = [self._threads.submit(one, request) for request in requests]
+        futures = [self._threads.submit(self._ask_one, *request) for request in requests]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C: stop waiting for the server
@@ -231,22 +249,41 @@ class ApiMember(Member):
             wait(future for future in futures if not future.cancelled())  # their answers are kept
             raise failure
 
+    def _ask_one(self, ids: tuple[int, ...], start: int) -> None:
+        """Sends one request, or several where the block does not fit into the context."""
+        try:
+            self.store.put(ids, start, self.protocol.ask(ids, start))
+            return
+        except NoRoom as error:
+            if start == len(ids) - 1:
+                if self._full is None:
+                    log.warning("rows end with %d tokens: %s", len(ids), error)
+                self._full = min(len(ids), self._full or len(ids))
+                return
+        for place in range(start, len(ids)):
+            if self._full is None or place + 1 < self._full:
+                self._ask_one(ids[: place + 1], place)
+
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.client.settings.max_concurrency, "api")
 
-    def _pass(self, answers: Sequence[Sequence[Answer]]) -> Pass:
+    def _pass(self, answers: Sequence[Sequence[Answer | None]]) -> Pass:
         """The answers of every row as logits [rows, width, vocab], with bounds for the rest."""
+        nothing = torch.full((self.vocab_size,), -torch.inf)
         logits, ceiling = (
-            torch.stack([torch.stack([listed(each) for each in row]) for row in answers])
-            for listed in (
+            torch.stack(
+                [torch.stack([nothing if a is None else rows(a) for a in row]) for row in answers]
+            )
+            for rows in (
                 lambda answer: answer.logits(self.vocab_size),
                 lambda answer: answer.ceiling(self.vocab_size),
             )
         )
-        unseen = torch.tensor([[answer.unseen for answer in row] for row in answers])
+        unseen = torch.tensor([[0.0 if a is None else a.unseen for a in row] for row in answers])
+        full = torch.tensor([[answer is None for answer in row] for row in answers])
         mode = f"{self.offer.endpoint}, {self.offer.blocks or 'token by token'}"
-        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen))
+        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen, full))
 
     def _refuse_second_token(self) -> None:
         if any(len(row) >= prompt for row, prompt in zip(self._rows, self._prompts, strict=True)):
@@ -296,6 +333,8 @@ def _probe(settings: ApiSettings, tokenizer: Any) -> tuple[Protocol, Store]:
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     names = TokenNames(tokenizer, vocab_size, foreign)
     offer = find_offer(client, names, tokenizer)
+    if offer.sampling != "greedy":
+        store.rename(f"{model} {offer.sampling}")
     return Protocol(client, names, offer, tokenizer), store
 
 

@@ -5,8 +5,9 @@ chooses how several positions are scored. For a server that lists the model's lo
 this takes about six requests; the result is kept in the store.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from proxytune.members.api.answer import make_answer
 from proxytune.members.api.asking import TRIES, Asker, Shown
 from proxytune.members.api.blocks import with_blocks
 from proxytune.members.api.client import Client
+from proxytune.members.api.distribution import NotLogProbs
 from proxytune.members.api.faults import Refused
 from proxytune.members.api.names import TokenNames
-from proxytune.members.api.protocol import Offer, counted_by
+from proxytune.members.api.protocol import Offer, complaint, counted_by
 from proxytune.members.api.verify import trusted
 
 log = logging.getLogger(__name__)
@@ -72,24 +74,27 @@ class _Listing:
             f"(triple.base.api.top_logprobs={wanted}): {said}"
         )
 
-    def _listing(self, endpoint: str, text: bool = False) -> Offer | None:
+    def _listing(self, endpoint: str) -> Offer | None:
         """The way of asking that lists the most tokens; None if there is none."""
-        exact = endpoint == "completions" and not self.settings.foreign_tokenizer
-        asked_why = text or not exact
-        for tried in self._ways(endpoint):
-            offer = replace(tried, text=text)
-            try:
-                shown = self.asker.shown(offer, self.asker.first)
-            except Refused as error:
-                self._refusals.append(str(error))
-                if not asked_why:
-                    asked_why = True
-                    wants_text = self._wants_text(endpoint)
-                    if wants_text is None:
-                        return None
-                    if wants_text:
-                        log.warning("%s takes no token ids: it gets text", self.settings.base_url)
-                        return self._listing(endpoint, text=True)
+        chat = endpoint == "chat/completions"
+        form: tuple[bool, bool] | None = (False, not chat)  # text, names of tokens by their ids
+        known = chat or self.settings.foreign_tokenizer
+        for k, asked in self._counts(chat):
+            text, token_ids = form
+            offer = Offer(endpoint, k, None, token_ids, asked, text)
+            shown = self._listed(offer)
+            if shown is None and not known:
+                known = True
+                form = self._form(endpoint)
+                if form is None:
+                    return None
+                if form != (text, token_ids):
+                    offer = replace(offer, text=form[0], token_ids=form[1])
+                    shown = self._listed(offer)
+            if shown is None and offer.token_ids:
+                offer = replace(offer, token_ids=False)
+                shown = self._listed(offer)
+            if shown is None:
                 continue
             counts = shown.counted == len(self.asker.first)
             counted = self._counted(replace(offer, counts=counts), shown)
@@ -97,20 +102,23 @@ class _Listing:
                 return counted
         return None
 
-    def _ways(self, endpoint: str) -> Iterator[Offer]:
-        """Ways of asking, those that list most tokens first."""
+    def _listed(self, offer: Offer) -> Shown | None:
+        """What the first position lists; None where the server refuses."""
+        try:
+            return self.asker.shown(offer, self.asker.first)
+        except Refused as error:
+            self._refusals.append(str(error))
+            return None
+
+    def _counts(self, chat: bool) -> Sequence[tuple[int, int | None]]:
+        """(k, the number in the request if it is another one), those that list most first."""
         wanted, whole = self.settings.top_logprobs, self.asker.names.vocab_size
-        counts: tuple[tuple[int, int | None], ...] = ((wanted, None),)
         if wanted == "auto":
-            counts = tuple((k, None) for k in AUTO)
-        elif wanted == -1:
-            # a model may have more logits than the tokenizer has tokens
-            counts = ((-1, None), (-1, whole), (-1, whole + 1024))
-        chat = endpoint == "chat/completions"
-        for k, asked in counts:
-            for token_ids in (False,) if chat else (True, False):
-                if k > 0 or not chat:
-                    yield Offer(endpoint, k, None, token_ids, asked)
+            return [(k, None) for k in AUTO]
+        if wanted != -1:
+            return [(wanted, None)]
+        # a model may have more logits than the tokenizer has tokens
+        return [] if chat else [(-1, None), (-1, whole), (-1, whole + 1024)]
 
     def _counted(self, offer: Offer, shown: Shown) -> Offer | None:
         """The offer with the number of tokens that are listed; None if they are too few."""
@@ -125,15 +133,21 @@ class _Listing:
             return offer
         if self.settings.top_logprobs == "auto":
             return replace(offer, k=count)
+        fault = shown.values.fault()
+        if fault is not None:
+            raise NotLogProbs(complaint(self.asker.client, fault))
         self._refusals.append(f"it lists {count} tokens where {wanted} were asked for")
         return None
 
-    def _wants_text(self, endpoint: str) -> bool | None:
-        """Whether the server takes text alone; None if it takes neither text nor token ids."""
+    def _form(self, endpoint: str) -> tuple[bool, bool] | None:
+        """Whether prompts go as text, and whether tokens are named by ids on request.
+
+        None if the server takes neither text nor token ids.
+        """
         ids = self.asker.first
-        for text in (False, True):
-            protocol = self.asker.protocol(Offer(endpoint, 1, None, False, text=text))
-            body = protocol.body(ids)
+        for text, token_ids in itertools.product((False, True), (True, False)):
+            offer = Offer(endpoint, 1, None, token_ids, text=text)
+            body = self.asker.protocol(offer).body(ids)
             del body["logprobs"]
 
             def read(answer: Mapping[str, Any]) -> int | None:
@@ -146,6 +160,8 @@ class _Listing:
                 self._refusals.append(f"a prompt of {'text' if text else 'token ids'}: {error}")
                 continue
             if counted in (None, len(ids)):
-                return text
+                if text:
+                    log.warning("%s takes no token ids: it gets text", self.settings.base_url)
+                return text, token_ids
             self._refusals.append(f"it reads {counted} tokens in a prompt of {len(ids)}")
         return None

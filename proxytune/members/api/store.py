@@ -45,6 +45,10 @@ class Store:
             )
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
 
+    def rename(self, model: str) -> None:
+        """Gives answers other keys from now on; see `model` above. Facts stay."""
+        self._model = model.encode()
+
     def get(self, ids: Sequence[int], start: int) -> list[Answer | None]:
         """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`; None if missing."""
         found: list[Answer | None] = []

@@ -17,7 +17,7 @@ import proxytune
 from proxytune.errors import UserError
 from proxytune.loading import adapters as adapters_module
 from proxytune.loading.build import shares_weights
-from proxytune.loading.load import check_triple, load_tokenizer
+from proxytune.loading.load import check_triple, load_member, load_tokenizer
 from proxytune.loading.spec import ModelSpec
 from proxytune.provenance import model_facts
 
@@ -220,6 +220,14 @@ def test_a_tensor_that_has_not_arrived_is_an_error(folder, tmp_path, monkeypatch
     monkeypatch.setattr(adapters_module, "_tensors", lambda *_: changed)
     with pytest.raises(UserError, match=r"its tensor .*lora_A.* has not arrived in .*antiexpert"):
         adapters_module.put_adapter(tiny_model("llama", 3), spec_of(folder, tmp_path))
+
+
+def test_what_arrives_is_looked_at_without_the_check_before(folder, tmp_path):
+    """Fails on 538a493: `load_member` gave the model without its adapter."""
+    saved(tmp_path)
+    edited(tmp_path, lambda name, tensor: (name.removeprefix("base_model.model."), tensor))
+    with pytest.raises(UserError, match=r"its tensor .*lora_A.* has not arrived in .*antiexpert"):
+        load_member(spec_of(folder, tmp_path))
 
 
 # -- adapters that arrive --------------------

@@ -6,6 +6,7 @@ rows.py         a row: one sample from its request to its record
 sampling.py     temperature, top-k, top-p, bans; noise that depends on the sample alone
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
+broken.py       logits from which no token can be chosen: whose they are
 truncation.py   logits of a server that lists only the largest
 memory.py       how many rows fit into memory
 score.py        log-probabilities of given tokens

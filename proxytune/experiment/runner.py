@@ -127,7 +127,7 @@ def _end_tokens(cfg: DictConfig, specs: dict[str, Any]) -> dict[str, Any] | None
     if "proxy" not in cfg.systems:
         return None
     end = find_end({role: specs[name] for role, name in MEMBERS["proxy"].items()})
-    return None if end is None else {"token": end.token, "of": dict(end.of)}
+    return None if end is None else end.to_dict()
 
 
 def _begin_run_json(

@@ -95,7 +95,7 @@ def leaves_weights(spec: ModelSpec) -> bool:
 
 
 def put_adapter(model: Any, spec: ModelSpec) -> Any:
-    """The model with its adapter, which `check_adapter` has accepted.
+    """The model with its adapter.
 
     Raises:
         UserError: a tensor of the adapter is not in the model as it stands in the file.
@@ -105,17 +105,28 @@ def put_adapter(model: Any, spec: ModelSpec) -> Any:
 
     assert spec.adapter is not None
     adapted = PeftModel.from_pretrained(model, spec.adapter, revision=spec.adapter_revision)
-    held = adapted.state_dict() | _held(adapted)
+    wanted = _held(adapted)
+    held = adapted.state_dict() | wanted
+    lost = []
     for name, tensor in _tensors("model", spec):
         here = held.get(name)
-        if here is None or here.is_meta:  # renamed by PEFT for a fused layer; or offloaded
-            continue
-        if not torch.equal(here.cpu(), tensor.to(here.dtype)):
-            raise UserError(
-                f"{spec.adapter}: its tensor {name} has not arrived in {spec.id}; merge the "
-                "adapter into a whole model (merge_and_unload) and give that"
-            )
+        wanted.pop(name, None)
+        if here is None:
+            lost.append(name)
+        elif not here.is_meta and not torch.equal(here.cpu(), tensor.to(here.dtype)):  # offloaded
+            raise _not_arrived(spec, name)
+    # PEFT renames the tensors of fused layers. Then others have been filled in their place.
+    filled = [bool(tensor.any()) for name, tensor in wanted.items() if "_A" not in name]
+    if lost and not (filled and all(filled)):
+        raise _not_arrived(spec, lost[0])
     return adapted.eval().requires_grad_(False)
+
+
+def _not_arrived(spec: ModelSpec, name: str) -> UserError:
+    return UserError(
+        f"{spec.adapter}: its tensor {name} has not arrived in {spec.id}; merge the adapter into "
+        "a whole model (merge_and_unload) and give that"
+    )
 
 
 def adapter_tokenizer(spec: ModelSpec, own: Any, local_files_only: bool = False) -> Any:

@@ -22,7 +22,9 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
 from proxytune.files import IN_CHECKOUT, ROOT
+from proxytune.loading.adapters import adapter_tokenizer
 from proxytune.loading.prompting import read_template
+from proxytune.loading.spec import ModelSpec
 from proxytune.records import Example
 from proxytune.secrets import redacted
 
@@ -113,7 +115,11 @@ def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
             sha256_text(read_template(template))
             if template
             else _own_template_sha256(
-                member["id"], member["revision"], bool(member["trust_remote_code"])
+                member["id"],
+                member["revision"],
+                member["adapter"],
+                member["adapter_revision"],
+                bool(member["trust_remote_code"]),
             )
         )
     return {name: fact for name, fact in facts.items() if fact is not None}
@@ -131,13 +137,28 @@ def _hub_commit(name: str, revision: str | None, file: str) -> str | None:
 
 
 @cache
-def _own_template_sha256(name: str, revision: str | None, trust_remote_code: bool) -> str | None:
+def _own_template_sha256(
+    name: str,
+    revision: str | None,
+    adapter: str | None,
+    adapter_revision: str | None,
+    trust_remote_code: bool,
+) -> str | None:
+    """The hash of the template in a model's repository, or in that of its adapter."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError):
         return None  # the model is not on this machine
+    if adapter is not None:
+        spec = ModelSpec(
+            name,
+            adapter=adapter,
+            adapter_revision=adapter_revision,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = adapter_tokenizer(spec, tokenizer, local_files_only=True)
     template = tokenizer.chat_template
     return sha256_text(template) if isinstance(template, str) else None
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -83,6 +84,10 @@ class SharedEnd:
     token: int
     of: Mapping[str, tuple[int, ...]]
     vocab_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"token": self.token, "of": {role: list(ids) for role, ids in self.of.items()}}
 
     def width(self, role: str) -> int:
         """How many logits of a member are needed: `vocab_size`, or more."""

@@ -192,6 +192,13 @@ class SelfRunTask(ABC):
             UserError: the message names the mistake and the way out.
         """
 
+    def conversations(self) -> list[Sequence[Mapping[str, str]]]:
+        """A conversation of each form in which it asks members with a chat format.
+
+        They are rendered before a model is loaded; [] for a task that asks in none.
+        """
+        return []
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """The settings and versions that the answers depend on besides the system, as JSON."""

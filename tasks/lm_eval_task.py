@@ -66,6 +66,14 @@ class LmEvalTask(SelfRunTask):
 
         check_task(self.task, self.include_path, run_code=self.run_code)
 
+    def conversations(self) -> list[Any]:
+        """The first document of each task, with its few-shot examples."""
+        if not self.apply_chat_template:
+            return []
+        from proxytune.harness.evaluation import conversations
+
+        return conversations(self.task, self.include_path, self.num_fewshot)
+
     def identity(self) -> dict[str, Any]:
         """The task's settings and lm-eval's version: the answers depend on them and the system."""
         return {"lm_eval": asdict(self) | {"version": version("lm-eval")}}

@@ -7,6 +7,7 @@ sampling.py     temperature, top-k, top-p, min-p, bans; noise that depends on th
 penalties.py    repetition, presence and frequency penalty
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
+broken.py       logits from which no token can be chosen: whose they are
 truncation.py   logits of a server that lists only the largest
 broken.py       logits from which no token can be chosen: whose they are
 memory.py       how many rows fit into memory

@@ -19,7 +19,7 @@ from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
-FULL = NOTHING - 1  # chosen where the server's context has no room for another token
+FULL = BROKEN - 1  # chosen where the server's context has no room for another token
 
 
 @dataclass(frozen=True)

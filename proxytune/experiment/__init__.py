@@ -6,6 +6,7 @@ identity.py     what the completions of a cell depend on; who may write to a fol
 generate.py     opens one system after the other and lets its cells generate
 completions.py  the prompts of a cell, and its file of answers
 checks.py       refuses mistakes before a model is loaded
+prompts.py      renders every prompt before a model is loaded, for templates refuse some
 progress.py     progress bars
 tracking.py     Weights & Biases
 """

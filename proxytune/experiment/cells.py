@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,13 @@ class Cell(ABC):
         """The steps of `total` that are still to be generated."""
 
     @abstractmethod
+    def conversations(self) -> Iterable[Sequence[Mapping[str, str]]]:
+        """What `generate` asks members with a chat format: {"role", "content"} turns.
+
+        A task that runs itself may give one conversation of each form that it asks in.
+        """
+
+    @abstractmethod
     def generate(
         self, generator: "Generator", settings: GenerationSettings, progress: CellProgress
     ) -> dict[str, float] | None:
@@ -180,6 +187,13 @@ class TaskCell(Cell):
     def missing(self) -> list[Example]:
         """The examples that still lack a sample."""
         return self._lacking(read_completions(self.completions_path))
+
+    def conversations(self) -> Iterable[Sequence[Mapping[str, str]]]:
+        """Those of the missing examples; none for prompts that every member reads plain."""
+        from proxytune.loading.prompting import messages_of
+
+        prompts = (example.prompt for example in self.missing())
+        return (messages_of(prompt) for prompt in prompts if not prompt.plain)
 
     def generate(
         self, generator: "Generator", settings: GenerationSettings, progress: CellProgress
@@ -284,6 +298,10 @@ class HarnessCell(Cell):
     def missing(self) -> list[str]:
         """The task's name, unless its result is there."""
         return [] if self.task.finished(self.folder, self.limit) else [self.task_name]
+
+    def conversations(self) -> Iterable[Sequence[Mapping[str, str]]]:
+        """Those that the task names."""
+        return self.task.conversations()
 
     def generate(
         self, generator: "Generator", settings: GenerationSettings, progress: CellProgress

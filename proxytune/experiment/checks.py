@@ -15,6 +15,7 @@ from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.cells import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
+from proxytune.members.api.settings import LOCAL
 from proxytune.roles import MEMBERS, ROLES, SYSTEMS
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     """Refuses what can be known to fail without loading a model.
 
     Returns:
-        The tasks by name, and role -> `ModelSpec`; a base whose URL is "local" is served by now.
+        The tasks by name, and role -> `ModelSpec`; see `serve_local` for a base that is "local".
 
     Raises:
         UserError: a bad setting, an unknown task key, a judge without its key, a model that is
@@ -42,7 +43,14 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     if cfg.stage != "generate":  # which needs no judge and runs no program
         for task in tasks.values():
             task.check()
-    return tasks, check_models(_specs_in_use(cfg)) if cfg.stage != "score" else {}
+    if cfg.stage == "score":
+        return tasks, {}
+    from proxytune.loading.load import check_endpoints, check_triple
+
+    specs = _specs_in_use(cfg)
+    check_triple(specs)
+    check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
+    return tasks, specs
 
 
 def _check_config(cfg: DictConfig) -> None:
@@ -169,13 +177,35 @@ def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
     from proxytune.loading.load import check_endpoints, check_triple
 
     check_triple(specs)
-    if all(spec.api is None for spec in specs.values()):
+    check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
+    return serve_local(specs)
+
+
+def serve_local(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Serves the bases whose URL is "local". It loads them: after every refusal that costs nothing.
+
+    Args:
+        specs: role -> `ModelSpec`.
+
+    Returns:
+        The same, with the URLs of the servers.
+
+    Raises:
+        UserError: see `check_endpoints`.
+    """
+    local = {role: spec for role, spec in specs.items() if _is_local(spec)}
+    if not local:
         return dict(specs)
+    from proxytune.loading.load import check_endpoints
     from proxytune.server.local import with_local_bases
 
-    ready = with_local_bases(specs)  # loads a base: after every refusal that costs nothing
+    ready = with_local_bases(local)
     check_endpoints(ready)
-    return ready
+    return dict(specs) | ready
+
+
+def _is_local(spec: Any) -> bool:
+    return spec.api is not None and spec.api.base_url == LOCAL
 
 
 def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:

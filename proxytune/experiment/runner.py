@@ -30,13 +30,20 @@ from proxytune.experiment.cells import (
     GenerationSettings,
     make_cells,
 )
-from proxytune.experiment.checks import check_before_models, check_machine, check_writable
+from proxytune.experiment.checks import (
+    check_before_models,
+    check_machine,
+    check_writable,
+    serve_local,
+)
 from proxytune.experiment.generate import ModelPool, generate
 from proxytune.experiment.identity import claim, sole_writer
+from proxytune.experiment.prompts import check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
+from proxytune.roles import MEMBERS
 from proxytune.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -65,12 +72,15 @@ def _run(
     cfg: DictConfig, tasks: dict[str, Any], specs: dict[str, Any], output: Path, started: float
 ) -> list[Metric]:
     cells = make_cells(cfg, tasks, output)
+    if cfg.stage != "score":
+        check_prompts(cells, specs)
+        specs = serve_local(specs)
     for cell in cells:
         claim(cell.folder, cell.identity, cfg.stage)
     if cfg.machine.threads:
         torch.set_num_threads(cfg.machine.threads)
     session = {"started": _now(), "stage": cfg.stage, **provenance.environment()}
-    run_json = _begin_run_json(output, cfg, cells, session)
+    run_json = _begin_run_json(output, cfg, specs, cells, session)
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
@@ -118,8 +128,22 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _end_tokens(cfg: DictConfig, specs: dict[str, Any]) -> dict[str, Any] | None:
+    """Which end tokens of the triple's members count as the base's; None where all share theirs."""
+    from proxytune.loading.load import find_end
+
+    if "proxy" not in cfg.systems:
+        return None
+    end = find_end({role: specs[name] for role, name in MEMBERS["proxy"].items()})
+    return None if end is None else end.to_dict()
+
+
 def _begin_run_json(
-    output: Path, cfg: DictConfig, cells: Sequence[Cell], session: dict[str, Any]
+    output: Path,
+    cfg: DictConfig,
+    specs: dict[str, Any],
+    cells: Sequence[Cell],
+    session: dict[str, Any],
 ) -> dict[str, Any]:
     path = output / "run.json"
     resolved = redacted(to_dict(cfg))
@@ -131,6 +155,8 @@ def _begin_run_json(
     models = {role: member for c in cells for role, member in c.models().items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
         models |= run_json.get("models", {})
+    elif end := _end_tokens(cfg, specs):
+        run_json["end_tokens"] = end
     run_json |= {
         "name": cfg.name,
         "config": resolved,  # of the latest session; the folder may hold other tasks

@@ -44,6 +44,37 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
         )
 
 
+def conversations(
+    name: str, include_path: str | None = None, num_fewshot: int | None = None
+) -> list[list[dict[str, str]]]:
+    """The turns in which lm-eval asks the first document of each task under a name.
+
+    Args:
+        name: of a task, group or tag.
+        include_path: as for `evaluate`.
+        num_fewshot: as for `evaluate`.
+    """
+    found: list[list[dict[str, str]]] = []
+
+    def keep(messages: list[dict[str, str]], **_: Any) -> str:
+        found.append(messages)
+        return ""
+
+    for task in _task_manager(name, include_path).load([name])["tasks"].values():
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # whole texts, in no conversation
+            continue
+        task.set_fewshot_seed(seed=0)
+        shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+        task.fewshot_context(
+            next(iter(task.eval_docs)),
+            shots or 0,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,  # `simple_evaluate`'s default
+            chat_template=keep,
+        )
+    return found
+
+
 def evaluate(
     generator: Generator,
     task: str,

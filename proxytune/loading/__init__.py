@@ -3,7 +3,10 @@
 spec.py        where a model comes from and how it is loaded
 loaded.py      a model in memory
 vocabulary.py  whether models share a vocabulary
+ends.py        which tokens end a model's text, and which of them the base lacks
 prompting.py   one example -> the text and the ids that each member reads
+adapters.py    whether an adapter fits its model, and whether it arrived
+missing.py     what is said about files that cannot be had
 load.py        checks before any weights are read; then the weights
 build.py       loaded models -> a system
 templates/     shipped chat templates

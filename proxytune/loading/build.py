@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from proxytune.engine.system import Member, Pair, System
 from proxytune.errors import UserError
+from proxytune.loading.adapters import leaves_weights
 from proxytune.loading.ends import shared_end
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
@@ -80,8 +81,12 @@ def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:
 
 
 def shares_weights(spec: ModelSpec, other: ModelSpec | None) -> bool:
-    """Whether `spec` is an adapter on the checkpoint of `other`, loaded in the same way."""
+    """Whether `spec` is an adapter on the checkpoint of `other`, loaded in the same way.
+
+    The adapter must leave the weights as they are, for `other` uses them, too.
+    """
     if other is None or spec.adapter is None or other.adapter is not None:
         return False
     names = ("id", "revision", "dtype", "device", "quantization", "attn_implementation")
-    return all(getattr(spec, name) == getattr(other, name) for name in names)
+    same = all(getattr(spec, name) == getattr(other, name) for name in names)
+    return same and leaves_weights(spec)

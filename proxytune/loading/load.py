@@ -5,8 +5,8 @@ read.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +16,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 
 from proxytune.engine.system import Member
-from proxytune.errors import UserError, extra, need
+from proxytune.errors import UserError, need
+from proxytune.loading.adapters import adapter_tokenizer, check_adapter, put_adapter
 from proxytune.loading.build import shares_weights
+from proxytune.loading.ends import end_ids, shared_end
 from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.missing import not_found
+from proxytune.loading.prompting import render_messages
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
+from proxytune.proxy import SharedEnd
 
 
 def check_triple(specs: Mapping[str, ModelSpec]) -> int:
@@ -37,8 +43,9 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
         The length of the vocabulary that all of them share. Logits are cut to it.
 
     Raises:
-        UserError: a device, a model or an adapter cannot be found, or two vocabularies differ
-            (the first differing token is named).
+        UserError: a device, a model or an adapter cannot be found, an adapter does not fit, a
+            chat template cannot be used, or two vocabularies differ (the first differing token is
+            named).
     """
     for role, spec in specs.items():
         _check_device(role, spec.device)
@@ -47,12 +54,35 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
     for role, spec in specs.items():
         if spec.api is not None and role in ("expert", "antiexpert", "draft"):
             raise UserError(f"the {role} cannot be behind an API: it has to run on this machine")
+        if spec.api is not None and spec.adapter is not None:
+            raise UserError(f"{role}: adapter={spec.adapter} needs the model on this machine")
         if spec.api is None:
-            sizes[role] = _load_config(role, spec).get_text_config().vocab_size
+            config = _load_config(role, spec)
+            sizes[role] = config.get_text_config().vocab_size
+            if spec.adapter is not None:
+                check_adapter(role, spec, config, _own_tokenizer(spec, role))
         tokenizers[role] = load_tokenizer(spec, role)
-        if spec.adapter is not None:
-            _check_adapter(role, spec)
+        _check_template(role, spec, tokenizers[role])
     return common_vocabulary(tokenizers, sizes)
+
+
+def find_end(specs: Mapping[str, ModelSpec]) -> SharedEnd | None:
+    """The `SharedEnd` that a triple of these models will have; reads no weights.
+
+    Args:
+        specs: role -> model, as `check_triple` has accepted them.
+    """
+    tokenizers, sizes, ends = {}, {}, {}
+    for role, spec in specs.items():
+        tokenizers[role], configs = load_tokenizer(spec, role), []
+        if spec.api is None:
+            configs = [_load_config(role, spec)]
+            sizes[role] = configs[0].get_text_config().vocab_size
+        with suppress(OSError):  # many models have none
+            configs.append(GenerationConfig.from_pretrained(spec.id, revision=spec.revision))
+        ends[role] = end_ids(tokenizers[role], *configs)
+    shared = common_vocabulary(tokenizers, sizes)
+    return shared_end(ends, sizes, tokenizers.get("base"), shared)
 
 
 def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
@@ -71,7 +101,7 @@ def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
 
 
 def load_tokenizer(spec: ModelSpec, role: str = "model") -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a model; that of its adapter, where the adapter has one.
 
     Args:
         spec: the model.
@@ -80,12 +110,18 @@ def load_tokenizer(spec: ModelSpec, role: str = "model") -> Any:
     Raises:
         UserError: there is none; one line with the way out.
     """
+    own = _own_tokenizer(spec, role)
+    return own if spec.adapter is None else adapter_tokenizer(spec, own)
+
+
+def _own_tokenizer(spec: ModelSpec, role: str) -> Any:
+    """The tokenizer of a model without its adapter."""
     try:
         return AutoTokenizer.from_pretrained(
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(_not_found(role, spec.id, "tokenizer", error)) from error
+        raise UserError(not_found(role, spec.id, "tokenizer", error)) from error
 
 
 def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedModel:
@@ -103,10 +139,10 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
     if spec.api is not None:
         return LoadedModel(None, tokenizer, spec, _open(spec, tokenizer))
     if share is not None and share.model is not None and shares_weights(spec, share.spec):
-        share.adapted = _put_adapter(share.model, spec)
+        share.adapted = put_adapter(share.model, spec)
         return LoadedModel(share.adapted, tokenizer, spec)
     model = _load_weights(spec)
-    return LoadedModel(_put_adapter(model, spec) if spec.adapter else model, tokenizer, spec)
+    return LoadedModel(put_adapter(model, spec) if spec.adapter else model, tokenizer, spec)
 
 
 def _open(spec: ModelSpec, tokenizer: Any) -> Member:
@@ -132,17 +168,8 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.id, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(_not_found("model", spec.id, "weights", error)) from error
+        raise UserError(not_found("model", spec.id, "weights", error)) from error
     return model.eval().requires_grad_(False)
-
-
-def _put_adapter(model: PreTrainedModel, spec: ModelSpec) -> Any:
-    with extra("adapters", "an adapter"):
-        from peft import PeftModel
-
-    assert spec.adapter is not None
-    adapted = PeftModel.from_pretrained(model, spec.adapter, revision=spec.adapter_revision)
-    return adapted.eval().requires_grad_(False)
 
 
 def _load_config(role: str, spec: ModelSpec) -> Any:
@@ -151,12 +178,21 @@ def _load_config(role: str, spec: ModelSpec) -> Any:
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_found(role, spec.id, "config.json", error)) from error
+        raise UserError(not_found(role, spec.id, "config.json", error)) from error
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     kinds = {type(config), type(config.get_text_config())}
     if not own_code and kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
     return config
+
+
+def _check_template(role: str, spec: ModelSpec, tokenizer: Any) -> None:
+    """Refuses a chat template that is missing, or does not even render a turn of the user."""
+    if spec.format.kind == "chat":
+        try:
+            render_messages([{"role": "user", "content": "Hello"}], spec.format, tokenizer)
+        except UserError as error:
+            raise UserError(f"{role}: {error}") from error
 
 
 def _check_device(role: str, name: str | None) -> None:
@@ -180,41 +216,3 @@ def _check_quantization(role: str, spec: ModelSpec) -> None:
         if name not in known:
             raise UserError(f"{role}: quantization has no {name!r}; there are {', '.join(known)}")
     need("bitsandbytes", "quantization", f"{role}: quantization")
-
-
-def _check_adapter(role: str, spec: ModelSpec) -> None:
-    with extra("adapters", f"{role}: an adapter"):
-        from peft import PeftConfig
-
-    assert spec.adapter is not None
-    try:
-        PeftConfig.from_pretrained(spec.adapter, revision=spec.adapter_revision)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_found(role, spec.adapter, "adapter", error)) from error
-
-
-def _not_found(role: str, name: str, what: str, error: BaseException) -> str:
-    """One line that names the missing file and the way out.
-
-    Args:
-        role: of the model.
-        name: a hub id or a folder.
-        what: the missing part ("tokenizer", "weights", ...).
-        error: the error of transformers or PEFT.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"{role}: the folder {name} has no usable {what} ({detail})"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return f"{role}: there is no folder {name}; give the path of a model or a hub id"
-    text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
-        return (
-            f"{role}: {name} is gated on the hub: accept its terms on "
-            f"https://huggingface.co/{name} and log in (`hf auth login`, or HF_TOKEN)"
-        )
-    return (
-        f"{role}: {name} is neither a local folder nor a model that can be had from the hub "
-        f"({what}); check the name, the network and HF_HUB_OFFLINE, or log in for private models"
-    )

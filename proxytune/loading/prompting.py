@@ -46,6 +46,18 @@ class PromptFormat:
             read_template(self.chat_template)
 
 
+class TemplateRefusal(UserError):
+    """A chat template does not render a conversation.
+
+    Attributes:
+        reason: the template's own words.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A prompt as one model reads it.
@@ -69,16 +81,21 @@ def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
         tokenizer: the member's; not used by raw formats.
 
     Raises:
-        UserError: the format is chat, and there is no template.
+        UserError: the format is chat, and there is no template or it refuses the turns.
     """
     if fmt.kind == "raw" or prompt.plain:
         return Rendered(prompt.raw, add_special_tokens=True)
+    return render_messages(messages_of(prompt), fmt, tokenizer)
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """The conversation that a member with a chat format reads for a prompt that is not plain."""
     messages = [{"role": "user", "content": prompt.user}]
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})
     if prompt.response_prefix:
         messages.append({"role": "assistant", "content": prompt.response_prefix})
-    return render_messages(messages, fmt, tokenizer)
+    return messages
 
 
 def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: Any) -> Rendered:
@@ -91,7 +108,7 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
 
     Raises:
         UserError: there are no messages, no turn of the user comes before the assistant's, or
-            the format is chat and there is no template.
+            the format is chat and there is no template, or the template refuses the turns.
     """
     if not messages:
         raise UserError("a conversation needs at least one message")
@@ -101,15 +118,48 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
     prefix = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not turns:
         raise UserError("a conversation needs a turn of the user before the assistant's")
-    text = tokenizer.apply_chat_template(
-        turns,
-        chat_template=_template_of(fmt, tokenizer),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    text = apply_template(turns, tokenizer, _template_of(fmt, tokenizer))
     if prefix and not text[-1:].isspace():
         text += " "
     return Rendered(text + prefix, add_special_tokens=False)
+
+
+def apply_template(
+    turns: Sequence[Message],
+    tokenizer: Any,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Renders turns through a chat template.
+
+    Args:
+        turns: {"role", "content"} each.
+        tokenizer: gives the template its special tokens.
+        template: None takes the tokenizer's own.
+        add_generation_prompt: whether the text ends where the assistant's turn begins.
+
+    Raises:
+        UserError: the template refuses them; the message repeats its reason.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            turns,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    # A template is foreign code: it refuses by TemplateError, and may fail by any of the others.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise TemplateRefusal(
+            f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} "
+            f"cannot render the turns {roles}: {reason}; drop system turns (format.use_system="
+            "false), give another template (format.chat_template=...), or format.kind=raw",
+            reason,
+        ) from error
 
 
 def encode(rendered: Rendered, tokenizer: Any) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from proxytune.errors import UserError
-from proxytune.loading.prompting import prompt_ids
+from proxytune.loading.prompting import apply_template, prompt_ids
 
 IGNORE = -100  # transformers' loss ignores positions with this label
 
@@ -103,8 +103,8 @@ def turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Turn]
     the text with which the template ends it.
 
     Raises:
-        UserError: the row has neither of the two forms, or the template renders earlier turns
-            differently once a conversation goes on.
+        UserError: the row has neither of the two forms, or the template refuses its turns or
+            renders earlier ones differently once a conversation goes on.
     """
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return [(row["prompt"], False), (row["completion"], True)]
@@ -119,8 +119,8 @@ def turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Turn]
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        told = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        asked = apply_template(messages[:i], tokenizer)
+        told = apply_template(messages[: i + 1], tokenizer, add_generation_prompt=False)
         if not asked.startswith(done) or not told.startswith(asked):
             raise UserError(
                 "the chat template renders a conversation's beginning differently once it goes "
@@ -222,12 +222,6 @@ def _encode(
         ids = [*ids, end]
         labels.append(end)
     return ids, labels, straddled
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    assert isinstance(text, str)
-    return text
 
 
 def _gsm8k(row: dict[str, Any]) -> dict[str, str]:

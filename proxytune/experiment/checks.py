@@ -36,8 +36,9 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
-    if cfg.stage != "generate":  # which needs no judge and runs no program
-        for task in tasks.values():
+    for task in tasks.values():
+        # generating needs no judge and runs no program; another harness needs its data for it
+        if cfg.stage != "generate" or task.runs_itself:
             task.check()
     return tasks, check_models(_specs_in_use(cfg)) if cfg.stage != "score" else {}
 

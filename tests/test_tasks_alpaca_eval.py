@@ -62,7 +62,7 @@ def test_all_instructions(shared):
 
 @pytest.fixture
 def alpaca2(tmp_path):
-    """A task of 60 instructions whose longer answers win more often, and its file of difficulties."""
+    """A task of 60 instructions, whose longer answers win more often."""
     rng = np.random.default_rng(0)
     rows = [
         {"instruction": f"do {i}", "output": "x" * int(rng.integers(20, 90))} for i in range(60)

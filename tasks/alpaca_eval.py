@@ -21,9 +21,11 @@ from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import Edition, MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
+from tasks.length_control import check_instructions, controlled, read_difficulty
 from tasks.loading import HubDataset, load_rows
 
 HUB = HubDataset("tatsu-lab/alpaca_eval", file="alpaca_eval.json")
+HUB2 = HubDataset("tatsu-lab/alpaca_eval", file="alpaca_eval_gpt4_baseline.json")
 # The released runs end a completion where the model begins to comment on its own answer.
 STOPS = ("\n\nComment:",)
 
@@ -43,6 +45,7 @@ class AlpacaEval(Task):
     """
 
     name = "alpaca_eval"
+    hub: ClassVar[HubDataset] = HUB
     metrics: ClassVar[dict[str, MetricInfo]] = {
         "win_rate": MetricInfo("win rate"),
         "avg_length": MetricInfo("length (characters)", percent=False),
@@ -61,7 +64,7 @@ class AlpacaEval(Task):
         """
         if self.judge is None:
             raise UserError(
-                "task.alpaca_eval.judge is empty: name one (conf/task/alpaca_eval.yaml shows how)"
+                f"task.{self.name}.judge is empty: name one (conf/task/{self.name}.yaml shows how)"
             )
         check_judge(self.judge)
 
@@ -77,9 +80,9 @@ class AlpacaEval(Task):
         """
         rows = load_rows(
             self.path,
-            HUB,
+            self.hub,
             self.revision,
-            setting="task.alpaca_eval.path",
+            setting=f"task.{self.name}.path",
             columns=("instruction", "output"),
         )
         return [
@@ -114,6 +117,76 @@ class AlpacaEval(Task):
             )
             for example, answer, win in zip(examples, answers, wins, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class AlpacaEval2(AlpacaEval):
+    """AlpacaEval 2: the same instructions against GPT-4's answers, with lengths controlled.
+
+    The headline `lc_win_rate` is the mean of predicted wins (tasks/length_control.py).
+
+    Attributes:
+        judge: as in `AlpacaEval`; AlpacaEval 2's is weighted_alpaca_eval_gpt4_turbo.
+        path: a local file of the baseline's outputs, with instruction and output; None takes the
+            hub's GPT-4 outputs.
+        difficulty: df_gamed.csv of the dataset tatsu-lab/alpaca_eval; required.
+    """
+
+    name = "alpaca_eval2"
+    hub: ClassVar[HubDataset] = HUB2
+    metrics: ClassVar[dict[str, MetricInfo]] = {
+        "lc_win_rate": MetricInfo("length-controlled win rate"),
+        **AlpacaEval.metrics,
+    }
+    difficulty: str | None = None
+
+    def check(self) -> None:
+        """Refuses a run without a judge or without the file of difficulties.
+
+        Raises:
+            UserError: one of them is missing or cannot work.
+        """
+        self._difficulty()
+        super().check()
+
+    def edition(self) -> None:
+        """None: the paper has no AlpacaEval 2."""
+
+    def examples(self) -> list[Example]:
+        """The instructions in the dataset's order.
+
+        Raises:
+            UserError: the dataset cannot be loaded, or an instruction's difficulty is unknown.
+        """
+        found = super().examples()
+        if self.difficulty is not None:  # check() wants it, but generating alone does not
+            check_instructions(self._difficulty(), len(found), f"task.{self.name}.difficulty")
+        return found
+
+    def score_all(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Score]:
+        """Judges every answer, then fits the model of lengths to all verdicts."""
+        scores = super().score_all(examples, texts)
+        predicted = controlled(
+            [score.values["win_rate"] for score in scores],
+            [
+                (len(s.answer or ""), len(str(e.target)))
+                for e, s in zip(examples, scores, strict=True)
+            ],
+            [int(example.id) for example in examples],
+            self._difficulty(),
+        )
+        for score, value in zip(scores, predicted, strict=True):
+            score.values["lc_win_rate"] = value
+        return scores
+
+    def _difficulty(self) -> Any:
+        setting = f"task.{self.name}.difficulty"
+        if self.difficulty is None:
+            raise UserError(
+                f"{setting} is empty: the length-controlled win rate needs df_gamed.csv of the"
+                " dataset tatsu-lab/alpaca_eval on the hub; download it and give its path"
+            )
+        return read_difficulty(self.difficulty, setting)
 
 
 def win_of(preference: float) -> float:

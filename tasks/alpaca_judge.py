@@ -25,7 +25,9 @@ import yaml
 from proxytune.errors import MissingExtra, UserError
 from proxytune.loopback import openai_client
 from proxytune.records import Example
-from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable
+from proxytune.secrets import redacted
+from tasks.judge_requests import Accepted, accepted_by, complete, probe
+from tasks.judgements import DEFAULT_CACHE, JudgeError, cached, encodable, remember, remembered
 from tasks.local_chat import LocalChat
 
 log = logging.getLogger(__name__)
@@ -86,9 +88,29 @@ class AlpacaJudge:
     def check(self) -> None:
         """Refuses a judge that cannot be asked, before hours of generation.
 
+        Sends one cheap request, by which it is also found out how the model wants to be asked.
+
         Raises:
-            UserError: an unknown annotator, a missing key, a local judge that cannot be loaded.
+            UserError: an unknown annotator, a missing key, a local judge that cannot be loaded, a
+                model or setting that the endpoint refuses.
         """
+        self._check_settings()
+        for config in self._configs().values():
+            if self._asks_by_us(config["fn_completions"], config["completions_kwargs"]):
+                self._probe(config)
+
+    def _probe(self, config: dict[str, Any]) -> None:
+        """Asks once; where nobody answers, takes what an earlier session found."""
+        settings = self._request(config["completions_kwargs"])
+        accepted = self._accepted(settings)
+        about = {"accepted by": settings["model"], "base_url": redacted(self._url)}
+        with self._client(config["completions_kwargs"], max_retries=1) as client:
+            if probe(client, settings, accepted, **_small(config)):
+                remember(self.cache, about, accepted.record())
+            elif not accepted.record():
+                accepted.restore(remembered(self.cache, about) or {})
+
+    def _check_settings(self) -> None:
         for setting, low in (("concurrency", 1), ("max_retries", 0), ("timeout", 0.001)):
             if (value := getattr(self, setting)) < low:
                 raise UserError(f"AlpacaEval's judge: {setting}={value} must be at least {low}")
@@ -131,7 +153,7 @@ class AlpacaJudge:
             JudgeError: the judge failed, or too many answers hold no verdict; its answers so far
                 are kept.
         """
-        self.check()
+        self._check_settings()
         if not examples:
             return []
         rows = [
@@ -203,13 +225,12 @@ class AlpacaJudge:
         def complete(prompts: Sequence[str], **settings: Any) -> dict[str, list[Any]]:
             if self.model is not None:
                 settings = settings | {"model_name": self.model}
-            identity = {"decoder": name, "settings": settings, "base_url": self._url}
-            biased = "tokens_to_favor" in settings or "tokens_to_avoid" in settings
+            identity = {"decoder": name, "settings": settings, "base_url": redacted(self._url)}
             if self.local is not None:
                 chat = LocalChat(**self.local)
                 identity = {"local": chat.identity(), "settings": settings}
                 judge = chat.answers(settings)
-            elif name == "openai_completions" and not biased:
+            elif self._asks_by_us(name, settings):
                 judge = self._ask_openai(settings)
             else:
                 judge = self._ask_package(packages_own, settings)
@@ -244,30 +265,53 @@ class AlpacaJudge:
     def identity(self) -> dict[str, Any]:
         """Everything that a verdict depends on besides the answers."""
         chat = None if self.local is None else LocalChat(**self.local).identity()
-        names = {"annotator": self.annotator, "model": self.model, "base_url": self._url}
-        return names | {"local": chat, "seed": self.seed}
+        names = {"annotator": self.annotator, "model": self.model, "base_url": redacted(self._url)}
+        asked: dict[str, Any] = {}
+        for config in self._configs().values():
+            settings = config["completions_kwargs"]
+            if self._asks_by_us(config["fn_completions"], settings):
+                asked |= self._accepted(self._request(settings)).record()
+        asked = {"asked": asked} if asked else {}
+        return names | {"local": chat, "seed": self.seed} | asked
 
     # -- our side --------------------
+
+    def _asks_by_us(self, decoder: str, settings: dict[str, Any]) -> bool:
+        """Whether our client sends an annotator's requests."""
+        biased = "tokens_to_favor" in settings or "tokens_to_avoid" in settings
+        return self.local is None and decoder == "openai_completions" and not biased
+
+    def _request(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The annotator's settings, named as in OpenAI's protocol."""
+        request = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 2048}  # the package's defaults
+        request |= {k: v for k, v in settings.items() if k not in _NOT_SENT}
+        request["model"] = self.model or request["model_name"]
+        del request["model_name"]
+        return request
+
+    def _accepted(self, request: dict[str, Any]) -> Accepted:
+        return accepted_by(self._url, request["model"])
+
+    def _client(self, settings: dict[str, Any], max_retries: int) -> openai.OpenAI:
+        return openai_client(
+            api_key=os.environ.get(self.api_key_env) or "none",  # the client wants one
+            base_url=self.base_url or (settings.get("client_kwargs") or {}).get("base_url"),
+            max_retries=max_retries,
+            timeout=self.timeout,
+        )
 
     def _ask_openai(
         self, settings: dict[str, Any]
     ) -> Callable[[list[str]], Iterator[dict[str, Any]]]:
         """Requests to an OpenAI-compatible endpoint, several at once."""
-        client_settings = settings.get("client_kwargs") or {}
-        request = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 2048}  # the package's defaults
-        request |= {k: v for k, v in settings.items() if k not in _NOT_SENT}
-        request["model"] = request.pop("model_name")
+        request = self._request(settings)
+        accepted = self._accepted(request)
 
         def judge(prompts: list[str]) -> Iterator[dict[str, Any]]:
-            client = openai_client(
-                api_key=os.environ.get(self.api_key_env) or "none",  # the client wants one
-                base_url=self.base_url or client_settings.get("base_url"),
-                max_retries=self.max_retries,
-                timeout=self.timeout,
-            )
+            client = self._client(settings, self.max_retries)
             done = 0
             with client, ThreadPoolExecutor(self.concurrency) as pool:
-                futures = {pool.submit(_choice, client, request, p): p for p in prompts}
+                futures = {pool.submit(_choice, client, request, accepted, p): p for p in prompts}
                 try:
                     for future in as_completed(futures):
                         choice = future.result()
@@ -293,7 +337,17 @@ class AlpacaJudge:
         )
 
 
-def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict[str, Any]:
+def _small(config: dict[str, Any]) -> dict[str, Any]:
+    """A short prompt for the endpoint that an annotator's model is asked at."""
+    model = str(config["completions_kwargs"]["model_name"])
+    if "instruct" in model or model.startswith("text-"):  # as alpaca-eval tells them apart
+        return {"prompt": "Say m."}
+    return {"messages": [{"role": role, "content": "Say m."} for role in ("system", "user")]}
+
+
+def _choice(
+    client: openai.OpenAI, request: dict[str, Any], accepted: Accepted, prompt: str
+) -> dict[str, Any]:
     """Asks the endpoint once; returns the answer in the form that alpaca-eval's parsers read.
 
     Raises:
@@ -305,7 +359,8 @@ def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict
         if prompt.startswith("<|im_start|>"):
             from alpaca_eval.utils import prompt_to_chatml
 
-            reply = client.chat.completions.create(messages=prompt_to_chatml(prompt), **request)
+            messages = prompt_to_chatml(prompt)
+            reply = complete(client, request, accepted, messages=messages)
             message = reply.choices[0].message
             text = message.content
             if message.tool_calls:
@@ -313,7 +368,7 @@ def _choice(client: openai.OpenAI, request: dict[str, Any], prompt: str) -> dict
             elif message.function_call:
                 text = message.function_call.arguments
         else:
-            reply = client.completions.create(prompt=prompt, **request)
+            reply = complete(client, request, accepted, prompt=prompt)
             text = reply.choices[0].text
     except openai.BadRequestError as error:
         if not (error.code in _REFUSALS or _TOO_LONG in str(error)):

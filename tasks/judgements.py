@@ -62,6 +62,18 @@ def cached(
     return [found[prompt] for prompt in prompts]
 
 
+def remember(path: str | None, about: dict[str, Any], value: Any) -> None:
+    """Stores a fact about a judge beside its judgements; the newest one counts."""
+    with closing(_open(path)) as connection:
+        _write(connection, json.dumps(about, sort_keys=True), {"": value})
+
+
+def remembered(path: str | None, about: dict[str, Any]) -> Any:
+    """The fact that `remember` stored; None without one."""
+    with closing(_open(path)) as connection:
+        return _read(connection, json.dumps(about, sort_keys=True), "")
+
+
 def encodable(text: str) -> str:
     """Replaces lone surrogates, which tokenizers and HTTP reject, by question marks."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

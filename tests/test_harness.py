@@ -8,11 +8,14 @@ from pathlib import Path
 import lm_eval.evaluator
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from proxytune import api
+from proxytune.errors import UserError
 from proxytune.harness import evaluation
 from proxytune.harness.model import ProxyTuneLM
 from proxytune.loading.prompting import PromptFormat
@@ -350,6 +353,78 @@ def test_an_unknown_task_is_refused_with_close_names(monkeypatch):
     monkeypatch.setattr(evaluation, "_task_manager", lambda *_: own)
     with pytest.raises(ValueError, match=r"no task 'tiny_chioce'; did you mean tiny_choice"):
         LmEvalTask("tiny_chioce").check()
+
+
+def task_file(folder: Path, dataset: str, **settings: str) -> str:
+    """A folder with one task of lm-eval on a dataset, in a group of its own."""
+    lines = {"task": "strange", "dataset_path": dataset, "test_split": "test"} | settings
+    lines |= {"output_type": "loglikelihood", "doc_to_text": "q", "doc_to_target": "a"}
+    folder.mkdir()
+    (folder / "strange.yaml").write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
+    (folder / "all.yaml").write_text("group: strangers\ntask: [strange]\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("asked", ["strange", "strangers"])
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_dataset_that_is_a_script_is_refused_in_one_line(tmp_path, asked, named):
+    """Fails on 538a493 with datasets' RuntimeError and its traceback."""
+    script = tmp_path / "old" / "old.py"
+    script.parent.mkdir()
+    script.write_text("raise SystemExit('run')\n")
+    dataset = str(script if named == "file" else script.parent)
+    folder = task_file(tmp_path / "tasks", dataset, dataset_name="main")
+    with pytest.raises(UserError, match=r"scripts are no longer supported.*include_path") as said:
+        LmEvalTask(asked, include_path=folder).check()
+    text = str(said.value)
+    assert text.startswith("lm-eval's task strange") and f"its dataset {dataset} (main)" in text
+    assert ("(of strangers)" in text) == (asked == "strangers") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "hf auth login"),
+        (DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "choose another task"),
+        (ValueError("a/b contains custom code: pass trust_remote_code=True\nmore"), "no script"),
+        (OfflineModeIsEnabled("Cannot reach a/b: offline mode is enabled."), "once while the hub"),
+        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "no script"),
+        (KeyError("test"), "choose another task"),
+    ],
+)
+def test_a_dataset_that_cannot_be_had_is_refused_in_one_line(tmp_path, monkeypatch, error, way_out):
+    """The last two fail on 538a493; the others name no dataset there."""
+    folder = task_file(tmp_path / "tasks", "a/b")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    with pytest.raises(UserError, match=rf"task strange: its dataset a/b .*{way_out}") as said:
+        LmEvalTask("strange", include_path=folder).check()
+    assert "\n" not in str(said.value)
+
+
+def test_a_fault_in_a_tasks_own_code_keeps_its_traceback(tmp_path):
+    folder = Path(task_file(tmp_path / "tasks", "a/b", custom_dataset="!function own.load"))
+    (folder / "own.py").write_text("def load(**_):\n    return {}[0]\n")
+    with pytest.raises(KeyError):
+        LmEvalTask("strange", include_path=str(folder)).check()
+
+
+def test_generating_alone_checks_another_harness_first(tmp_path, monkeypatch, capsys):
+    """On 538a493 `stage=generate` looked at lm-eval's task after the models had loaded."""
+    from proxytune import cli
+
+    settings = ["experiment=none", "triple=pocket", "name=x", "stage=generate"]
+    words = [*settings, "task=lm_eval/tiny_chioce", f"output_dir={tmp_path}"]
+    own = TaskManager(include_path=str(TASKS), include_defaults=False)
+    monkeypatch.setattr(evaluation, "_task_manager", lambda *_: own)
+    monkeypatch.setattr("proxytune.experiment.checks.check_models", lambda _: pytest.fail("late"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert "did you mean tiny_choice" in capsys.readouterr().err
 
 
 def test_any_task_composes_without_a_file():

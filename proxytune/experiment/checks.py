@@ -40,8 +40,9 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
     _check_decoding(cfg, tasks)
-    if cfg.stage != "generate":  # which needs no judge and runs no program
-        for task in tasks.values():
+    for task in tasks.values():
+        # generating needs no judge and runs no program; another harness needs its data for it
+        if cfg.stage != "generate" or task.runs_itself:
             task.check()
     if cfg.stage == "score":
         return tasks, {}

@@ -2,16 +2,38 @@
 
 import difflib
 import logging
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from proxytune.api import Generator
 from proxytune.errors import UserError
 from proxytune.harness.model import ProxyTuneLM
+
+# words of the reason -> what helps
+_OTHER_WAY = (
+    "choose another task, or copy its file to a folder of your own (include_path=FOLDER) and set"
+    " its dataset_path to a copy of the data"
+)
+_WAYS_OUT = (
+    (
+        ("script", "trust_remote_code", "custom code"),
+        f"datasets runs no script of a dataset: {_OTHER_WAY}",
+    ),
+    (
+        ("gated", "401", "403", "authenticat"),
+        "ask for access on its page of the hub, then log in: hf auth login",
+    ),
+    (
+        ("offline", "reach", "connect", "resolve", "timed out"),
+        "load it once while the hub can be reached, and its copy is used from then on",
+    ),
+)
 
 
 def check_task(name: str, include_path: str | None = None, *, run_code: bool = False) -> None:
@@ -33,15 +55,56 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
         raise UserError(f"lm-eval has no task {name!r}; {hint}")
     try:
         loaded = manager.load([name])
-    except (OSError, ImportError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"lm-eval cannot load its task {name}: {reason}") from error
+    except Exception as error:  # those of a dataset have many types, some of them RuntimeError
+        owner = _downloading(error)
+        if owner is not None:
+            raise UserError(_no_dataset(owner, name, error)) from error
+        if isinstance(error, OSError | ImportError | ValueError):
+            raise UserError(f"lm-eval cannot load its task {name}: {_first_line(error)}") from error
+        raise
     unsafe = [n for n, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not run_code:
         raise UserError(
             f"{unsafe[0]} of lm-eval runs model-written code on this machine without a sandbox; "
             "say run_code=true (and HF_ALLOW_CODE_EVAL=1), or use our humaneval, which has one"
         )
+
+
+def _downloading(error: BaseException) -> Task | None:
+    """The lm-eval task whose dataset was being loaded when the error was raised, if one was.
+
+    A `custom_dataset` is the task author's own code, whose errors are kept as they are.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "download" and isinstance(owner, Task):
+            own = callable(getattr(getattr(owner, "config", None), "custom_dataset", None))
+            return None if own else owner
+    return None
+
+
+def _no_dataset(owner: Task, asked: str, error: BaseException) -> str:
+    """One line that names the task, the dataset, the reason and the way out.
+
+    Args:
+        owner: the task whose dataset could not be loaded.
+        asked: the task, group or tag that was asked for.
+        error: the exception.
+    """
+    config = getattr(owner, "config", None)
+    task = getattr(config, "task", None) or asked
+    within = "" if task == asked else f" (of {asked})"
+    part = f" ({owner.DATASET_NAME})" if owner.DATASET_NAME else ""
+    reason = _first_line(error)
+    ways = (way for words, way in _WAYS_OUT if any(w in reason.lower() for w in words))
+    return (
+        f"lm-eval's task {task}{within}: its dataset {owner.DATASET_PATH}{part} cannot be loaded"
+        f" ({reason}); {next(ways, _OTHER_WAY)}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def conversations(

@@ -1,0 +1,138 @@
+"""Judges that refuse what alpaca-eval sends: the o-series and gpt-5, as a local stand-in."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune.errors import UserError
+from tasks import judge_requests
+from tasks.alpaca_judge import AlpacaJudge
+from tests.openai_server import FakeOpenAI, openai_server
+from tests.test_alpaca_judge import examples, prefers_good
+
+WORDS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the "
+    "default (1) value is supported.",
+    "top_p": "Unsupported parameter: 'top_p' is not supported with this model.",
+    "logprobs": "You are not allowed to request logprobs: it is not supported with this model.",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(judge_requests, "_found", {})
+
+
+def reasoner(*refused: str, coded: bool = True, thinks: int = 0) -> Any:
+    """A model that refuses settings by name, and spends tokens on thoughts that nobody sees."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        for name in refused:
+            if name in body and (name, body[name]) != ("temperature", 1):
+                error: dict[str, Any] = {"message": WORDS[name], "type": "invalid_request_error"}
+                if coded:
+                    error |= {"param": name, "code": "unsupported_parameter"}
+                return 400, {"error": error}
+        if body.get("max_completion_tokens", 10**6) < thinks:
+            empty = {"role": "assistant", "content": ""}
+            return {"message": empty, "finish_reason": "length"}
+        probing = "Say m" in str(body["messages"])
+        return "m" if probing else prefers_good(body)
+
+    return answer
+
+
+def make(server: FakeOpenAI, tmp_path: Path, **settings: Any) -> AlpacaJudge:
+    return AlpacaJudge(base_url=server.url, cache=str(tmp_path / "j.sqlite"), **settings)
+
+
+@pytest.mark.parametrize("coded", [True, False])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ("max_tokens", "temperature"),  # issue 13
+        ("max_tokens", "temperature", "top_p"),
+        ("temperature",),
+        ("max_tokens",),
+    ],
+)
+def test_check_finds_out_how_a_model_wants_to_be_asked(tmp_path, refused, coded):
+    """Fails on 538a493: check() asked nobody, and scoring ended with the server's 400."""
+    with openai_server(reasoner(*refused, coded=coded)) as server:
+        judge = make(server, tmp_path, model="o4-mini")
+        judge.check()
+        assert len(server.requests) == len(refused) + 1
+        server.requests.clear()
+        assert judge.annotate(examples(4), ["good"] * 4) == [1.0] * 4
+    assert len(server.requests) == 4  # none of them is refused
+    limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+    for body in server.requests:
+        assert body[limit] == 100 and not set(refused) & body.keys()
+    left_out = sorted({"temperature", "top_p"} & set(refused))
+    asked = {"limit": limit} if "max_tokens" in refused else {}
+    assert judge.identity()["asked"] == asked | ({"left_out": left_out} if left_out else {})
+
+
+def test_scoring_alone_finds_it_out_too(tmp_path):
+    with openai_server(reasoner("max_tokens", "temperature")) as server:
+        judge = make(server, tmp_path, model="gpt-5", concurrency=2)
+        assert judge.annotate(examples(6), ["good"] * 6) == [1.0] * 6
+
+
+def test_an_answer_lost_in_thought_is_asked_for_again_with_room(tmp_path):
+    with openai_server(reasoner("max_tokens", "temperature", thinks=900)) as server:
+        judge = make(server, tmp_path, model="gpt-5")
+        assert judge.annotate(examples(2), ["good"] * 2) == [1.0] * 2
+    assert {b.get("max_completion_tokens") for b in server.requests} == {None, 100, 4196}
+
+
+def test_a_model_that_lacks_what_the_annotator_needs_is_refused_by_check(tmp_path):
+    with openai_server(reasoner("max_tokens", "logprobs")) as server:
+        judge = make(
+            server, tmp_path, model="o3", annotator="weighted_alpaca_eval_gpt-4o-mini-2024-07-18"
+        )
+        with pytest.raises(UserError, match=r"judge o3 refuses logprobs.*annotator="):
+            judge.check()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (
+            401,
+            {"message": "Incorrect API key provided"},
+            r"401 \(Incorrect API.*stage=generate",
+        ),
+        (404, {"message": "The model o9 does not exist"}, r"404 \(The model o9"),
+        (429, {"message": "You exceeded your quota", "code": "insufficient_quota"}, "quota"),
+        (400, {"message": "no room"}, r"400 \(no room"),
+    ],
+)
+def test_what_cannot_be_mended_is_said_by_check(tmp_path, status, error, said):
+    """Fails on 538a493: found out after hours of generation."""
+    with openai_server(lambda _: (status, {"error": error})) as server:
+        with pytest.raises(UserError, match=said):
+            make(server, tmp_path).check()
+        assert len(server.requests) <= 2
+
+
+def test_a_judge_that_is_away_is_a_warning_and_keeps_its_identity(tmp_path, caplog, monkeypatch):
+    with openai_server(reasoner("max_tokens", "temperature")) as server:
+        judge = make(server, tmp_path, model="gpt-5", timeout=2)
+        judge.check()
+    identity = judge.identity()
+    assert "asked" in identity
+    monkeypatch.setattr(judge_requests, "_found", {})  # another process
+    judge.check()
+    assert "does not answer yet" in caplog.text and judge.identity() == identity
+
+
+def test_a_judge_that_takes_everything_is_asked_once_and_as_ever(tmp_path):
+    with openai_server(reasoner()) as server:
+        judge = make(server, tmp_path)
+        judge.check()
+    assert [(b["max_tokens"], b["temperature"]) for b in server.requests] == [(100, 0)]
+    assert "asked" not in judge.identity()

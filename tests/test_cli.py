@@ -116,6 +116,16 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
         (["decoding.batch_size=0"], "decoding.batch_size=0"),
         (["machine.device=cuda:99"], "no device cuda:99 here"),
         (["machine.device=gpu"], "'gpu' is no device"),
+        # on 538a493 there are no penalties, and the temperature is found out after a base is served
+        (["decoding.min_p=2"], "task pocket_gsm8k: min_p must be from 0 to 1"),
+        (["decoding.repetition_penalty=0"], "repetition_penalty must be from 0.001 to 1000"),
+        (["decoding.presence_penalty=-2.5"], "presence_penalty must be from -2 to 2"),
+        (["decoding.ignore_eos=perhaps"], "ignore_eos"),
+        (["triple=pocket_api", "decoding.temperature=-1"], "temperature must be 0"),
+        (
+            ["triple=pocket_api", "decoding.repetition_penalty=1.2"],
+            "a server shows log-probabilities only",
+        ),
         (["task.pocket_gsm8k.pth=x"], "no key 'pth' (did you mean path?)"),
     ],
 )

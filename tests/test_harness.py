@@ -110,6 +110,18 @@ def test_a_single_model_generates_what_hf_generates(folders):
         assert len(set(found)) > 3
 
 
+def test_a_repetition_penalty_is_that_of_hf(folders):
+    """Greedy, too. On 538a493 it was refused: "repetition_penalty=1.8 cannot be done here"."""
+    asked = [(PAIRS[0][0], {"until": [], "max_gen_toks": 20, "repetition_penalty": 1.8})]
+    plain = [(PAIRS[0][0], {"until": [], "max_gen_toks": 20, "repetition_penalty": 1.0})]
+    for role in ("base", "expert"):
+        ours = ProxyTuneLM(base=str(folders[role]), device="cpu", progress=False)
+        found = ours.generate_until(requests("generate_until", asked))
+        expected = hf(folders[role]).generate_until(requests("generate_until", asked))
+        assert found == expected
+        assert found != ours.generate_until(requests("generate_until", plain))
+
+
 def test_whole_tasks_equal_hf(folders):
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     names = ["tiny_choice", "tiny_perplexity", "tiny_generate"]

@@ -71,3 +71,13 @@ def test_it_goes_on_where_it_stopped(folder, monkeypatch):
         json.loads(stored[1])["example_id"]
     ]
     assert again == json.loads(stored[1])
+
+
+def test_neutral_settings_that_it_does_not_know_change_nothing(folder, monkeypatch, capsys):
+    """min_p, the penalties and ignore_eos came later; other values are another configuration."""
+    neutral = [f"decoding.{name}_penalty=0" for name in ("presence", "frequency")]
+    neutral += ["decoding.min_p=0", "decoding.repetition_penalty=1", "decoding.ignore_eos=false"]
+    run(monkeypatch, folder, "limit=2", "stage=score", *neutral)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, folder, "limit=2", "decoding.frequency_penalty=0.5")
+    assert "decoding.frequency_penalty: None -> 0.5" in capsys.readouterr().err

@@ -102,6 +102,8 @@ NEUTRAL = [
     ({"a_field_of_tomorrow": None}, ALL),
     ({"stream": False, "stream_options": None}, ALL),
     ({"previous_response_id": None, "conversation": None, "prompt": None}, ("responses",)),
+    # inspect_ai sends background: true; the answer comes whole, so nobody has to wait for it
+    ({"background": True, "include": ["reasoning.encrypted_content"]}, ("responses",)),
     ({"background": False, "truncation": "disabled", "reasoning": None}, ("responses",)),
     ({"truncation": "auto", "reasoning": {"effort": "low", "summary": "auto"}}, ("responses",)),
     ({"text": {"format": {"type": "text"}, "verbosity": "low"}, "include": []}, ("responses",)),
@@ -152,7 +154,7 @@ REFUSED = [
     ({"continue_final_message": True}, CHATS, "must be false"),
     ({"add_generation_prompt": False}, CHATS, "must be true"),
     ({"previous_response_id": "resp_1"}, ("responses",), "unknown field"),
-    ({"background": True}, ("responses",), "send false"),
+    ({"context_management": [{"type": "compaction"}]}, ("responses",), "send []"),
     ({"text": {"format": {"type": "json_schema"}}}, ("responses",), "text.format"),
     ({"include": ["secrets"]}, ("responses",), "include"),
     ({"top_logprobs": 3}, ("responses",), "needs include"),

@@ -75,7 +75,6 @@ MESSAGE: Neutral = {"annotations": ([],), "tool_calls": ([],)}
 RESPONSES: Neutral = {
     **_DECODING,
     **_TOOLS,
-    "background": (False,),
     "context_management": ([],),
     "truncation": ("disabled", "auto"),  # a prompt that is too long is refused anyway
 }

@@ -197,8 +197,9 @@ Includable = Literal[
 class ResponsesRequest(_Choosing):
     """POST /v1/responses: text in, text out; nothing is stored."""
 
-    # stream_options holds include_obfuscation alone
-    ignored = BOOKKEEPING | {"reasoning", "stream_options"}
+    # `background` (inspect_ai sends true) lets a server answer later; this one answers at once.
+    # `stream_options` holds include_obfuscation alone.
+    ignored = BOOKKEEPING | {"background", "reasoning", "stream_options"}
     neutral = RESPONSES
 
     input: Text | Annotated[list[InputMessage], Field(min_length=1)]

@@ -180,7 +180,9 @@ def program(example: Example, solution: str) -> Program:
     """The program to run for one solution: the dataset's definitions, then its tests."""
     context = example.row["code_context"]
     tests = ["test_execution"] + ["test_string"] * ("test_string(" in context)
-    return Program(code=context, test="".join(f"{test}({solution!r})\n" for test in tests))
+    # The context runs the solution itself, so judge and program cannot be apart.
+    test = "".join(f"{test}({solution!r})\n" for test in tests)
+    return Program(code=context, test=test, together=True)
 
 
 def paper_subset() -> list[int]:

@@ -131,7 +131,10 @@ class HumanEval(Task):
 def program(row: Mapping[str, Any], completion: str) -> Program:
     """The program to run for one completion: prompt and completion, then the test."""
     return Program(
-        code=row["prompt"] + completion, test=f"{row['test']}\ncheck({row['entry_point']})"
+        code=row["prompt"] + completion,
+        test=f"{row['test']}\ncheck({row['entry_point']})",
+        prompt=row["prompt"],
+        entry_point=row["entry_point"],
     )
 
 

@@ -32,9 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tasks.sandbox.requirements import Requirements, requirements
+
 log = logging.getLogger(__name__)
 
-Outcome = Literal["passed", "failed", "timeout"]
+Outcome = Literal["passed", "failed", "timeout", "refused"]
 
 SERVER = Path(__file__).with_name("sandbox_server.py")
 
@@ -54,15 +56,20 @@ class Program:
     """A program and its test.
 
     Attributes:
-        code: the untrusted part.
-        test: trusted code that runs afterwards in the same namespace. Two checks, before and after
-            it, make sure that the untrusted part has not replaced builtins or modules. It is
-            compiled separately, so an open bracket or a decorator at the end of `code` cannot
-            change it.
+        code: the untrusted part, in HumanEval prompt and completion.
+        test: trusted code that runs afterwards. Without one, a program passes at its end.
+        prompt: the task's own text, with which `code` begins. The judge takes helper functions
+            from it, so that the program cannot replace them.
+        entry_point: the function that the prompt leaves to write.
+        together: judges in the program's own process, for tests that run the program themselves
+            (DS-1000); weaker, see docs/sandbox.md.
     """
 
     code: str
     test: str = ""
+    prompt: str = ""
+    entry_point: str | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,17 @@ class Verdict:
     """The outcome of one program.
 
     Attributes:
-        outcome: "passed" (it reached its end), "failed" or "timeout".
+        outcome: "passed" (it reached its end), "failed", "timeout", or "refused": it failed because
+            of something that the sandbox does not allow, so it is not known to be wrong.
         detail: the exception, or how the process died, for people to read.
         seconds: how long it ran, without the time that it waited for a processor.
+        together: whether judge and program were one process.
     """
 
     outcome: Outcome
     detail: str = ""
     seconds: float = 0.0
+    together: bool = False
 
     @property
     def passed(self) -> bool:
@@ -201,18 +211,35 @@ class _Server:
 
     def run(self, program: Program, limit_s: float) -> Verdict | None:
         """Runs one program; None if the server died meanwhile."""
+        known = requirements(program)
+        if known is not None:
+            verdict = self._run(program, known, limit_s)
+            if verdict is None or verdict.outcome != "together":
+                return verdict
+        return self._run(program, None, limit_s)
+
+    def _run(self, program: Program, known: Requirements | None, limit_s: float) -> Verdict | None:
         channel = self._channel or self._start()
         # The server's clock ends the program. This time-out is for a server that hangs.
         channel.settimeout(limit_s * 20 + 60)
         try:
-            _send(channel, {"code": program.code, "test": program.test, "limit_s": limit_s})
+            job = {"code": program.code, "limit_s": limit_s, "together": known is None}
+            if known is None:
+                _send(channel, {**job, "test": program.test})
+            else:
+                helpers = sorted(set(known.names) - set(known.entry_points))
+                helpers = [] if program.prompt else helpers
+                _send(channel, {**job, "imports": known.imports, "helpers": helpers})
             reply = _receive(channel)
+            if known is not None and reply is not None and "wants" in reply:
+                _send(channel, {**known._asdict(), "test": program.test})
+                reply = _receive(channel)
         except OSError:
             reply = None
         if reply is None:
             self._stop()
             return None
-        return Verdict(reply["outcome"], reply["detail"], reply["seconds"])
+        return Verdict(reply["outcome"], reply["detail"], reply["seconds"], known is None)
 
     def _start(self) -> socket.socket:
         box = self._sandbox

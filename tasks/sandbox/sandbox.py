@@ -24,7 +24,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,7 +200,7 @@ class _Server:
         self._sandbox = sandbox
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._workdir: str | None = None
+        self._workdir: str | None = None  # where there are no namespaces; the server deletes it
 
     def __enter__(self) -> "_Server":
         return self
@@ -244,15 +243,14 @@ class _Server:
     def _start(self) -> socket.socket:
         box = self._sandbox
         python = box.python or sys.executable
-        self._workdir = tempfile.mkdtemp(prefix="sandbox-")
         channel, theirs = socket.socketpair()
         with theirs:
             command = [python, "-s", "-B", str(SERVER), str(theirs.fileno())]
             try:
                 self._process = subprocess.Popen(
                     command,
-                    env=_environment(self._workdir, box.hash_seed),
-                    cwd=self._workdir,
+                    env=_environment(box.hash_seed),
+                    cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -272,8 +270,6 @@ class _Server:
             "threads": box.threads,
             "native": box.native,
             "isolate": box.isolate,
-            "workdir": self._workdir,
-            "home": str(Path.home()),
         }
         try:
             _send(channel, settings)
@@ -284,7 +280,14 @@ class _Server:
             reason = hello["error"] if hello else self._last_words()
             self._stop()
             raise RuntimeError(f"the sandbox's interpreter {python} did not start: {reason}")
-        _log_isolation(hello["refused"], hello["seccomp"], tuple(hello["writable"]))
+        self._workdir = hello["workdir"]
+        _log_isolation(
+            hello["refused"],
+            hello["landlock"],
+            hello["seccomp"],
+            tuple(hello["writable"]),
+            hello["root"],
+        )
         return channel
 
     def _last_words(self) -> str:
@@ -314,19 +317,21 @@ class _Server:
             self._workdir = None
 
 
-def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
-    """The environment variables of a program: none of ours except the library path."""
+def _environment(hash_seed: int) -> dict[str, str]:
+    """The environment variables of a program: none of ours except the library path.
+
+    The server adds those that name the program's own folder.
+    """
     fixed = {
         "PATH": os.defpath,
-        "HOME": workdir,
-        "TMPDIR": workdir,
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": str(hash_seed),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MPLBACKEND": "agg",
-        "MPLCONFIGDIR": workdir,
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
@@ -334,17 +339,19 @@ def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
 
 
 @functools.cache
-def _log_isolation(refused: str, seccomp: bool, writable: tuple[str, ...]) -> None:
+def _log_isolation(
+    refused: str, landlock: bool, seccomp: bool, writable: tuple[str, ...], root: bool
+) -> None:
     """Logs once how well programs are isolated."""
-    if not refused and seccomp and not writable:
-        log.info("sandbox: namespaces without network, read-only mounts, system call filter")
+    if not refused and seccomp and not writable and not root:
+        log.info("sandbox: namespaces without network, a root of its own, system call filter")
         return
+    files = "Landlock guards the files" if landlock else "only an audit hook guards the files"
     missing = [
-        f"no namespaces ({refused}): only an audit hook guards files and network"
-        if refused
-        else "",
+        f"no namespaces ({refused}): {files}" if refused else "",
         "" if seccomp else "no system call filter",
         f"still writable: {', '.join(writable)}" if writable else "",
+        "programs run as root; use an account of its own" if root else "",
     ]
     log.warning("sandbox, less than wanted: %s", "; ".join(part for part in missing if part))
 

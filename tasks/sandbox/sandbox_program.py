@@ -365,9 +365,13 @@ def enter_child(config, limit_s, descriptors):
     for number, descriptor in enumerate(high, 3):
         os.dup2(descriptor, number)
     os.closerange(3 + len(high), OPEN_FILES)
-    os.chdir(config["workdir"])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     jail.limit(config, limit_s)
+    if config["uid"] is not None:
+        os.setgroups([])
+        os.setresgid(*[config["uid"]] * 3)
+        os.setresuid(*[config["uid"]] * 3)
+    os.chdir(config["workdir"])
     if jail.LINUX:
         jail.drop_privileges(config["seccomp"])
 
@@ -450,7 +454,8 @@ def run_apart(job, config, channel):
     """
     try:
         enter_child(config, job["limit_s"], [channel])
-        native = config["native"] or (config["fence"] is None and config["seccomp"])
+        walls = config["seccomp"] and (config["namespaces"] or config["landlock"])
+        native = config["native"] or walls
         sys.addaudithook(audit_hook(native, config["fence"]))
         module = types.ModuleType(PROGRAM)
         names = module.__dict__

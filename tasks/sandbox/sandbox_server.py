@@ -21,7 +21,6 @@ import gc
 import importlib
 import json
 import os
-import platform
 import resource
 import select
 import shutil
@@ -29,6 +28,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 
 import sandbox_jail as jail
@@ -97,7 +97,11 @@ class Clock:
 
 
 def readable(harness, channel, clock):
-    """Waits until a channel can be read: True, or False at the time limit."""
+    """Waits until a channel can be read: True, or False at the time limit.
+
+    Raises:
+        EOFError: the harness has gone.
+    """
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     poll.register(harness, 0)  # reports only that the harness has closed it
@@ -105,7 +109,7 @@ def readable(harness, channel, clock):
     while used < clock.limit_s:
         events = poll.poll((clock.limit_s - used) * 1000 + 1)
         if any(descriptor == harness.fileno() for descriptor, _ in events):
-            os._exit(0)
+            raise EOFError
         if events:
             return True
         used = clock.used()
@@ -235,14 +239,20 @@ def serve(harness, config, proc):
     while True:
         job = receive(harness)
         if job is None:
-            os._exit(0)
+            leave(config)
         if config["namespaces"] and fresh is None:
             options = f"size={config['disk_bytes']},nr_inodes=4096,mode=700"
+            if config["uid"] is not None:
+                options += f",uid={config['uid']},gid={config['uid']}"
             flags = jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC
             jail.mount("sandbox", workdir, "tmpfs", flags, options)
             fresh = state(workdir)
         work = Job(job, harness, config, proc)
-        outcome, detail, seconds = work.run()
+        try:
+            outcome, detail, seconds = work.run()
+        except EOFError:
+            bury(work.pids, config["namespaces"])
+            leave(config)
         end = bury(work.pids, config["namespaces"])
         if not config["namespaces"]:
             empty(workdir)
@@ -253,6 +263,13 @@ def serve(harness, config, proc):
             outcome, detail = "failed", end
         reply = {"outcome": outcome, "detail": detail or ("" if outcome == "passed" else end)}
         send(harness, {**reply, "seconds": seconds})
+
+
+def leave(config):
+    """Ends the server when the harness has gone."""
+    if not config["namespaces"]:
+        shutil.rmtree(config["workdir"], ignore_errors=True)
+    os._exit(0)
 
 
 def state(directory):
@@ -288,11 +305,10 @@ def main(descriptor):
             send(harness, {"error": f"{sys.executable} cannot import {name}: {error}"})
             os._exit(0)
     refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
-    config["namespaces"] = not refused
-    config["fence"] = os.path.realpath(config["workdir"]) if refused else None
-    proc, writable = None, []
+    config["namespaces"], config["uid"] = not refused, None
+    root, proc, writable = os.geteuid() == 0, None, []
     if config["namespaces"]:
-        jail.enter_namespaces()
+        config["uid"] = jail.enter_namespaces()
         pid = os.fork()
         if pid:
             # Only the first child is in the new PID namespace; this process waits for it to end.
@@ -301,20 +317,23 @@ def main(descriptor):
             os._exit(0)
         assert os.getpid() == 1, "bury() would kill everything of this user"
         jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        hidden = jail.home_to_hide(config["home"], [config["workdir"]])
-        # Waiting times are read from a /proc of this PID namespace, if the kernel allows one.
-        try:
-            jail.mount("proc", "/proc", "proc", jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC)
-            proc = os.open("/proc", os.O_RDONLY)
-        except OSError:
-            proc = None
-        writable = jail.lock_file_system([*hidden, "/proc"])
-    config["own_user"] = config["namespaces"] and os.geteuid() != 0
+        jail.enter_root()
+        proc = os.open("/proc", os.O_RDONLY)  # waiting times are read there
+        writable = jail.lock_file_system()
+        config["workdir"], config["fence"] = jail.WORKDIR, None
+    else:
+        config["workdir"] = config["fence"] = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
+    config["landlock"] = not config["namespaces"] and jail.landlock(config["workdir"])
+    for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
+        os.environ[name] = config["workdir"]
+    # The limit of threads counts those of a user: programs need one of their own.
+    config["own_user"] = config["namespaces"] and (config["uid"] is not None or not root)
     config["seccomp"] = jail.seccomp_works()
     if jail.LINUX:
         jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
     report = {"refused": refused, "seccomp": config["seccomp"], "writable": writable}
-    send(harness, {**report, "python": platform.python_version()})
+    report.update(root=root and config["uid"] is None, landlock=config["landlock"])
+    send(harness, {**report, "workdir": config["fence"]})
     gc.freeze()  # garbage collection in a fork then copies no pages of the server
     serve(harness, config, proc)
 

@@ -7,6 +7,7 @@ under the interpreters of other environments. Without Linux, only the resource l
 # The server imports as little as possible before it isolates itself, so no pathlib.
 # ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -95,6 +96,7 @@ SYSCALLS = {
 # process_madvise, mount_setattr, memfd_secret
 REFUSED_EVERYWHERE = (424, 425, 428, 429, 430, 434, 438, 440, 442, 447)
 CLONE3 = 435
+OWN_PID = 0x7AC0FFEE  # a number that is nothing else in a filter
 
 # Landlock's calls (the same numbers everywhere) and rights (linux/landlock.h): to execute, write,
 # read, list, then to remove and make entries of all kinds; by version, to link across directories,
@@ -128,8 +130,7 @@ def mount(source, target, kind, flags, options=None):
 def enter_namespaces():
     """Moves this process into new namespaces (into the new PID namespace, only its children).
 
-    Root needs no user namespace: programs then run under a user id that nobody else has. But that
-    id must be able to read the interpreter, which may lie in a folder that is root's alone.
+    Root needs no user namespace, if programs can run under a user id of their own.
 
     Returns: the user id that programs must take; None if they keep this process's.
 
@@ -138,14 +139,15 @@ def enter_namespaces():
     """
     spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 and all(os.stat(path).st_mode & 0o5 == 0o5 for path in interpreter_paths()):
+    fresh = unused_uid(interpreter_paths())
+    if fresh is not None:
         try:
             call(LIBC.unshare, spaces)
         except OSError:
             pass  # root of a container, perhaps
         else:
             mount("none", "/", None, MS_REC | MS_PRIVATE)
-            return FIRST_UID + os.getpid()
+            return fresh
     call(LIBC.unshare, CLONE_NEWUSER | spaces)
     write_file("/proc/self/setgroups", "deny")
     # Inside, be an ordinary user without capabilities, who owns the files of the user outside.
@@ -153,6 +155,16 @@ def enter_namespaces():
     write_file("/proc/self/gid_map", f"1000 {gid} 1")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     return None
+
+
+def unused_uid(paths):
+    """A user id that nobody has, for the programs of a server that is root; else None.
+
+    It must be able to read `paths`: the interpreter may lie in a folder that is root's alone.
+    """
+    if os.geteuid() != 0 or not all(os.stat(path).st_mode & 0o5 == 0o5 for path in paths):
+        return None
+    return FIRST_UID + os.getpid()
 
 
 def why_no_namespaces():
@@ -167,7 +179,8 @@ def why_no_namespaces():
     if pid == 0:
         try:
             enter_namespaces()
-            enter_root()
+            if os.fork() == 0:  # only a child is in the new PID namespace
+                enter_root()
         except OSError as error:
             os.write(writer, str(error).encode())
         os._exit(0)
@@ -182,6 +195,11 @@ def interpreter_paths():
     """The folders of this interpreter and its packages."""
     paths = [sys.prefix, sys.base_prefix, sys.exec_prefix]
     return sorted({part for path in paths for part in (path, os.path.realpath(path))} - {"/"})
+
+
+def parents(path):
+    """A path and the folders on the way to it."""
+    return [path] if os.path.dirname(path) == path else [path, *parents(os.path.dirname(path))]
 
 
 def visible_paths():
@@ -221,7 +239,8 @@ def enter_root():
         bind(f"/dev/{name}", f"{stage}/dev/{name}")
     for name in ("proc", "tmp", WORKDIR.lstrip("/"), "old"):
         os.makedirs(f"{stage}/{name}", exist_ok=True)
-    mount("proc", f"{stage}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    with contextlib.suppress(OSError):  # some containers; then waiting times are unknown
+        mount("proc", f"{stage}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     call(LIBC.pivot_root, os.fsencode(stage), os.fsencode(f"{stage}/old"))
     os.chdir("/")
     call(LIBC.umount2, b"/old", MNT_DETACH)
@@ -300,8 +319,10 @@ def lock_file_system():
     return writable
 
 
-def seccomp_filter(pid):
+def seccomp_filter():
     """A BPF program (bytes) that refuses the calls in SYSCALLS; None on other architectures.
+
+    OWN_PID in it stands for the number of the process that it is for.
 
     It allows threads, signals to the process itself (abort), changes of its own limits, and pairs
     of stream sockets (asyncio).
@@ -328,7 +349,7 @@ def seccomp_filter(pid):
     # A pair of stream sockets is connected for good; other kinds can send to any address.
     for name, place, test, operand, yes, no in (
         ("clone", 16, jump_set, CLONE_THREAD, allow, refuse),
-        ("tgkill", 16, jump_equal, pid, allow, refuse),
+        ("tgkill", 16, jump_equal, OWN_PID, allow, refuse),
         ("prlimit64", 16, jump_equal, 0, allow, refuse),
         ("socketpair", 24, jump_set, 0xE, refuse, allow),
     ):
@@ -343,30 +364,29 @@ def seccomp_filter(pid):
     return b"".join(struct.pack("=HBBI", *line) for line in code)
 
 
-def refuse_system_calls():
-    """Installs the seccomp filter in this process; it cannot be removed."""
-    program = seccomp_filter(os.getpid())
-    if program is None:
-        return
+def refuse_system_calls(program):
+    """Installs a seccomp filter in this process; it cannot be removed."""
+    program = program.replace(struct.pack("=I", OWN_PID), struct.pack("=I", os.getpid()))
     buffer = ctypes.create_string_buffer(program)
     head = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     header = ctypes.create_string_buffer(head)
     call(LIBC.prctl, PR_SET_SECCOMP, 2, ctypes.c_void_p(ctypes.addressof(header)), 0, 0)
 
 
-def seccomp_works():
-    """Whether the kernel accepts the filter; a child process tries it."""
-    if not LINUX or seccomp_filter(1) is None:
-        return False
+def working_filter():
+    """The seccomp filter; None if the kernel does not accept it, as a child process finds out."""
+    program = seccomp_filter() if LINUX else None
+    if program is None:
+        return None
     pid = os.fork()
     if pid == 0:
         try:
             call(LIBC.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            refuse_system_calls()
+            refuse_system_calls(program)
             os._exit(0)
         except OSError:
             os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
+    return program if os.waitpid(pid, 0)[1] == 0 else None
 
 
 def limit(config, seconds):
@@ -394,10 +414,10 @@ def limit(config, seconds):
                 raise  # macOS has RLIMIT_AS but refuses to set it
 
 
-def drop_privileges(use_seccomp):
-    """Drops all capabilities and the right to gain any; then forbids many system calls."""
+def drop_privileges(program):
+    """Drops all capabilities and the right to gain any; then installs the filter, if any."""
     call(LIBC.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     call(LIBC.capset, header, ctypes.create_string_buffer(24))
-    if use_seccomp:
-        refuse_system_calls()
+    if program is not None:
+        refuse_system_calls(program)

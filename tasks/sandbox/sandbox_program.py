@@ -157,6 +157,7 @@ def audit_hook(native, fence, testing=None):
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     realpath, fsdecode, inside = os.path.realpath, os.fsdecode, f"{fence}{os.sep}"
     is_directory = os.path.isdir
+    null = os.devnull
     refusal, refused_import = Refusal, RefusedImport  # the module's names are cleared
     refused = REFUSED
     if fence is not None or testing is not None:
@@ -170,7 +171,10 @@ def audit_hook(native, fence, testing=None):
     local = int(getattr(socket, "AF_UNIX", -1)), int(socket.SOCK_STREAM)
 
     def outside(path):
-        return isinstance(path, (str, bytes)) and not realpath(fsdecode(path)).startswith(inside)
+        if not isinstance(path, (str, bytes)):
+            return False
+        real = realpath(fsdecode(path))
+        return not real.startswith(inside) and real != null
 
     def in_proc(path):
         return realpath(fsdecode(path)).startswith("/proc")
@@ -454,7 +458,7 @@ def run_apart(job, config, channel):
     """
     try:
         enter_child(config, job["limit_s"], [channel])
-        walls = config["seccomp"] and (config["namespaces"] or config["landlock"])
+        walls = config["seccomp"] is not None and (config["namespaces"] or config["landlock"])
         native = config["native"] or walls
         sys.addaudithook(audit_hook(native, config["fence"]))
         module = types.ModuleType(PROGRAM)

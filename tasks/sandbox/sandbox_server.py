@@ -5,13 +5,17 @@ under the interpreter of another environment (DS-1000's pinned libraries). It im
 that programs are likely to need and isolates itself. Each program then costs a fork instead of the
 start of an interpreter.
 
-The isolation (Linux, `sandbox_jail.py`): new user, mount, PID, network, IPC and UTS namespaces;
-every mount is read-only, /proc and the home directory are hidden, and the only writable place is a
-small memory file system, new for each program. The server is the init of the PID namespace, so one
-call kills everything. Each program gets resource limits, no capabilities, and a seccomp filter that
-refuses processes, sockets, signals to others, tracing and mounting. An audit hook refuses the same
-to Python code; it is the protection that is left where the kernel refuses the rest (a container,
-macOS). `sandbox_program.py` describes how success is decided.
+The isolation (Linux, `sandbox_jail.py`): new mount, PID, network, IPC, UTS and, unless we are root,
+user namespaces; a root directory in memory that shows the system's and the interpreter's folders
+read-only; and one writable place, a small memory file system, new for each program. The server is
+the init of the PID namespace, so one call kills everything. Each program gets resource limits, no
+capabilities, and a seccomp filter that refuses processes, sockets, signals to others, tracing and
+mounting. An audit hook refuses the same to Python code, with a better message. Where the kernel
+refuses namespaces (a container), Landlock guards the files, and where it lacks Landlock, the hook
+alone. docs/sandbox.md lists what holds on which platform.
+
+A program gets two processes: its own, which has never seen the test (`sandbox_program.py`), and the
+judge's (`sandbox_judge.py`), which reads the test from the harness itself.
 """
 
 # The server imports as little as possible before it isolates itself, so no pathlib.
@@ -123,9 +127,9 @@ class Job:
         pids: the processes that have been started; the first one is the program's.
     """
 
-    def __init__(self, job, harness, config, proc):
+    def __init__(self, job, harness, config):
         self._job, self._harness, self._config = job, harness, config
-        self._clock = Clock(job["limit_s"], proc)
+        self._clock = Clock(job["limit_s"], config["proc"])
         self.pids = self._clock.pids
 
     def run(self):
@@ -233,13 +237,13 @@ def bury(pids, alone):
                 end = f"exited with {os.WEXITSTATUS(status)} before its end was reached"
 
 
-def serve(harness, config, proc):
+def serve(harness, config):
     """Runs jobs until the harness closes the channel; never returns."""
     workdir, fresh = config["workdir"], None
     while True:
         job = receive(harness)
         if job is None:
-            leave(config)
+            os._exit(0)
         if config["namespaces"] and fresh is None:
             options = f"size={config['disk_bytes']},nr_inodes=4096,mode=700"
             if config["uid"] is not None:
@@ -247,12 +251,12 @@ def serve(harness, config, proc):
             flags = jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC
             jail.mount("sandbox", workdir, "tmpfs", flags, options)
             fresh = state(workdir)
-        work = Job(job, harness, config, proc)
+        work = Job(job, harness, config)
         try:
             outcome, detail, seconds = work.run()
         except EOFError:
             bury(work.pids, config["namespaces"])
-            leave(config)
+            os._exit(0)
         end = bury(work.pids, config["namespaces"])
         if not config["namespaces"]:
             empty(workdir)
@@ -263,13 +267,6 @@ def serve(harness, config, proc):
             outcome, detail = "failed", end
         reply = {"outcome": outcome, "detail": detail or ("" if outcome == "passed" else end)}
         send(harness, {**reply, "seconds": seconds})
-
-
-def leave(config):
-    """Ends the server when the harness has gone."""
-    if not config["namespaces"]:
-        shutil.rmtree(config["workdir"], ignore_errors=True)
-    os._exit(0)
 
 
 def state(directory):
@@ -304,38 +301,63 @@ def main(descriptor):
         except ImportError as error:
             send(harness, {"error": f"{sys.executable} cannot import {name}: {error}"})
             os._exit(0)
-    refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
-    config["namespaces"], config["uid"] = not refused, None
-    root, proc, writable = os.geteuid() == 0, None, []
-    if config["namespaces"]:
-        config["uid"] = jail.enter_namespaces()
-        pid = os.fork()
-        if pid:
-            # Only the first child is in the new PID namespace; this process waits for it to end.
-            harness.close()
-            os.waitpid(pid, 0)
-            os._exit(0)
-        assert os.getpid() == 1, "bury() would kill everything of this user"
-        jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        jail.enter_root()
-        proc = os.open("/proc", os.O_RDONLY)  # waiting times are read there
-        writable = jail.lock_file_system()
-        config["workdir"], config["fence"] = jail.WORKDIR, None
-    else:
-        config["workdir"] = config["fence"] = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
-    config["landlock"] = not config["namespaces"] and jail.landlock(config["workdir"])
+    report = isolate(harness, config)
     for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
         os.environ[name] = config["workdir"]
-    # The limit of threads counts those of a user: programs need one of their own.
-    config["own_user"] = config["namespaces"] and (config["uid"] is not None or not root)
-    config["seccomp"] = jail.seccomp_works()
     if jail.LINUX:
         jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    report = {"refused": refused, "seccomp": config["seccomp"], "writable": writable}
-    report.update(root=root and config["uid"] is None, landlock=config["landlock"])
-    send(harness, {**report, "workdir": config["fence"]})
+    send(harness, report)
     gc.freeze()  # garbage collection in a fork then copies no pages of the server
-    serve(harness, config, proc)
+    serve(harness, config)
+
+
+def isolate(harness, config):
+    """Puts a child of this process behind the walls that the kernel allows; returns there only.
+
+    It adds to `config`: namespaces, landlock, fence (the only folder to write in, if there is no
+    mount namespace), workdir, uid (the programs' user id, None for ours), own_user (whether they
+    have one to themselves, so that its threads can be limited), seccomp (the filter), and proc (a
+    descriptor of /proc, None without).
+
+    Returns: what the harness is told.
+    """
+    refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
+    root, writable = os.geteuid() == 0, []
+    if refused:
+        workdir = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
+        uid = jail.unused_uid({p for path in jail.interpreter_paths() for p in jail.parents(path)})
+        if uid is not None:
+            os.chown(workdir, uid, uid)
+    else:
+        workdir, uid = jail.WORKDIR, jail.enter_namespaces()
+    pid = os.fork()
+    if pid:
+        # Only a child is in the new PID namespace. This process waits for its end, and cleans up.
+        harness.close()
+        os.waitpid(pid, 0)
+        if refused:
+            shutil.rmtree(workdir, ignore_errors=True)
+        os._exit(0)
+    if jail.LINUX:
+        jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    config.update(namespaces=not refused, workdir=workdir, uid=uid, proc=None, landlock=False)
+    if refused:
+        config.update(fence=workdir, landlock=jail.landlock(workdir))
+    else:
+        assert os.getpid() == 1, "bury() would kill everything of this user"
+        jail.enter_root()
+        config.update(fence=None, proc=os.open("/proc", os.O_RDONLY))
+        writable = jail.lock_file_system()
+    config["own_user"] = uid is not None or not (refused or root)
+    config["seccomp"] = jail.working_filter()
+    return {
+        "refused": refused,
+        "landlock": config["landlock"],
+        "seccomp": config["seccomp"] is not None,
+        "writable": writable,
+        "root": root and uid is None,
+        "workdir": config["fence"],
+    }
 
 
 if __name__ == "__main__":

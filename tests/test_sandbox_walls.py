@@ -161,7 +161,8 @@ def test_inside_there_are_five_devices_and_no_folders_of_others() -> None:
     needs_namespaces()
     look = (
         "import os, stat\n"
-        "assert sorted(os.listdir('/dev')) == ['full', 'null', 'random', 'urandom', 'zero']\n"
+        "names = ['full', 'null', 'random', 'shm', 'urandom', 'zero']\n"
+        "assert sorted(os.listdir('/dev')) == names and os.listdir('/dev/shm') == []\n"
         "open('/dev/null', 'w').write('x')\n"
         "assert open('/dev/urandom', 'rb').read(1)\n"
         "assert open('/dev/zero', 'rb').read(1) == bytes(1)\n"
@@ -173,6 +174,8 @@ def test_inside_there_are_five_devices_and_no_folders_of_others() -> None:
     )
     (verdict,) = run(look)
     assert verdict.passed, verdict.detail
+    pool = "from multiprocessing.pool import ThreadPool\nThreadPool(2)"
+    assert run(pool)[0].outcome == "refused", "semaphores have names that outlive a program"
     make = "import os\nos.mknod('x', 0o666 | 0o020000, os.makedev(1, 5))"
     assert run(make)[0].outcome == "refused"
 
@@ -219,7 +222,7 @@ def test_another_user_has_the_same_walls(tmp_path: Path) -> None:
     code = (
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
         "from tasks.sandbox import Program, run_programs\n"
-        "look = 'import os\\nassert len(os.listdir(\"/dev\")) == 5 and os.getpid() < 100'\n"
+        "look = 'import os\\nassert len(os.listdir(\"/dev\")) == 6 and os.getpid() < 100'\n"
         "print(run_programs([Program(look, 'assert True')])[0].outcome)"
     )
     nobody = [setpriv, "--reuid", "65534", "--regid", "65534", "--clear-groups"]

@@ -237,7 +237,8 @@ def enter_root():
             bind(path, stage + path)
     for name in DEVICES:
         bind(f"/dev/{name}", f"{stage}/dev/{name}")
-    for name in ("proc", "tmp", WORKDIR.lstrip("/"), "old"):
+    # An empty, read-only /dev/shm makes named semaphores (multiprocessing) a refusal, not an error.
+    for name in ("dev/shm", "proc", "tmp", WORKDIR.lstrip("/"), "old"):
         os.makedirs(f"{stage}/{name}", exist_ok=True)
     with contextlib.suppress(OSError):  # some containers; then waiting times are unknown
         mount("proc", f"{stage}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)

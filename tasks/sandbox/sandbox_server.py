@@ -5,13 +5,17 @@ under the interpreter of another environment (DS-1000's pinned libraries). It im
 that programs are likely to need and isolates itself. Each program then costs a fork instead of the
 start of an interpreter.
 
-The isolation (Linux, `sandbox_jail.py`): new user, mount, PID, network, IPC and UTS namespaces;
-every mount is read-only, /proc and the home directory are hidden, and the only writable place is a
-small memory file system, new for each program. The server is the init of the PID namespace, so one
-call kills everything. Each program gets resource limits, no capabilities, and a seccomp filter that
-refuses processes, sockets, signals to others, tracing and mounting. An audit hook refuses the same
-to Python code; it is the protection that is left where the kernel refuses the rest (a container,
-macOS). `sandbox_program.py` describes how success is decided.
+The isolation (Linux, `sandbox_jail.py`): new mount, PID, network, IPC, UTS and, unless we are root,
+user namespaces; a root directory in memory that shows the system's and the interpreter's folders
+read-only; and one writable place, a small memory file system, new for each program. The server is
+the init of the PID namespace, so one call kills everything. Each program gets resource limits, no
+capabilities, and a seccomp filter that refuses processes, sockets, signals to others, tracing and
+mounting. An audit hook refuses the same to Python code, with a better message. Where the kernel
+refuses namespaces (a container), Landlock guards the files, and where it lacks Landlock, the hook
+alone. docs/sandbox.md lists what holds on which platform.
+
+A program gets two processes: its own, which has never seen the test (`sandbox_program.py`), and the
+judge's (`sandbox_judge.py`), which reads the test from the harness itself.
 """
 
 # The server imports as little as possible before it isolates itself, so no pathlib.
@@ -21,17 +25,21 @@ import gc
 import importlib
 import json
 import os
-import platform
+import resource
 import select
 import shutil
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 
 import sandbox_jail as jail
+import sandbox_judge as judge
 import sandbox_program as inner
+
+SETUP_S = 60.0  # a judge's process may take this long to read its test
 
 
 def receive(channel):
@@ -71,51 +79,139 @@ def waited_s(proc, pid):
         return 0.0
 
 
-def watch(harness, channel, pid, limit_s, proc):
-    """Waits for the program's end or its time limit.
+class Clock:
+    """The time that a job's processes have used.
 
-    The clock does not count the time that the program waited for a processor, so other load on
-    the machine does not cause a time-out.
-
-    Returns: outcome, detail, seconds.
+    It does not count the time that they waited for a processor, so other load on the machine does
+    not cause a time-out. (Program and judge work in turns, so their waiting adds up.)
     """
-    start = time.monotonic()
-    nonce = read_exactly(channel, inner.NONCE_BYTES)
-    if nonce is None:
-        return "failed", "the program's process could not be set up", 0.0
-    channel.sendall(b".")
+
+    def __init__(self, limit_s, proc):
+        self.limit_s, self.pids = limit_s, []
+        self._proc, self._start = proc, time.monotonic()
+
+    def used(self):
+        """Seconds; on an overloaded machine, at least a tenth of the time on the wall."""
+        wall = time.monotonic() - self._start
+        return max(wall - sum(waited_s(self._proc, pid) for pid in self.pids), wall / 10)
+
+    def pause(self, seconds):
+        """Takes back `seconds`, which were ours."""
+        self._start += seconds
+
+
+def readable(harness, channel, clock):
+    """Waits until a channel can be read: True, or False at the time limit.
+
+    Raises:
+        EOFError: the harness has gone.
+    """
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     poll.register(harness, 0)  # reports only that the harness has closed it
-    data, used = b"", 0.0
-    while True:
-        left = limit_s - used
-        if left <= 0:
-            return "timeout", f"no end after {limit_s:g} s", used
-        events = poll.poll(left * 1000 + 1)
+    used = 0.0
+    while used < clock.limit_s:
+        events = poll.poll((clock.limit_s - used) * 1000 + 1)
         if any(descriptor == harness.fileno() for descriptor, _ in events):
-            os._exit(0)
-        if not events:
-            wall = time.monotonic() - start
-            # On an overloaded machine, the program ends after ten times its limit of wall time.
-            used = max(wall - waited_s(proc, pid), wall / 10)
-            continue
-        part = channel.recv(1 << 12)
-        data += part
-        used = time.monotonic() - start - waited_s(proc, pid)
-        if data == nonce:
-            return "passed", "", used
-        if not part or len(data) > 2 * inner.DETAIL_BYTES:
-            break
-    if data.startswith(b"E") and len(data) <= 2 * inner.DETAIL_BYTES:
-        return "failed", data[1:].decode("utf-8", "replace").strip(), used
-    if data:
-        return "failed", "the program wrote to the verdict's channel", used
-    return "failed", "", used
+            raise EOFError
+        if events:
+            return True
+        used = clock.used()
+    return False
 
 
-def bury(pid, alone):
-    """Kills all processes that a program has left, and reaps them.
+class Job:
+    """One program: the processes that it needs, and its verdict.
+
+    Attributes:
+        pids: the processes that have been started; the first one is the program's.
+    """
+
+    def __init__(self, job, harness, config):
+        self._job, self._harness, self._config = job, harness, config
+        self._clock = Clock(job["limit_s"], config["proc"])
+        self.pids = self._clock.pids
+
+    def run(self):
+        """Runs the job.
+
+        Returns: outcome, detail, seconds.
+        """
+        outcome, detail = self._together() if self._job["together"] else self._apart()
+        return outcome, detail, self._clock.used()
+
+    def _fork(self, child, *arguments):
+        pid = os.fork()
+        if pid == 0:
+            child(*arguments)
+        self.pids.append(pid)
+
+    def _late(self):
+        return "timeout", f"no end after {self._clock.limit_s:g} s"
+
+    def _together(self):
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._fork(inner.run_together, self._job, self._config, theirs.fileno())
+            nonce = read_exactly(ours, inner.NONCE_BYTES)
+            if nonce is None:
+                return "failed", "the program's process could not be set up"
+            ours.sendall(b".")
+            return self._last_words(ours, b"", nonce)
+
+    def _last_words(self, channel, data, proof=None):
+        """What a program's process says at its end: the proof, or an exception."""
+        while len(data) <= 2 * inner.DETAIL_BYTES:
+            if not readable(self._harness, channel, self._clock):
+                return self._late()
+            part = channel.recv(1 << 12)
+            data += part
+            if data == proof:
+                return "passed", ""
+            if not part:
+                break
+        if data[:1] in (b"E", b"X") and len(data) <= 2 * inner.DETAIL_BYTES:
+            outcome = "refused" if data[:1] == b"X" else "failed"
+            return outcome, data[1:].decode("utf-8", "replace").strip()
+        return "failed", "the program wrote to the verdict's channel" if data else ""
+
+    def _apart(self):
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._fork(inner.run_apart, self._job, self._config, theirs.fileno())
+            if not readable(self._harness, ours, self._clock):
+                return self._late()
+            word = ours.recv(1)
+            if word != b".":
+                return self._last_words(ours, word) if word else ("failed", "")
+            return self._judge(ours)
+
+    def _judge(self, program):
+        """Starts the judge's process, which reads the test itself, and waits for its verdict."""
+        start = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                send(self._harness, {"wants": "test"})
+                ends = self._harness.fileno(), self._config, program.fileno(), theirs.fileno()
+                self._fork(judge.run_judge, *ends, self._job["limit_s"])
+            program.close()
+            ours.settimeout(SETUP_S)
+            if read_exactly(ours, 1) is None:
+                os._exit(1)  # the test is read by nobody, so the next job would not be understood
+            self._clock.pause(time.monotonic() - start)
+            if not readable(self._harness, ours, self._clock):
+                return self._late()
+            verdict = receive(ours)
+        if verdict is None:
+            return "failed", "the judge's process ended without a verdict"
+        return verdict["outcome"], verdict["detail"]
+
+
+def bury(pids, alone):
+    """Kills all processes that a job has left, and reaps them.
 
     Returns: how the program's own process ended, in words.
     """
@@ -123,8 +219,9 @@ def bury(pid, alone):
         if alone:
             os.kill(-1, signal.SIGKILL)
         else:
-            os.kill(pid, signal.SIGKILL)
-            os.killpg(pid, signal.SIGKILL)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
     except OSError:
         pass  # nothing left to kill
     end = "ended before its end was reached"
@@ -133,14 +230,14 @@ def bury(pid, alone):
             found, status = os.waitpid(-1, 0)
         except ChildProcessError:
             return end
-        if found == pid:
+        if found == pids[0]:
             if os.WIFSIGNALED(status):
                 end = f"killed by signal {os.WTERMSIG(status)}"
             else:
                 end = f"exited with {os.WEXITSTATUS(status)} before its end was reached"
 
 
-def serve(harness, config, proc):
+def serve(harness, config):
     """Runs jobs until the harness closes the channel; never returns."""
     workdir, fresh = config["workdir"], None
     while True:
@@ -149,24 +246,25 @@ def serve(harness, config, proc):
             os._exit(0)
         if config["namespaces"] and fresh is None:
             options = f"size={config['disk_bytes']},nr_inodes=4096,mode=700"
+            if config["uid"] is not None:
+                options += f",uid={config['uid']},gid={config['uid']}"
             flags = jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC
             jail.mount("sandbox", workdir, "tmpfs", flags, options)
             fresh = state(workdir)
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            harness.detach()
-            ours.detach()
-            inner.run_child(job, config, theirs)
-        theirs.close()
-        outcome, detail, seconds = watch(harness, ours, pid, job["limit_s"], proc)
-        ours.close()
-        end = bury(pid, config["namespaces"])
+        work = Job(job, harness, config)
+        try:
+            outcome, detail, seconds = work.run()
+        except EOFError:
+            bury(work.pids, config["namespaces"])
+            os._exit(0)
+        end = bury(work.pids, config["namespaces"])
         if not config["namespaces"]:
             empty(workdir)
         elif state(workdir) != fresh:
             jail.call(jail.LIBC.umount2, os.fsencode(workdir), jail.MNT_DETACH)
             fresh = None
+        if outcome == "died":
+            outcome, detail = "failed", end
         reply = {"outcome": outcome, "detail": detail or ("" if outcome == "passed" else end)}
         send(harness, {**reply, "seconds": seconds})
 
@@ -188,7 +286,12 @@ def empty(directory):
 
 def main(descriptor):
     """Sets the server up (imports, namespaces, file system) and runs jobs."""
-    harness = socket.socket(fileno=descriptor)
+    # Every descriptor of this process is low, so that its children can close them all.
+    os.dup2(descriptor, 3, inheritable=False)
+    os.closerange(4, max(descriptor + 1, inner.OPEN_FILES))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (inner.OPEN_FILES, hard))
+    harness = socket.socket(fileno=3)
     config = receive(harness)
     if config is None:
         os._exit(0)
@@ -198,36 +301,63 @@ def main(descriptor):
         except ImportError as error:
             send(harness, {"error": f"{sys.executable} cannot import {name}: {error}"})
             os._exit(0)
-    refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
-    config["namespaces"] = not refused
-    config["fence"] = os.path.realpath(config["workdir"]) if refused else None
-    proc, writable = None, []
-    if config["namespaces"]:
-        jail.enter_namespaces()
-        pid = os.fork()
-        if pid:
-            # Only the first child is in the new PID namespace; this process waits for it to end.
-            harness.close()
-            os.waitpid(pid, 0)
-            os._exit(0)
-        assert os.getpid() == 1, "bury() would kill everything of this user"
-        jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        hidden = jail.home_to_hide(config["home"], [config["workdir"]])
-        # Waiting times are read from a /proc of this PID namespace, if the kernel allows one.
-        try:
-            jail.mount("proc", "/proc", "proc", jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC)
-            proc = os.open("/proc", os.O_RDONLY)
-        except OSError:
-            proc = None
-        writable = jail.lock_file_system([*hidden, "/proc"])
-    config["own_user"] = config["namespaces"] and os.geteuid() != 0
-    config["seccomp"] = jail.seccomp_works()
+    report = isolate(harness, config)
+    for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
+        os.environ[name] = config["workdir"]
     if jail.LINUX:
         jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    report = {"refused": refused, "seccomp": config["seccomp"], "writable": writable}
-    send(harness, {**report, "python": platform.python_version()})
+    send(harness, report)
     gc.freeze()  # garbage collection in a fork then copies no pages of the server
-    serve(harness, config, proc)
+    serve(harness, config)
+
+
+def isolate(harness, config):
+    """Puts a child of this process behind the walls that the kernel allows; returns there only.
+
+    It adds to `config`: namespaces, landlock, fence (the only folder to write in, if there is no
+    mount namespace), workdir, uid (the programs' user id, None for ours), own_user (whether they
+    have one to themselves, so that its threads can be limited), seccomp (the filter), and proc (a
+    descriptor of /proc, None without).
+
+    Returns: what the harness is told.
+    """
+    refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
+    root, writable = os.geteuid() == 0, []
+    if refused:
+        workdir = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
+        uid = jail.unused_uid({p for path in jail.interpreter_paths() for p in jail.parents(path)})
+        if uid is not None:
+            os.chown(workdir, uid, uid)
+    else:
+        workdir, uid = jail.WORKDIR, jail.enter_namespaces()
+    pid = os.fork()
+    if pid:
+        # Only a child is in the new PID namespace. This process waits for its end, and cleans up.
+        harness.close()
+        os.waitpid(pid, 0)
+        if refused:
+            shutil.rmtree(workdir, ignore_errors=True)
+        os._exit(0)
+    if jail.LINUX:
+        jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    config.update(namespaces=not refused, workdir=workdir, uid=uid, proc=None, landlock=False)
+    if refused:
+        config.update(fence=workdir, landlock=jail.landlock(workdir))
+    else:
+        assert os.getpid() == 1, "bury() would kill everything of this user"
+        jail.enter_root()
+        config.update(fence=None, proc=os.open("/proc", os.O_RDONLY))
+        writable = jail.lock_file_system()
+    config["own_user"] = uid is not None or not (refused or root)
+    config["seccomp"] = jail.working_filter()
+    return {
+        "refused": refused,
+        "landlock": config["landlock"],
+        "seccomp": config["seccomp"] is not None,
+        "writable": writable,
+        "root": root and uid is None,
+        "workdir": config["fence"],
+    }
 
 
 if __name__ == "__main__":

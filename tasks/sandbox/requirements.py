@@ -1,0 +1,114 @@
+"""What a test needs to be judged apart from the program, read from the task's own texts."""
+
+import ast
+import builtins
+import functools
+import re
+import symtable
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tasks.sandbox.sandbox import Program
+
+# A test that uses one of these looks at, or changes, the state of the process that it runs in, or
+# looks at a function instead of calling it.
+SHARED_STATE = frozenset(
+    [
+        "__class__", "__dict__", "__doc__", "__module__", "argv", "chdir", "environ", "globals",
+        "mock", "monkeypatch", "patch", "redirect_stderr", "redirect_stdout", "seed",
+        "setrecursionlimit", "stderr", "stdin", "stdout", "tracemalloc",
+    ]
+)  # fmt: skip
+
+
+class Requirements(NamedTuple):
+    """What the judge's process needs.
+
+    Attributes:
+        prelude: the prompt's text before the function to write.
+        names: what the test takes from outside: the prompt or the program.
+        entry_points: those of them that come from the program even if the prompt has them: the one
+            that the program names, else those in the test's last statement, `check(f)`.
+        imports: the imports of the test, which the program sees, too.
+    """
+
+    prelude: str
+    names: list[str]
+    entry_points: list[str]
+    imports: str
+
+
+def requirements(program: "Program") -> Requirements | None:
+    """What the judge needs; None if the program must be judged in its own process.
+
+    That is so without a test, where the caller wants it, and if the test shares state with the
+    program or defines classes for it. It depends on the task only, never on the program.
+    """
+    if program.together or not program.test:
+        return None
+    found = _read(program.test)
+    if found is None:
+        return None
+    names, imports, last = found
+    entry = program.entry_point
+    prelude = _prelude(program.prompt, entry)
+    if entry is not None:
+        return Requirements(prelude, sorted({*names, entry}), [entry], imports)
+    return Requirements(prelude, names, last, imports)
+
+
+@functools.cache
+def _prelude(prompt: str, entry_point: str | None) -> str:
+    """The prompt up to the definition of the entry point; all of it without one."""
+    if entry_point is None:
+        return prompt
+    places = re.finditer(rf"^(async\s+)?def\s+{re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    return prompt[: max((place.start() for place in places), default=len(prompt))]
+
+
+@functools.cache
+def _read(test: str) -> tuple[list[str], str, list[str]] | None:
+    """What a test takes from outside, its imports, and what of it is in its last statement.
+
+    Returns: None if the test cannot be apart.
+    """
+    try:
+        tree = ast.parse(test)
+        names = sorted(_outside_names(test))
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    if SHARED_STATE & set(_words(tree)) or any(isinstance(n, ast.ClassDef) for n in tree.body):
+        return None
+    imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    last = sorted(set(names) & set(_words(tree.body[-1]))) if tree.body else []
+    return names, "\n".join(map(ast.unparse, imports)), last
+
+
+def _words(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield from node.name.split(".")
+
+
+def _outside_names(test: str) -> set[str]:
+    """The names that a test reads and neither defines nor finds in the builtins."""
+    used: set[str] = set()
+    bound: set[str] = set()
+    todo = [symtable.symtable(test, "<test>", "exec")]
+    while todo:
+        table = todo.pop()
+        todo += table.get_children()
+        for symbol in table.get_symbols():
+            top = table.get_type() == "module"
+            if symbol.is_referenced() and (top or symbol.is_global()):
+                used.add(symbol.get_name())
+            if (top or symbol.is_declared_global()) and (
+                symbol.is_assigned() or symbol.is_imported()
+            ):
+                bound.add(symbol.get_name())
+    return used - bound - vars(builtins).keys()

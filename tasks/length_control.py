@@ -86,7 +86,7 @@ def controlled(
         [example]; None for all where too few answers have a verdict, or all lengths differ alike.
     """
     difficulty: Any = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
-    delta = pd.Series([theirs - ours for ours, theirs in lengths], dtype=float)
+    delta: Any = pd.Series([theirs - ours for ours, theirs in lengths], dtype=float)
     if sum(win is not None for win in wins) < 2 or not delta.std() > 0:
         return [None] * len(wins)
     with extra("alpaca_eval", "the length-controlled win rate"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,10 @@ def alpaca2(tmp_path):
     longer = [len(t[0]) - len(r["output"]) for t, r in zip(texts, rows, strict=True)]
     wins: list[float | None] = [0.5 + 0.4 * float(np.tanh(d / 30)) for d in longer]
     wins[7] = None
-    paths = {"path": str(tmp_path / "baseline.json"), "difficulty": str(tmp_path / "df_gamed.csv")}
+    paths: dict[str, Any] = {
+        "path": str(tmp_path / "baseline.json"),
+        "difficulty": str(tmp_path / "df_gamed.csv"),
+    }
     return AlpacaEval2(judge=Judge(wins), **paths), texts
 
 

@@ -95,7 +95,7 @@ class AlpacaEval(Task):
             for number, row in enumerate(rows)
         ]
 
-    def edition(self) -> Edition:
+    def edition(self) -> Edition | None:
         """The instructions with text-davinci-003's answers."""
         return Edition(805, "c2713205f8a4d02ade549775318485f0b747e317256c677b93429152b4474f4f")
 

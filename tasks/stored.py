@@ -77,7 +77,7 @@ def _own_settings(name: str, target: str) -> dict[str, Any]:
     path = shipped("conf") / "task" / f"{name}.yaml"
     if not path.is_file():
         return {}
-    config = OmegaConf.merge({"root": str(ROOT)}, OmegaConf.load(path))
+    config: Any = OmegaConf.merge({"root": str(ROOT)}, OmegaConf.load(path))
     settings = config.get(name)
     if settings is None or settings.get("_target_") != target:
         return {}

@@ -141,7 +141,9 @@ class Packer:
     def _plain(self, base, value):
         """The node of an instance of a subclass, without asking the subclass's own methods."""
         if base in (int, float, complex, str, bytes):
-            return self._special(base, base(*base.__getnewargs__(value)))
+            # complex has it, too, whatever its type stub says
+            arguments = base.__getnewargs__(value)  # pyright: ignore[reportAttributeAccessIssue]
+            return self._special(base, base(*arguments))  # pyright: ignore
         if base is bytearray:
             return ["bytearray", bytes(memoryview(value)).hex()]
         parts = _chained(dict.items(value)) if base is dict else base.__iter__(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from proxytune.errors import UserError, extra
 from proxytune.loading.missing import not_found
@@ -372,6 +372,7 @@ def _pickled(role: str, spec: ModelSpec, path: Path, device: str) -> dict[str, t
 
 def _file(spec: ModelSpec, name: str, local_files_only: bool = False) -> Path | None:
     """A file of the adapter's folder or repository; None where there is none."""
+    assert spec.adapter is not None
     found = cached_file(
         spec.adapter,
         name,

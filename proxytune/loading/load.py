@@ -79,7 +79,8 @@ def find_end(specs: Mapping[str, ModelSpec]) -> SharedEnd | None:
             configs = [_load_config(role, spec)]
             sizes[role] = configs[0].get_text_config().vocab_size
         with suppress(OSError):  # many models have none
-            configs.append(GenerationConfig.from_pretrained(spec.id, revision=spec.revision))
+            revision = spec.revision or "main"
+            configs.append(GenerationConfig.from_pretrained(spec.id, revision=revision))
         ends[role] = end_ids(tokenizers[role], *configs)
     shared = common_vocabulary(tokenizers, sizes)
     return shared_end(ends, sizes, tokenizers.get("base"), shared)

@@ -90,7 +90,7 @@ def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
 
 def messages_of(prompt: Prompt) -> list[Message]:
     """The conversation that a member with a chat format reads for a prompt that is not plain."""
-    messages = [{"role": "user", "content": prompt.user}]
+    messages: list[Message] = [{"role": "user", "content": prompt.user}]
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})
     if prompt.response_prefix:
@@ -223,6 +223,7 @@ def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> l
         )
     if messages is not None:
         return encode(render_messages(messages, fmt, tokenizer), tokenizer)
+    assert isinstance(prompt, str)
     return prompt_ids(prompt, tokenizer)
 
 

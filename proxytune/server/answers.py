@@ -13,7 +13,7 @@ from proxytune.engine.score import TokenLogprob
 from proxytune.engine.text import TokenTexts
 from proxytune.server.errors import error_body
 from proxytune.server.prepare import Prepared
-from proxytune.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.worker import Piece
 
 # "nothing": a base behind an API listed no token that may be chosen
@@ -187,9 +187,9 @@ class _Chunks(Answer):
         self._prepared = prepared
         self._ids = bool(body.return_token_ids)
         self._chunk_head = head
-        options = body.stream_options or StreamOptions()
-        self._usage = bool(options.include_usage)
-        self._every_usage = bool(self._usage and options.continuous_usage_stats)
+        options = body.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._every_usage = bool(options and options.continuous_usage_stats)
 
     @abstractmethod
     def _delta(

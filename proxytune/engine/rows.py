@@ -302,12 +302,14 @@ class _Group(NamedTuple):
 def _pick(logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
     """`pick_tokens` for places that are grouped."""
     if len(groups) == 1:
-        _, *arguments = groups[0][1:]
-        return groups[0].sampler.choose(logits, *arguments)
+        (group,) = groups
+        return group.sampler.choose(logits, group.streams, group.positions, group.histories)
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    for sampler, places, *arguments in groups:
-        where = torch.tensor(places, device=logits.device)
-        tokens[where] = sampler.choose(logits[where], *arguments)
+    for group in groups:
+        where = torch.tensor(group.places, device=logits.device)
+        tokens[where] = group.sampler.choose(
+            logits[where], group.streams, group.positions, group.histories
+        )
     return tokens
 
 
@@ -323,10 +325,17 @@ def _certain(
         groups: the places.
     """
     certain = [True] * len(tokens)
-    for sampler, places, *arguments in groups:
-        where = torch.tensor(places, device=logits.device)
-        sure = sampler.certain(tokens[where], logits[where], ceiling[where], *arguments)
-        for place, each in zip(places, sure.tolist(), strict=True):
+    for group in groups:
+        where = torch.tensor(group.places, device=logits.device)
+        sure = group.sampler.certain(
+            tokens[where],
+            logits[where],
+            ceiling[where],
+            group.streams,
+            group.positions,
+            group.histories,
+        )
+        for place, each in zip(group.places, sure.tolist(), strict=True):
             certain[place] = each
     return certain
 

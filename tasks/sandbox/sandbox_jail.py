@@ -5,7 +5,7 @@ under the interpreters of other environments. Without Linux, only the resource l
 """
 
 # The server imports as little as possible before it isolates itself, so no pathlib.
-# ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
+# ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH111, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
 
 import contextlib
 import ctypes
@@ -160,11 +160,18 @@ def enter_namespaces():
 def unused_uid(paths):
     """A user id that nobody has, for the programs of a server that is root; else None.
 
-    It must be able to read `paths`: the interpreter may lie in a folder that is root's alone.
+    It must be able to read `paths` and the packages: they may be root's alone.
     """
-    if os.geteuid() != 0 or not all(os.stat(path).st_mode & 0o5 == 0o5 for path in paths):
+    needed = [*paths, os.__file__, *(p for p in sys.path if p.startswith(sys.prefix))]
+    if os.geteuid() != 0 or not all(readable(path) for path in needed if os.path.exists(path)):
         return None
     return FIRST_UID + os.getpid()
+
+
+def readable(path):
+    """Whether everybody may read a file, or enter and list a folder."""
+    wanted = 0o5 if os.path.isdir(path) else 0o4
+    return os.stat(path).st_mode & wanted == wanted
 
 
 def why_no_namespaces():
@@ -204,7 +211,12 @@ def parents(path):
 
 def visible_paths():
     """What programs see of the machine: the system's programs, the interpreter, libraries."""
-    libraries = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+    home = os.path.expanduser("~/")
+    libraries = [
+        path
+        for path in os.environ.get("LD_LIBRARY_PATH", "").split(":")
+        if path and not home.startswith(f"{os.path.abspath(path)}/".replace("//", "/"))
+    ]
     paths = [*SYSTEM, *(f"/etc/{name}" for name in ETC), *interpreter_paths(), *libraries]
     found = []
     for path in sorted({os.path.abspath(path) for path in paths if os.path.exists(path)}):

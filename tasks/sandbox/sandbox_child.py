@@ -34,9 +34,7 @@ def enter_child(config, limit_s, descriptors):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     jail.limit(config, limit_s)
     if config["uid"] is not None:
-        os.setgroups([])
-        os.setresgid(*[config["uid"]] * 3)
-        os.setresuid(*[config["uid"]] * 3)
+        jail.take_uid(config["uid"])
     os.chdir(config["workdir"])
     if jail.LINUX:
         jail.drop_privileges(config["seccomp"])

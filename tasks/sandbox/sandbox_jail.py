@@ -165,7 +165,22 @@ def unused_uid(paths):
     needed = [*paths, os.__file__, *(p for p in sys.path if p.startswith(sys.prefix))]
     if os.geteuid() != 0 or not all(readable(path) for path in needed if os.path.exists(path)):
         return None
-    return FIRST_UID + os.getpid()
+    uid = FIRST_UID + os.getpid()
+    pid = os.fork()
+    if pid == 0:  # root of a container may lack the capability, or such ids
+        try:
+            take_uid(uid)
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    return uid if os.waitpid(pid, 0)[1] == 0 else None
+
+
+def take_uid(uid):
+    """Gives up root for good."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 def readable(path):
@@ -231,6 +246,8 @@ def enter_root():
     So programs find no home directory, no sockets or FIFOs of other processes, no devices but
     five harmless ones, and no files of the user's.
 
+    Returns: the mounts in it: point and options.
+
     Raises:
         OSError: the kernel refuses.
     """
@@ -256,8 +273,11 @@ def enter_root():
         mount("proc", f"{stage}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     call(LIBC.pivot_root, os.fsencode(stage), os.fsencode(f"{stage}/old"))
     os.chdir("/")
+    with open("/old/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split(" ")[4:6] for line in file]
     call(LIBC.umount2, b"/old", MNT_DETACH)
     os.rmdir("/old")
+    return [mount for mount in mounts if mount[0] != "/old" and not mount[0].startswith("/old/")]
 
 
 def bind(source, target):
@@ -309,13 +329,11 @@ def write_file(path, text):
         os.close(descriptor)
 
 
-def lock_file_system():
-    """Makes every mount read-only and without devices (but for ours), and hides /proc.
+def lock_file_system(mounts):
+    """Makes each of `mounts` read-only and without devices (but for ours), and hides /proc.
 
     Returns: the mount points that are still writable.
     """
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = [line.split(" ")[4:6] for line in file]
     writable = []
     for point, options in mounts:
         path = point.replace("\\040", " ")

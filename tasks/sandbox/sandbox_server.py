@@ -347,9 +347,9 @@ def isolate(harness, config):
         config.update(fence=workdir, landlock=jail.landlock(workdir))
     else:
         assert os.getpid() == 1, "bury() would kill everything of this user"
-        jail.enter_root()
+        mounts = jail.enter_root()
         config.update(fence=None, proc=os.open("/proc", os.O_RDONLY))
-        writable = jail.lock_file_system()
+        writable = jail.lock_file_system(mounts)
     config["own_user"] = uid is not None or not (refused or root)
     config["seccomp"] = jail.working_filter()
     return {

@@ -1,9 +1,15 @@
-"""Runs untrusted programs in isolation, with a verdict that they cannot fake.
+"""Runs untrusted programs in isolation, with a verdict that they cannot fake: docs/sandbox.md.
 
 sandbox.py          our side: starts fork servers, uses all cores, sets fair time limits
 sandbox_server.py   the fork server that isolates programs
-sandbox_program.py  the process that runs one program and its test
+requirements.py     what a test needs to be judged apart from the program
+sandbox_judge.py    the judge's process: it runs the test, and never the program's text
+sandbox_program.py  the program's process, which does what the judge asks for
+sandbox_together.py program and test in one process, where the test needs it
+sandbox_link.py     calls between the two, as plain data (sandbox_codec.py)
+sandbox_child.py    what each of these processes does first
 sandbox_jail.py     the isolation by the kernel
+sandbox_hook.py     the isolation by Python's audit events
 """
 
 from tasks.sandbox.sandbox import Program, Sandbox, Verdict, run_programs

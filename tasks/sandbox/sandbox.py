@@ -1,6 +1,6 @@
 """Runs untrusted Python programs on all cores, each in isolation.
 
-`sandbox_server.py` describes the isolation, `sandbox_program.py` how success is decided. This
+`sandbox_server.py` describes the isolation, `sandbox_judge.py` how success is decided. This
 module starts the servers and hands them programs. If the kernel refuses namespaces (many
 containers) or has none (macOS), one line in the log names the protection that is missing.
 

@@ -45,6 +45,14 @@ EMPTY = {
 MAPPINGS = frozenset(["dict", "counter", "ordered", "defaultdict"])
 KINDS = {kind: name for name, kind in EMPTY.items()}
 VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
+# The value of a subclass's instance as one of the base, without the subclass's own methods.
+PLAIN_VALUE = {
+    int: int.__pos__,
+    float: float.__pos__,
+    complex: complex.__pos__,
+    str: str.__str__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+}
 # The plain bases of a subclass, in the order in which they are tried.
 BASES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
 NUMPY_DTYPE = re.compile(r"[<>|=]?[biufcUS][0-9]+")
@@ -140,10 +148,8 @@ class Packer:
 
     def _plain(self, base, value):
         """The node of an instance of a subclass, without asking the subclass's own methods."""
-        if base in (int, float, complex, str, bytes):
-            # complex has it, too, whatever its type stub says
-            arguments = base.__getnewargs__(value)  # pyright: ignore[reportAttributeAccessIssue]
-            return self._special(base, base(*arguments))  # pyright: ignore
+        if base in PLAIN_VALUE:
+            return self._special(base, PLAIN_VALUE[base](value))
         if base is bytearray:
             return ["bytearray", bytes(memoryview(value)).hex()]
         parts = _chained(dict.items(value)) if base is dict else base.__iter__(value)

@@ -5,7 +5,7 @@ under the interpreters of other environments. Without Linux, only the resource l
 """
 
 # The server imports as little as possible before it isolates itself, so no pathlib.
-# ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
+# ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH111, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
 
 import contextlib
 import ctypes
@@ -160,11 +160,33 @@ def enter_namespaces():
 def unused_uid(paths):
     """A user id that nobody has, for the programs of a server that is root; else None.
 
-    It must be able to read `paths`: the interpreter may lie in a folder that is root's alone.
+    It must be able to read `paths` and the packages: they may be root's alone.
     """
-    if os.geteuid() != 0 or not all(os.stat(path).st_mode & 0o5 == 0o5 for path in paths):
+    needed = [*paths, os.__file__, *(p for p in sys.path if p.startswith(sys.prefix))]
+    if os.geteuid() != 0 or not all(readable(path) for path in needed if os.path.exists(path)):
         return None
-    return FIRST_UID + os.getpid()
+    uid = FIRST_UID + os.getpid()
+    pid = os.fork()
+    if pid == 0:  # root of a container may lack the capability, or such ids
+        try:
+            take_uid(uid)
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    return uid if os.waitpid(pid, 0)[1] == 0 else None
+
+
+def take_uid(uid):
+    """Gives up root for good."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def readable(path):
+    """Whether everybody may read a file, or enter and list a folder."""
+    wanted = 0o5 if os.path.isdir(path) else 0o4
+    return os.stat(path).st_mode & wanted == wanted
 
 
 def why_no_namespaces():
@@ -204,7 +226,12 @@ def parents(path):
 
 def visible_paths():
     """What programs see of the machine: the system's programs, the interpreter, libraries."""
-    libraries = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+    home = os.path.expanduser("~/")
+    libraries = [
+        path
+        for path in os.environ.get("LD_LIBRARY_PATH", "").split(":")
+        if path and not home.startswith(f"{os.path.abspath(path)}/".replace("//", "/"))
+    ]
     paths = [*SYSTEM, *(f"/etc/{name}" for name in ETC), *interpreter_paths(), *libraries]
     found = []
     for path in sorted({os.path.abspath(path) for path in paths if os.path.exists(path)}):
@@ -218,6 +245,8 @@ def enter_root():
 
     So programs find no home directory, no sockets or FIFOs of other processes, no devices but
     five harmless ones, and no files of the user's.
+
+    Returns: the mounts in it: point and options.
 
     Raises:
         OSError: the kernel refuses.
@@ -244,8 +273,11 @@ def enter_root():
         mount("proc", f"{stage}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     call(LIBC.pivot_root, os.fsencode(stage), os.fsencode(f"{stage}/old"))
     os.chdir("/")
+    with open("/old/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split(" ")[4:6] for line in file]
     call(LIBC.umount2, b"/old", MNT_DETACH)
     os.rmdir("/old")
+    return [mount for mount in mounts if mount[0] != "/old" and not mount[0].startswith("/old/")]
 
 
 def bind(source, target):
@@ -297,13 +329,11 @@ def write_file(path, text):
         os.close(descriptor)
 
 
-def lock_file_system():
-    """Makes every mount read-only and without devices (but for ours), and hides /proc.
+def lock_file_system(mounts):
+    """Makes each of `mounts` read-only and without devices (but for ours), and hides /proc.
 
     Returns: the mount points that are still writable.
     """
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = [line.split(" ")[4:6] for line in file]
     writable = []
     for point, options in mounts:
         path = point.replace("\\040", " ")

@@ -21,9 +21,10 @@ import os
 import sys
 import types
 
+import sandbox_child as child
 import sandbox_codec as codec
 import sandbox_link as wire
-import sandbox_program as inner
+from sandbox_hook import audit_hook
 
 VERDICT = 4  # the descriptor of the server's channel; 3 is the program's
 # What a test may pass to a program as something to call back.
@@ -113,7 +114,7 @@ class JudgeLink(wire.Link):
     def leave(self, outcome, detail):
         """Sends the verdict and ends the process."""
         with contextlib.suppress(OSError):
-            wire.write_frame(VERDICT, {"outcome": outcome, "detail": detail[: inner.DETAIL_BYTES]})
+            wire.write_frame(VERDICT, {"outcome": outcome, "detail": detail[: child.DETAIL_BYTES]})
         os._exit(0)
 
     def _handle(self, value):
@@ -154,10 +155,10 @@ def run_judge(harness, config, link, verdict, limit_s):
     try:
         job = wire.read_frame(harness)
         os.write(verdict, b".")
-        inner.enter_child(config, limit_s, [link, verdict])
+        child.enter_child(config, limit_s, [link, verdict])
         sys.modules["__main__"] = types.ModuleType("__main__")
         if config["fence"] is not None:
-            sys.addaudithook(inner.audit_hook(True, config["fence"]))
+            sys.addaudithook(audit_hook(True, config["fence"]))
         link = JudgeLink(3)
     except BaseException:
         os._exit(1)
@@ -165,8 +166,8 @@ def run_judge(harness, config, link, verdict, limit_s):
         judge(link, job)
     except BaseException as error:
         known = {id(refusal) for refusal in link.refusals}
-        refused = any(id(part) in known for part in inner.chain(error))
-        text = inner.describe(error)[1:].decode("utf-8", "replace").strip()
+        refused = any(id(part) in known for part in child.chain(error))
+        text = child.describe(error)[1:].decode("utf-8", "replace").strip()
         link.leave("refused" if refused else "failed", text)
     link.leave("passed", "")
 

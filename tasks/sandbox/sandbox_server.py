@@ -35,9 +35,11 @@ import sys
 import tempfile
 import time
 
+import sandbox_child as child
 import sandbox_jail as jail
 import sandbox_judge as judge
-import sandbox_program as inner
+import sandbox_program as program
+import sandbox_together as together
 
 SETUP_S = 60.0  # a judge's process may take this long to read its test
 
@@ -140,10 +142,10 @@ class Job:
         outcome, detail = self._together() if self._job["together"] else self._apart()
         return outcome, detail, self._clock.used()
 
-    def _fork(self, child, *arguments):
+    def _fork(self, run, *arguments):
         pid = os.fork()
         if pid == 0:
-            child(*arguments)
+            run(*arguments)
         self.pids.append(pid)
 
     def _late(self):
@@ -153,8 +155,8 @@ class Job:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._fork(inner.run_together, self._job, self._config, theirs.fileno())
-            nonce = read_exactly(ours, inner.NONCE_BYTES)
+                self._fork(together.run_together, self._job, self._config, theirs.fileno())
+            nonce = read_exactly(ours, child.NONCE_BYTES)
             if nonce is None:
                 return "failed", "the program's process could not be set up"
             ours.sendall(b".")
@@ -162,7 +164,7 @@ class Job:
 
     def _last_words(self, channel, data, proof=None):
         """What a program's process says at its end: the proof, or an exception."""
-        while len(data) <= 2 * inner.DETAIL_BYTES:
+        while len(data) <= 2 * child.DETAIL_BYTES:
             if not readable(self._harness, channel, self._clock):
                 return self._late()
             part = channel.recv(1 << 12)
@@ -171,7 +173,7 @@ class Job:
                 return "passed", ""
             if not part:
                 break
-        if data[:1] in (b"E", b"X") and len(data) <= 2 * inner.DETAIL_BYTES:
+        if data[:1] in (b"E", b"X") and len(data) <= 2 * child.DETAIL_BYTES:
             outcome = "refused" if data[:1] == b"X" else "failed"
             return outcome, data[1:].decode("utf-8", "replace").strip()
         return "failed", "the program wrote to the verdict's channel" if data else ""
@@ -180,7 +182,7 @@ class Job:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._fork(inner.run_apart, self._job, self._config, theirs.fileno())
+                self._fork(program.run_apart, self._job, self._config, theirs.fileno())
             if not readable(self._harness, ours, self._clock):
                 return self._late()
             word = ours.recv(1)
@@ -188,16 +190,16 @@ class Job:
                 return self._last_words(ours, word) if word else ("failed", "")
             return self._judge(ours)
 
-    def _judge(self, program):
+    def _judge(self, channel):
         """Starts the judge's process, which reads the test itself, and waits for its verdict."""
         start = time.monotonic()
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 send(self._harness, {"wants": "test"})
-                ends = self._harness.fileno(), self._config, program.fileno(), theirs.fileno()
+                ends = self._harness.fileno(), self._config, channel.fileno(), theirs.fileno()
                 self._fork(judge.run_judge, *ends, self._job["limit_s"])
-            program.close()
+            channel.close()
             ours.settimeout(SETUP_S)
             if read_exactly(ours, 1) is None:
                 os._exit(1)  # the test is read by nobody, so the next job would not be understood
@@ -288,9 +290,9 @@ def main(descriptor):
     """Sets the server up (imports, namespaces, file system) and runs jobs."""
     # Every descriptor of this process is low, so that its children can close them all.
     os.dup2(descriptor, 3, inheritable=False)
-    os.closerange(4, max(descriptor + 1, inner.OPEN_FILES))
+    os.closerange(4, max(descriptor + 1, child.OPEN_FILES))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (inner.OPEN_FILES, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (child.OPEN_FILES, hard))
     harness = socket.socket(fileno=3)
     config = receive(harness)
     if config is None:
@@ -345,9 +347,9 @@ def isolate(harness, config):
         config.update(fence=workdir, landlock=jail.landlock(workdir))
     else:
         assert os.getpid() == 1, "bury() would kill everything of this user"
-        jail.enter_root()
+        mounts = jail.enter_root()
         config.update(fence=None, proc=os.open("/proc", os.O_RDONLY))
-        writable = jail.lock_file_system()
+        writable = jail.lock_file_system(mounts)
     config["own_user"] = uid is not None or not (refused or root)
     config["seccomp"] = jail.working_filter()
     return {

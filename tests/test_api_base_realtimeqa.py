@@ -32,7 +32,8 @@ QUESTIONS = {
 def answer(body):
     """What the stand-in says: the question's words, one token."""
     text = body["messages"][0]["content"]
-    words = next((w for q, w in QUESTIONS.items() if q in text), None) or PROBED[text]
+    words = next((w for q, w in QUESTIONS.items() if q in text), None)
+    words = words or PROBED.get(text) or QUESTIONS["Which bank closed?"]
     listed = [
         {"token": word, "logprob": logprob, "bytes": list(word.encode())}
         for word, logprob in sorted(words.items(), key=lambda each: -each[1])

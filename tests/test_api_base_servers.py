@@ -158,6 +158,8 @@ FULL = [
     (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 64"),
     (400, "Requested tokens (65) exceed context window of 64"),
     (500, "Requested tokens (65) exceed context window of 64"),
+    (400, "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"),  # vLLM 0.32
+    (400, "max_completion_tokens must be positive but is -1"),
     (413, "prompt is too long: 65 tokens > 64 maximum"),
     (200, "Input length 65 exceeds the maximum allowed length of the context"),
 ]

@@ -32,6 +32,10 @@ _EXCEEDED = re.compile(
     r" less|only |overflow|reduce|no room|limit",
     re.IGNORECASE,
 )
+# We ask for one token, so none or fewer is what the server's context leaves (vLLM).
+_NONE_LEFT = re.compile(
+    r"max_\w*tokens\b.{0,60}\b(got|value=|is|was):? ?\(?(0|-\d+)\b", re.IGNORECASE
+)
 _WAIT = re.compile(
     r"rate.?limit|too many requests|overloaded|try again|temporarily|capacity|timed? ?out|busy",
     re.IGNORECASE,
@@ -95,7 +99,8 @@ class Failure:
             return False
         if self.code in _TOO_LONG:
             return True
-        return bool(_LENGTH.search(self.message) and _EXCEEDED.search(self.message))
+        too_long = _LENGTH.search(self.message) and _EXCEEDED.search(self.message)
+        return bool(too_long or _NONE_LEFT.search(self.message))
 
     @property
     def passing(self) -> bool:

@@ -127,7 +127,12 @@ def test_a_server_that_splits_text_otherwise_is_refused(folder, url):
         faulty(url, early=no_ids("400"), edit=miscounted) as proxy,
         pytest.raises(UserError, match=r"reads \d+ tokens in a prompt of \d+"),
     ):
-        over_http(folder, proxy.url, top_logprobs=20)
+        over_http(folder, proxy.url, top_logprobs=20, endpoint="completions")
+
+
+def test_names_of_invalid_utf8_do_not_look_like_other_values(folder, url):
+    """Tokens that share a text, in lists of another length, over the chat endpoint."""
+    assert offer_of(over_http(folder, url, top_logprobs=20, endpoint="chat")).k == 20
 
 
 def test_text_of_tokens():

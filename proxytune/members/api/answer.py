@@ -102,7 +102,9 @@ def _likeliest(listed: Sequence[Named], k: int) -> tuple[list[Named], list[Named
     A nan comes first.
     """
     known = [named for named in listed if named.logprob is not None]
-    known.sort(key=lambda n: math.inf if math.isnan(n.logprob or 0) else n.logprob, reverse=True)
+    known.sort(
+        key=lambda n: math.inf if math.isnan(n.logprob or 0) else n.logprob or 0.0, reverse=True
+    )
     without = [named for named in listed if named.logprob is None]
     return (known[:k], without, known[k:]) if k > 0 else (known, without, [])
 

@@ -33,7 +33,7 @@ class Shown:
     counted: int | None
 
     @property
-    def content(self) -> dict[int | str, float]:
+    def content(self) -> dict[int | str | tuple[int, ...], float]:
         """Name -> log-probability, the likeliest first."""
         known = [(each.key, each.logprob) for each in self.named if each.logprob is not None]
         return dict(sorted(known, key=lambda pair: -pair[1]))
@@ -45,15 +45,19 @@ class Shown:
         return max(len(self.named), asked) if merged else len(self.named)
 
     def agrees(self, other: "Shown") -> bool:
-        """Whether both lists have the likeliest tokens of either with the same values."""
-        if not self.content or not other.content:
+        """Whether both lists have the likeliest tokens of either with the same values.
+
+        A text may stand for another token in the other list: then half of the texts must agree.
+        """
+        mine, theirs = self.content, other.content
+        if not mine or not theirs:
             return False
-        best = {next(iter(self.content)), next(iter(other.content))}
-        both = [key for key in self.content if key in other.content]
-        compared = best | {*both[:_COMPARED]}
-        if not compared <= {*both}:
-            return False
-        return all(abs(self.content[key] - other.content[key]) < AGREE for key in compared)
+        both = [key for key in mine if key in theirs][:_COMPARED]
+        same = [key for key in both if abs(mine[key] - theirs[key]) < AGREE]
+        if any(each.by_text for each in self.named):
+            return bool(both) and 2 * len(same) >= len(both)
+        best = {next(iter(mine)), next(iter(theirs))}
+        return len(same) == len(both) and best <= {*both}
 
 
 class Asker:

@@ -162,7 +162,7 @@ def _said(body: Any) -> Failure | None:
         message = dict(body)
     text = message if isinstance(message, str) else json.dumps(message)
     codes = [body.get(key) for key in ("code", "status", "type")]
-    numbers = [int(c) for c in map(str, codes) if re.fullmatch(r"[1-5]\d\d", c)]
+    numbers = [int(str(c)) for c in codes if re.fullmatch(r"[1-5]\d\d", str(c))]
     names = [c for c in codes if isinstance(c, str) and not c.isdigit()]
     return Failure(numbers[0] if numbers else None, names[0] if names else "", _one_line(text))
 

@@ -29,9 +29,11 @@ class Named:
     bytes: Sequence[int] | None = None
 
     @property
-    def key(self) -> int | str:
+    def key(self) -> int | str | tuple[int, ...]:
         """The name itself."""
-        return self.text if self.id is None else self.id
+        if self.id is not None:
+            return self.id
+        return self.text if self.bytes is None else tuple(self.bytes)
 
     @property
     def by_text(self) -> bool:

@@ -150,6 +150,26 @@ CHEATS = {
         "    return 0",
         PLAIN,
     ),
+    "answers of its own making, with more names than were asked for": (
+        "import os, json, struct\n"
+        "def read(n):\n"
+        "    data = b''\n"
+        "    while len(data) < n: data += os.read(3, n - len(data)) or os._exit(0)\n"
+        "    return data\n"
+        "def ask(): return json.loads(read(struct.unpack('!Q', read(8))[0]))\n"
+        "def answer(nodes, value):\n"
+        "    body = json.dumps(['value', nodes, value, []]).encode()\n"
+        "    os.write(3, struct.pack('!Q', len(body)) + body)\n"
+        "os.write(3, b'.')\n"
+        "n = len(ask()[1])\n"
+        "names = ['f', [n + 1], 'abs', [n + 2], '__builtins__', [n + 3], 'check', [n + 2]]\n"
+        "answer([['dict', *names], *(['mine', k, 'function'] for k in range(2)),\n"
+        "        ['dict', 'abs', [n + 2], 'print', [n + 2]]], [n])\n"
+        "while True:\n"
+        "    ask()\n"
+        "    answer([], 0)",
+        FRACTION,
+    ),
     "an endless answer": ("import os\ndef f(x):\n    os.write(3, b'\\xff' * 16)\n", PLAIN),
     "contents for what the test did not pass": (
         "import os, json, struct\n"

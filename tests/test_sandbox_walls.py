@@ -209,20 +209,10 @@ def _servers_of(parent: int) -> list[int]:
 
 WRAPPERS = {
     "nobody": ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"],
-    "bubblewrap": (
-        [
-            "bwrap",
-            "--unshare-all",
-            "--die-with-parent",
-            "--ro-bind",
-            "/",
-            "/",
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-        ]
-    ),
+    "bubblewrap": [
+        *("bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/"),
+        *("--proc", "/proc", "--dev", "/dev"),
+    ],
 }
 
 

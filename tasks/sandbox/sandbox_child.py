@@ -60,7 +60,10 @@ def chain(error):
 
 
 def is_refusal(
-    error, chain=chain, kinds=(Refusal, RefusedImport), numbers=(errno.EPERM, errno.EROFS)
+    error,
+    chain=chain,
+    kinds=(Refusal, RefusedImport),
+    numbers=(errno.EPERM, errno.EACCES, errno.EROFS),
 ):
     """Whether an exception comes from what the sandbox does not allow, as far as it shows."""
     try:

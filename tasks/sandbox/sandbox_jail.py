@@ -301,8 +301,11 @@ def landlock(workdir):
     if version < 3:
         return False  # older ones cannot refuse to truncate files
     rights = RIGHTS[5 if version >= 5 else 3]
-    attributes = ctypes.create_string_buffer(struct.pack("=Q", rights), 8)
-    ruleset = LIBC.syscall(CREATE_RULESET, attributes, 8, 0)
+    # Files; nothing of the network, which the system call filter refuses; later versions also keep
+    # signals and abstract sockets (3) from leaving.
+    size = 24 if version >= 6 else 8
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQ", rights, 0, 3), 24)
+    ruleset = LIBC.syscall(CREATE_RULESET, attributes, size, 0)
     if ruleset == -1:
         return False
     allowed = dict.fromkeys(visible_paths(), LOOK)

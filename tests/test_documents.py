@@ -155,6 +155,11 @@ RULES = [
         "--prompts 1",
         slow=True,
     ),
+    Rule(
+        r"black_box.md: python scripts/check_servers\.py .*",
+        skip,
+        "needs vLLM; tests/test_check_servers.py runs it on a stand-in",
+    ),
     Rule(r"performance.md: scripts/bench_api\.py", skip, "a file's name; black_box.md runs it"),
     Rule(
         r"performance.md: python scripts/bench\.py .*",

@@ -31,3 +31,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the benchmark files in {folder}, which are not part of the repository")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _full_errors_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets HYDRA_FULL_ERROR for its process, and a later test's commands inherit it."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")

@@ -131,7 +131,6 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
 )
 def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output_dir={tmp_path}"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # the command sets it; it is put back afterwards
     with pytest.raises(SystemExit) as exit_:
         cli.run()
     assert exit_.value.code == 1
@@ -252,7 +251,6 @@ def test_a_stopped_run_can_be_scored_and_says_that_it_is_unfinished(whole, tmp_p
 
 def test_a_folder_belongs_to_one_generating_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", *TINY, f"output_dir={tmp_path}"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with sole_writer(tmp_path), pytest.raises(SystemExit):
         cli.run()
     assert f"another process is generating into {tmp_path}" in capsys.readouterr().err

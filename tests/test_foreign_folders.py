@@ -36,7 +36,6 @@ def score(monkeypatch, folder: Path, *words: str) -> None:
     tasks = "task=[pocket_gsm8k,pocket_truthfulqa_mc]"
     settings = [tasks, "systems=[expert,proxy]", "limit=2", "stage=score", "report=false"]
     monkeypatch.setattr(sys, "argv", ["run.py", *settings, f"output_dir={folder}", *words])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     cli.run()
 
 

@@ -35,7 +35,6 @@ def run(monkeypatch, folder: Path, *words: str) -> None:
     settings = [f"task=[{','.join(TASKS)}]", f"systems=[{','.join(SYSTEMS)}]", "report=false"]
     arguments = ["run.py", *settings, f"output_dir={folder}", *words]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     cli.run()
 
 

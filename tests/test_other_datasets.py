@@ -112,7 +112,6 @@ def test_a_run_says_so_before_models_load_and_in_every_file(tmp_path, monkeypatc
     folder = tmp_path / "run"
     words = [*settings, "triple=pocket", "name=x", f"output_dir={folder}"]
     monkeypatch.setattr(sys, "argv", ["run.py", "experiment=none", *words])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     monkeypatch.chdir(ROOT)
     cli.run()
     said = "5 examples, the paper's has 817"

@@ -178,7 +178,6 @@ SMALL = ["experiment=none", "name=mine", "task=[pocket_toxigen]", "limit=1", "re
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str]:
     """Exit code and output of run.py in this process."""
     monkeypatch.setattr(sys, "argv", ["run.py", *words])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     GlobalHydra.instance().clear()
     try:
         cli.run()

@@ -55,7 +55,7 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
 
 def test_another_records_file_is_refused(tmp_path):
     write_jsonl(tmp_path / "s.jsonl", [Score("x", {"acc": 1.0})])
-    with pytest.raises(ValueError, match="is not a Completion record"):
+    with pytest.raises(ValueError, match="is no Completion"):
         list(read_jsonl(tmp_path / "s.jsonl", Completion))
 
 

@@ -50,7 +50,6 @@ def no_weights(monkeypatch):
 def run(monkeypatch, capsys, *arguments: str) -> str:
     """The error line of a run of the pocket triple that is refused."""
     monkeypatch.setattr(sys, "argv", ["run.py", "limit=3", "report=false", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit):
         cli.run()
     lines = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error:")]
@@ -176,7 +175,6 @@ def test_end_tokens_are_in_run_json(tmp_path, monkeypatch):
         f"output_dir={output}",
     ]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     cli.run()
     found = json.loads((output / "run.json").read_text())["end_tokens"]
     assert found == {"token": 2, "of": {"expert": [2, 2059]}}

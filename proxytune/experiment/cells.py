@@ -386,7 +386,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
 def _as_begun(decoding: Decoding, task: Any, folder: Path) -> Decoding:
     """The decoding; with a task's former stop strings in a folder that was begun with them."""
     begun = [
-        tuple(read_json(path).get("decoding", {}).get("stop", ()))
+        tuple(read_json(path, decoding=dict)["decoding"].get("stop", ()))
         for path in sorted(folder.glob("*/cell.json"))
     ]
     own = decoding.stop == type(task).decoding.stop  # and not the user's

@@ -23,21 +23,21 @@ from proxytune.server import ServerSettings, create_app
 value = dict(zip(sys.argv, sys.argv[1:]))
 base = proxytune.load(value["--model"], dtype=value["--dtype"])
 app = create_app({{value["--served-model-name"]: base}}, ServerSettings(max_logprobs=-1))
-{{edit}}
 uvicorn.run(app, port=int(value["--port"]), log_level="error")
 """
 
 
-def stand_in(tmp_path, edit: str = ""):
+@pytest.fixture
+def stand_in(tmp_path) -> str:
     path = tmp_path / "python"
-    path.write_text(STAND_IN.replace("{edit}", edit))
+    path.write_text(STAND_IN)
     path.chmod(0o755)
-    return path
+    return str(path)
 
 
 @pytest.mark.slow
-def test_every_way_of_asking_is_tried(tmp_path, capsys):
-    check_servers.main(["--vllm", str(stand_in(tmp_path)), "--prompts", "1"])
+def test_every_way_of_asking_is_tried(stand_in, capsys):
+    check_servers.main(["--vllm", stand_in, "--prompts", "1"])
     said = capsys.readouterr().out
     assert "--llama-server is not given: skipped" in said
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| vLLM 0.0.1")]
@@ -48,11 +48,11 @@ def test_every_way_of_asking_is_tried(tmp_path, capsys):
         assert equal == 5 or "=20" in row[1]
 
 
-def test_a_server_that_does_not_start_is_named(tmp_path):
-    path = stand_in(tmp_path, "sys.exit('no memory')")
-    server = check_servers.Server("vLLM", (str(path), "x", "--port", "{port}"), (str(path),), {})
+def test_a_server_that_does_not_start_is_named():
+    command = (sys.executable, "-c", "print('no memory {port}')")
+    server = check_servers.Server("vLLM", command, command, {})
     with (
-        pytest.raises(check_servers.UserError, match="vLLM does not start"),
+        pytest.raises(check_servers.UserError, match="vLLM does not start: no memory"),
         check_servers.running(server),
     ):
         pass

@@ -88,6 +88,7 @@ def _lines(folder: Path) -> dict[str, list[bytes]]:
     return {str(path): path.read_bytes().splitlines() for path in paths}
 
 
+@pytest.mark.slow
 def test_scoring_again_needs_no_model(whole):
     before = (whole / "metrics.jsonl").read_text()
     done = run(*TINY, f"output_dir={whole}", "stage=score")
@@ -222,6 +223,7 @@ def test_a_task_of_lm_eval_stands_in_the_same_table_and_is_scored_again_without_
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
+@pytest.mark.slow
 def test_a_run_of_some_tasks_keeps_the_metrics_of_the_others(whole, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)

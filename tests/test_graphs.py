@@ -38,6 +38,10 @@ class Tracer:
         return replay
 
 
+LONG = ("gemma3", "mistral_sliding", "qwen3")  # these take six to twenty seconds each
+SLOW = ((), (pytest.mark.slow,))
+
+
 def recorded(members: dict[str, Any], record):
     generator = proxytune.load(**members)
     for member in generator.system.members.values():
@@ -57,7 +61,7 @@ def texts(generator, **settings):
     return [each.token_ids for each in done]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=SLOW[a in LONG]) for a in ARCHS])
 def test_replays_write_the_same_text(arch):
     members, record = triple(arch), Tracer()
     want = texts(proxytune.load(**members))

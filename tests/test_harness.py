@@ -377,8 +377,14 @@ def task_file(folder: Path, dataset: str, **settings: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("asked", ["strange", "strangers"])
-@pytest.mark.parametrize("named", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("named", "asked"),
+    [
+        ("folder", "strange"),
+        ("file", "strange"),
+        pytest.param("folder", "strangers", marks=pytest.mark.slow),
+    ],
+)
 def test_a_dataset_that_is_a_script_is_refused_in_one_line(tmp_path, asked, named):
     """Fails on 538a493 with datasets' RuntimeError and its traceback."""
     script = tmp_path / "old" / "old.py"

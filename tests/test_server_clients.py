@@ -91,6 +91,7 @@ def command(*arguments: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_the_command_serves_a_triple_until_it_is_interrupted(tmp_path):
     process = subprocess.Popen(
         command("triple=pocket", "port=0", "alpha=0.5"),

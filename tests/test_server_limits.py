@@ -382,6 +382,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 def test_what_schemathesis_makes_up_from_the_openapi_document(mode):
     """Bodies that fit the document and bodies that do not: an answer as documented, never a 500."""

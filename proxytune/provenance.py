@@ -5,7 +5,6 @@ They go into run.json and into the identity of each (system, task).
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -22,6 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
 from proxytune.files import IN_CHECKOUT, ROOT
+from proxytune.hashes import sha256_json, sha256_text
 from proxytune.loading.adapters import adapter_tokenizer
 from proxytune.loading.prompting import read_template
 from proxytune.loading.spec import ModelSpec
@@ -50,17 +50,6 @@ FACTS = {
     "adapter_commit": "adapter_revision",
     "chat_template_sha256": None,
 }
-
-
-def sha256_json(value: Any) -> str:
-    """The SHA-256 of a JSON value in one canonical form."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """The SHA-256 of a text, which may hold lone surrogates, as some datasets do."""
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def dataset_sha256(examples: Iterable[Example]) -> str:

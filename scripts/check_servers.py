@@ -30,20 +30,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from transformers import AutoConfig, AutoTokenizer
-
-import proxytune
 from proxytune.cli.guard import guarded
-from proxytune.config.schema import register
 from proxytune.errors import UserError
 from proxytune.files import ROOT
-from proxytune.generator import Generation, Generator
-from proxytune.loading.spec import ModelSpec
-from proxytune.members.api.settings import ApiSettings
+
+if TYPE_CHECKING:  # they import models, and --help comes before those
+    from proxytune.generator import Generation, Generator
+    from proxytune.loading.spec import ModelSpec
 
 MODELS = ROOT / "pocket" / "models"
 TASKS = ("pocket_gsm8k", "pocket_triviaqa", "pocket_humaneval", "pocket_truthfulqa_open")
@@ -147,7 +142,7 @@ def _servers(options: argparse.Namespace) -> list[Server]:
     return found
 
 
-def check(server: Server, prompts: Sequence[Any], wanted: Sequence[Generation]) -> Iterator[Row]:
+def check(server: Server, prompts: Sequence[Any], wanted: Sequence["Generation"]) -> Iterator[Row]:
     """Asks one server in every way.
 
     Raises:
@@ -217,10 +212,13 @@ def _row(
     url: str,
     settings: dict[str, Any],
     prompts: Sequence[Any],
-    wanted: Sequence[Generation],
+    wanted: Sequence["Generation"],
 ) -> Row:
     """One way of asking, compared with one process."""
     asked = ", ".join(f"{key}={value}" for key, value in settings.items())
+    from proxytune.loading.spec import ModelSpec
+    from proxytune.members.api.settings import ApiSettings
+
     fixed = {"base_url": url, "model": "pocket", "retry_for_s": 20, "max_concurrency": 4}
     try:
         generator = _triple(ModelSpec(str(MODELS / "base"), api=ApiSettings(**fixed | settings)))
@@ -249,17 +247,25 @@ def _row(
     )
 
 
-def _triple(base: str | ModelSpec) -> Generator:
+def _triple(base: "str | ModelSpec") -> "Generator":
+    import proxytune
+
     expert, antiexpert = str(MODELS / "expert"), str(MODELS / "antiexpert")
     return proxytune.load(base, expert, antiexpert, dtype="float32")
 
 
-def _generate(generator: Generator, prompts: Sequence[Any]) -> list[Generation]:
+def _generate(generator: "Generator", prompts: Sequence[Any]) -> list["Generation"]:
     return generator.generate(prompts, max_new_tokens=24, stop="\n\n")
 
 
 def _prompts(count: int) -> list[Any]:
     """The first prompts of each task, and one that fills the context but for eight tokens."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from transformers import AutoConfig, AutoTokenizer
+
+    from proxytune.config.schema import register
+
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         choice = ["experiment=pocket", f"task=[{','.join(TASKS)}]", "output_dir=unused"]

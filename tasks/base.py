@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from proxytune.errors import UserError
-from proxytune.provenance import sha256_json
+from proxytune.hashes import sha256_json
 from proxytune.records import Decoding, Example, Metric, Score
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("loading", "proxy"),
     ("members", "results", "single"),
     ("engine",),
-    ("records", "files", "roles", "loopback", "errors", "secrets"),
+    ("records", "files", "roles", "loopback", "errors", "secrets", "hashes"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxytune import provenance
 from proxytune.errors import UserError
 from proxytune.experiment.progress import CellProgress
 from proxytune.files import JsonlWriter, read_jsonl
+from proxytune.hashes import sha256_text
 from proxytune.loading.prompting import encode, render
 from proxytune.records import Completion, Example
 
@@ -51,7 +51,7 @@ def render_prompts(
         prompts.append(
             RenderedPrompt(
                 token_ids={role: encode(t, members[role].tokenizer) for role, t in texts.items()},
-                sha256={role: provenance.sha256_text(t.text) for role, t in texts.items()},
+                sha256={role: sha256_text(t.text) for role, t in texts.items()},
             )
         )
     return prompts

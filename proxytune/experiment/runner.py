@@ -40,6 +40,7 @@ from proxytune.experiment.generate import ModelPool, generate
 from proxytune.experiment.identity import claim, sole_writer
 from proxytune.experiment.prompts import check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
+from proxytune.hashes import sha256_json
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
@@ -160,7 +161,7 @@ def _begin_run_json(
     run_json |= {
         "name": cfg.name,
         "config": resolved,  # of the latest session; the folder may hold other tasks
-        "config_sha256": provenance.sha256_json(resolved),
+        "config_sha256": sha256_json(resolved),
         "tasks": run_json.get("tasks", {}) | resolved["task"],
         "datasets": run_json.get("datasets", {}) | datasets,
         "other_datasets": {task: other for task, other in others.items() if other},

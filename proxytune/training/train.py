@@ -27,6 +27,7 @@ from transformers import (
 from proxytune import provenance
 from proxytune.errors import UserError
 from proxytune.files import read_json, write_json
+from proxytune.hashes import sha256_json
 from proxytune.training.config import VOLATILE, TrainConfig, check_choices
 from proxytune.training.data import Tokenized, check_source, collate, read_rows, tokenize
 
@@ -288,7 +289,7 @@ def _identity(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
             "answer_tokens": data.answer_tokens,
             "dropped_too_long": data.dropped,
             "tokenised_apart": data.resplit,
-            "sha256": provenance.sha256_json(data.examples),
+            "sha256": sha256_json(data.examples),
         },
     }
 

@@ -29,7 +29,7 @@ _HEADROOM = (0, 4096, 32768)
 
 @dataclass
 class Accepted:
-    """What one model behind one endpoint accepts.
+    """What one model of one endpoint accepts.
 
     Attributes:
         limit: the name of the limit on tokens.
@@ -92,7 +92,7 @@ _found: dict[tuple[str | None, str], Accepted] = {}
 
 
 def accepted_by(url: str | None, model: str) -> Accepted:
-    """What is known of a model behind an endpoint; the same object for every request."""
+    """What is known of an endpoint's model; the same object for every request."""
     return _found.setdefault((url, model), Accepted())
 
 

@@ -124,7 +124,7 @@ def make_prints(snippet: Snippet, more: str, place: Place) -> None:
 
 
 def rescored(snippet: Snippet, more: str, place: Place) -> None:
-    """Runs a command on what the one printed before it left behind."""
+    """Runs a command on the files that the command printed before it has written."""
     before = SNIPPETS[SNIPPETS.index(snippet) - 1]
     run(before, more, place)
     run(snippet, more, place)
@@ -208,7 +208,7 @@ def member_arguments(snippet: Snippet, more: str, place: Place) -> None:
 
 
 def accelerate_takes(snippet: Snippet, more: str, place: Place) -> None:
-    """accelerate's own command line understands it, and what is behind it composes."""
+    """accelerate's own command line understands it, and the command that it starts composes."""
     from accelerate.commands.launch import launch_command_parser
 
     (_, _, *words) = shlex.split(snippet.text)

@@ -24,8 +24,8 @@ class Snippet:
         document: the file's name.
         kind: "command", "setting" (`task=capitals`), "block" (what no program begins: a table, an
             output), or a fence's language.
-        text: as printed, without comments behind commands; lines that belong together are joined.
-        output: the block right behind a fence, where there is one.
+        text: as printed, without comments after commands; lines that belong together are joined.
+        output: the block right after a fence, where there is one.
     """
 
     document: str

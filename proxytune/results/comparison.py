@@ -176,26 +176,33 @@ def caveat(table: pd.DataFrame) -> str:
 
 
 def _others(table: pd.DataFrame) -> str:
-    rows = [row for row in headlines(table) if other_dataset_text(row) and row["task"] != AVERAGE]
-    tasks = "; ".join(f"{row['task']}: {other_dataset_text(row)}" for row in rows)
+    tasks = _by_task(table, "other_dataset")
     return f"† not the paper's dataset, not comparable with its numbers ({tasks})" if tasks else ""
+
+
+def _lacking(table: pd.DataFrame) -> str:
+    tasks = _by_task(table, "unfinished")
+    return f"unfinished, not comparable ({tasks})" if tasks else ""
+
+
+def _by_task(table: pd.DataFrame, column: str) -> str:
+    """What a column of words says of each task: "gsm8k: ...; triviaqa: ..."; "" for nothing."""
+    rows = [row for row in headlines(table) if row["task"] != AVERAGE and _words(row, column)]
+    return "; ".join(f"{row['task']}: {_words(row, column)}" for row in rows)
 
 
 def other_dataset_text(row: Mapping[str, Any]) -> str:
     """How the dataset of a row's task differs from the paper's; "" where it does not."""
-    text = row.get("other_dataset")
-    return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
-
-
-def _lacking(table: pd.DataFrame) -> str:
-    rows = [row for row in headlines(table) if unfinished_text(row) and row["task"] != AVERAGE]
-    tasks = "; ".join(f"{row['task']}: {unfinished_text(row)}" for row in rows)
-    return f"unfinished, not comparable ({tasks})" if tasks else ""
+    return _words(row, "other_dataset")
 
 
 def unfinished_text(row: Mapping[str, Any]) -> str:
     """Which systems of a row's task lack completions; "" where none does."""
-    text = row.get("unfinished")
+    return _words(row, "unfinished")
+
+
+def _words(row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
     return text if isinstance(text, str) else ""  # pandas reads an empty cell as not-a-number
 
 

@@ -7,6 +7,7 @@ that the program has given to its copies of them.
 """
 
 import _thread
+import abc
 import json
 import os
 import struct
@@ -63,7 +64,7 @@ def write_frame(descriptor, message):
         data = data[os.write(descriptor, data) :]
 
 
-class Link:
+class Link(abc.ABC):
     """One end of the connection; `sandbox_judge.py` and `sandbox_program.py` have one each.
 
     The objects that have gone out as handles are kept, under the numbers that the other end uses.
@@ -153,14 +154,14 @@ class Link:
     def _handle(self, value):
         return self._any_handle(value)
 
+    @abc.abstractmethod
     def _lost(self, error):
         """Called when a request has failed for a reason that is no answer of the other end."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _try(self, operation, target, args, kwargs):
         """Does an operation for the other end: "value" and its result, or "error" and why."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _make(self, number, kind):
         """What stands for object `number` of the other end."""
-        raise NotImplementedError

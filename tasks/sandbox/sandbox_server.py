@@ -314,7 +314,7 @@ def main(descriptor):
 
 
 def isolate(harness, config):
-    """Puts a child of this process behind the walls that the kernel allows; returns there only.
+    """Forks a child that is confined as far as the kernel allows; returns in the child only.
 
     It adds to `config`: namespaces, landlock, fence (the only folder to write in, if there is no
     mount namespace), workdir, uid (the programs' user id, None for ours), own_user (whether they

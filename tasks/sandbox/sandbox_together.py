@@ -67,7 +67,7 @@ if program.get("__builtins__", expected) is not expected:
 # The test gets a copy of the builtins: replacing builtins during a call does not change it.
 program["__builtins__"] = expected = private
 if threads() > before or callbacks:
-    raise SystemError("the program left a thread or a callback of gc behind")
+    raise SystemError("a thread or a gc callback of the program is still there")
 for kind in timers:
     stop(kind, 0)
 """

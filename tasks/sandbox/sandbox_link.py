@@ -159,9 +159,9 @@ class Link(abc.ABC):
         """Called when a request has failed for a reason that is no answer of the other end."""
 
     @abc.abstractmethod
-    def _try(self, operation, target, args, kwargs):
+    def _try(self, operation, target, args, kwargs) -> "tuple[str, object]":
         """Does an operation for the other end: "value" and its result, or "error" and why."""
 
     @abc.abstractmethod
-    def _make(self, number, kind):
+    def _make(self, number, kind) -> object:
         """What stands for object `number` of the other end."""

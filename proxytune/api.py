@@ -7,6 +7,9 @@ Example:
 """
 
 import logging
+import re
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
@@ -14,14 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.errors import UserError
+from proxytune.formula import alphas_of, choose, guidance, try_out
 from proxytune.generator import Generation, Generator, make_decoding
-from proxytune.loading.build import build
+from proxytune.loading.build import build, same_checkpoint
 from proxytune.loading.ends import in_words
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
-from proxytune.proxy import ProxyTunedModel
-from proxytune.records import finite
+from proxytune.proxy import Formula, ProxyTunedModel
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,10 @@ def load(
     base: Source,
     expert: Source | None = None,
     antiexpert: Source | None = None,
-    alpha: float = 1.0,
+    alpha: float | Mapping[str, float] = 1.0,
     *,
+    formula: Formula | None = None,
+    pairs: Mapping[str, tuple[Source, Source]] | None = None,
     draft: Source | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -49,9 +54,13 @@ def load(
             loaded Hugging Face model, or a `LoadedModel` (from `loading.load.load_member`).
         expert: the small tuned model; give both `expert` and `antiexpert`, or neither.
         antiexpert: the small untuned model.
-        alpha: scale on (expert - antiexpert).
+        alpha: scale on (expert - antiexpert); with several pairs, NAME -> its own scale.
+        formula: another formula (`proxytune.formula`, or a function of one's own). It may need
+            fewer helpers: `contrastive` an antiexpert, `guidance` none (the base is its own).
+        pairs: NAME -> (expert, antiexpert), for several pairs; their roles are NAME_expert and
+            NAME_antiexpert.
         draft: a small model that drafts for a single `base`; it changes the speed alone. In a
-            triple, the expert drafts.
+            triple, the expert drafts (of several, the first).
         dtype: of models given by path or id: "auto" (the checkpoint's), float32, bfloat16 or
             float16.
         device: of models given by path or id: "cpu", "cuda:1", "auto" (all GPUs); None takes the
@@ -61,36 +70,83 @@ def load(
             (`members.graphs.RecordedSteps`).
 
     Raises:
-        UserError: a model cannot be found, or vocabularies differ; raised before any weights are
-            loaded.
+        UserError: a model cannot be found, vocabularies differ, or the formula needs other
+            models; raised before any weights are loaded.
     """
-    if (expert is None) != (antiexpert is None):
-        raise UserError("a triple needs both an expert and an antiexpert (or neither)")
-    if expert is not None and draft is not None:
-        raise UserError("draft is for a single model; a triple's own expert drafts for it")
     if cuda_graphs and not torch.cuda.is_available():
         raise UserError("cuda_graphs=True needs a GPU, and none was found")
     if base is None:
         raise UserError("load needs a base: a path, a hub id, a ModelSpec or a model")
-    alpha = finite("alpha", alpha)
-    given = {"base": base, "expert": expert, "antiexpert": antiexpert, "draft": draft}
-    sources = {
-        role: _named(each, dtype, device) for role, each in given.items() if each is not None
-    }
+    helpers = _helpers(base, expert, antiexpert, formula, pairs)
+    if helpers:
+        formula = choose(formula, list(helpers))
+        alphas = alphas_of(formula, alpha, list(helpers))
+        if draft is not None:
+            raise UserError("draft is for a single model; a triple's own expert drafts for it")
+    given = {"base": base, **helpers} | ({} if draft is None else {"draft": draft})
+    sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     if specs:
-        check_triple(specs)
+        vocab_size = check_triple(specs)
+        if helpers:
+            try_out(formula, list(helpers), alphas, vocab_size)
         check_endpoints(specs)
-    members: dict[str, LoadedModel] = {}
-    # The small models first, so that their errors show before the large one is read.
-    for role in ("antiexpert", "expert", "draft", "base"):
-        if role in sources:
-            members[role] = _loaded(sources[role], members.get("antiexpert"), tokenizer)
-    members = {role: members[role] for role in sources}
-    system = build(members, alpha, cuda_graphs)
+    members = _load_all(sources, tokenizer)
+    rebuild = partial(build, members, alpha, formula=formula)
+    system = rebuild(cuda_graphs=cuda_graphs)
     if isinstance(system, ProxyTunedModel) and system.end is not None:
         log.warning(in_words(system.end, {role: each.tokenizer for role, each in members.items()}))
-    return Generator(members, system)
+    return Generator(members, system, rebuild)
+
+
+def _helpers(
+    base: Source,
+    expert: Source | None,
+    antiexpert: Source | None,
+    formula: Formula | None,
+    pairs: Mapping[str, tuple[Source, Source]] | None,
+) -> dict[str, Source]:
+    """The models beside the base, by role; arguments as for `load`.
+
+    Raises:
+        UserError: a pair is incomplete, or has no usable name.
+    """
+    given = {"expert": expert, "antiexpert": antiexpert}
+    helpers = {role: each for role, each in given.items() if each is not None}
+    if formula is None and len(helpers) == 1:
+        raise UserError("a triple needs both an expert and an antiexpert (or neither)")
+    if formula is guidance and not helpers:
+        return {"antiexpert": base}
+    for name, pair in (pairs or {}).items():
+        if not re.fullmatch(r"[a-z][a-z0-9]*", name):
+            raise UserError(f"a pair's name has small letters and digits: {name!r}")
+        if helpers.keys() & {"expert", "antiexpert"} or len(pair) != 2:
+            raise UserError(f"pairs[{name!r}] is (expert, antiexpert), without another expert")
+        helpers |= {f"{name}_expert": pair[0], f"{name}_antiexpert": pair[1]}
+    return helpers
+
+
+def _load_all(sources: Mapping[str, Any], tokenizer: Any | None) -> dict[str, LoadedModel]:
+    """Loads every source, each checkpoint once; the small models first, so that their errors show
+    before the base is read.
+
+    Args:
+        sources: role -> what `_named` gives.
+        tokenizer: of models that the caller has loaded.
+    """
+    members: dict[str, LoadedModel] = {}
+    adapters = any(isinstance(s, ModelSpec) and s.adapter for s in sources.values())
+    for role in sorted(sources, key=lambda role: (role == "base", not role.endswith("antiexpert"))):
+        antiexpert = members.get(role.removesuffix("expert") + "antiexpert")
+        # An adapter changes the weights that it is put on: then only its own pair shares them.
+        twins = [] if adapters else [m for m in members.values() if _same(m, sources[role])]
+        members[role] = _loaded(sources[role], next(iter(twins), antiexpert), tokenizer)
+    return {role: members[role] for role in sources}
+
+
+def _same(member: LoadedModel, source: Any) -> bool:
+    """Whether a source names the checkpoint that a member has loaded, in the same way."""
+    return isinstance(source, ModelSpec) and same_checkpoint(source, member.spec)
 
 
 def _named(source: Source, dtype: str, device: str | None) -> Any:

@@ -18,9 +18,10 @@ from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, System
 from proxytune.errors import UserError
-from proxytune.loading.build import build
+from proxytune.formula import traits_of
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, token_ids
+from proxytune.proxy import ProxyTunedModel
 from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
@@ -45,7 +46,8 @@ class Generation:
             {"id", "p": {role: probability}, "top": {role: [[id, probability], ...]}}. The
             probabilities are those before temperature and filters; the role "system" is the whole
             system. The end-of-sequence token has an entry, too. "api", where a base behind an API
-            lists only some tokens: see `truncation.TruncationRecord`.
+            lists only some tokens: see `truncation.TruncationRecord`. "touched", with a formula
+            that gates: how many tokens were not chosen from the base's own logits.
     """
 
     prompt_index: int
@@ -58,21 +60,30 @@ class Generation:
 
 
 class Generator:
-    """A loaded system: a single model, or a triple.
+    """A loaded system: a single model, or several that decode together.
+
+    Args:
+        members: role -> loaded model.
+        system: built from them.
+        rebuild: builds it once more, with rows of its own.
 
     Attributes:
         members: role -> loaded model.
         system: the members as a system, which the decode loop drives.
-        roles: ("base",) or ("base", "expert", "antiexpert"); the keys of per-role prompts.
+        roles: ("base",), ("base", "expert", "antiexpert"), or those that another formula needs;
+            the keys of per-role prompts.
         vocab_size: how many token ids all members share.
         tokenizer: the base's; None for a model that came without one.
         max_positions: the longest row in tokens that all members can read; None for no limit.
         eos_ids: tokens that end a completion.
     """
 
-    def __init__(self, members: Mapping[str, LoadedModel], system: System) -> None:
+    def __init__(
+        self, members: Mapping[str, LoadedModel], system: System, rebuild: Callable[[], System]
+    ) -> None:
         self.members = dict(members)
         self.system = system
+        self._rebuild = rebuild
         self.roles = tuple(role for role in members if role != "draft")
         self.vocab_size = system.vocab_size
         self.tokenizer = members["base"].tokenizer
@@ -89,7 +100,7 @@ class Generator:
 
     def sibling(self) -> "Generator":
         """A generator of the same models with rows of its own: both can decode at the same time."""
-        return Generator(self.members, build(self.members, self.system.alpha))
+        return Generator(self.members, self._rebuild(), self._rebuild)
 
     def generate(
         self,
@@ -214,6 +225,7 @@ class Generator:
             raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
         if decoding.repetition_penalty != 1 and not self.system.members["base"].raw_logits:
             raise UserError(NO_RAW_LOGITS)
+        gates = isinstance(self.system, ProxyTunedModel) and traits_of(self.system.formula).gates
         top = 5 if record is True else whole_number("record", record or 0, 0)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
@@ -240,6 +252,7 @@ class Generator:
                     max_new_tokens=min(decoding.max_new_tokens, room),
                     tokenizer=self.tokenizer,
                     record=top,
+                    count_touched=gates,
                 )
             )
         return requests
@@ -377,13 +390,14 @@ class Generator:
 
     def _pace(self, speculative: Speculative) -> Pace | None:
         """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""
-        if speculative is False or not isinstance(self.system, DraftingSystem):
+        system = self.system
+        if speculative is False or not isinstance(system, DraftingSystem) or not system.drafter:
             return None
         adapts = speculative is True or speculative == "auto"  # 1 == True, but drafts one token
         name = "speculative, where it is neither 'auto' nor a truth value,"
         fixed = None if adapts else whole_number(name, speculative, 1)
         if fixed not in self._paces:
-            pace = self.system.members["base"].pace(fixed)
+            pace = system.members["base"].pace(fixed)
             if pace is None:
                 return None
             self._paces[fixed] = pace
@@ -416,6 +430,8 @@ def _generation(finished: Finished) -> Generation:
     extra: dict[str, Any] = {} if finished.trace is None else {"trace": finished.trace}
     if finished.truncation is not None:
         extra["api"] = finished.truncation.to_dict()
+    if finished.touched is not None:
+        extra["touched"] = finished.touched
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,

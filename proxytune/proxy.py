@@ -1,7 +1,7 @@
-"""Proxy-tuning: the formula (`combine_logits`), and a triple of models that decodes by it.
+"""Proxy-tuning: the formula (`combine_logits`), and models that decode together by a formula.
 
 A small tuned model (expert) and the same model untuned (antiexpert) steer a large untuned one
-(base): the difference of their logits is added to the base's.
+(base): the difference of their logits is added to the base's. Other formulas: `proxytune.formula`.
 """
 
 import math
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from proxytune.engine.system import Alphas, DraftingSystem, Member, Pair, Pass, Pick, Prompt
+from proxytune.engine.system import Alphas, Call, DraftingSystem, Group, Pass, Pick, Prompt
+
+# The members' logits by role and their alphas, all by keyword -> the combined logits, float32.
+Formula = Callable[..., torch.Tensor]
 
 
 def combine_logits(
@@ -110,30 +113,38 @@ class SharedEnd:
 
 
 class ProxyTunedModel(DraftingSystem):
-    """A triple as a system.
+    """Several models as a system: a base, and small models that steer it.
 
     Each member may read a prompt of its own (a prompt is a mapping from role to token ids). After
-    the prompt, all members read the same tokens: those that the triple has written.
+    the prompt, all members read the same tokens: those that the system has written.
 
     Args:
-        base: the large untuned model.
-        pair: the small tuned model (expert) and the small untuned one (antiexpert).
-        alpha: see `combine_logits`; a row may have its own.
+        groups: the members; one of them has the role "base".
+        alphas: name of an alpha in the formula -> its value. Where it is one, rows may have their
+            own.
         end: see `SharedEnd`; None where the shared vocabulary has every end token.
+        formula: combines the members' logits.
+        drafter: the role of the member that drafts; None for none.
     """
 
     def __init__(
-        self, base: Member, pair: Pair, alpha: float = 1.0, end: SharedEnd | None = None
+        self,
+        groups: Sequence[Group],
+        alphas: Mapping[str, float],
+        end: SharedEnd | None = None,
+        formula: Formula = combine_logits,
+        drafter: str | None = "expert",
     ) -> None:
-        self.base = base
-        self.pair = pair
-        self.members = {"base": base, "expert": pair.expert, "antiexpert": pair.antiexpert}
-        self.alpha = alpha
+        self.groups = list(groups)
+        self.members = {role: each for group in groups for role, each in group.members.items()}
+        self.alphas = dict(alphas)
         self.end = end
+        self.formula = formula
+        self.drafter = drafter
         sizes = [member.vocab_size for member in self.members.values()]
         self.vocab_size = end.vocab_size if end else min(sizes)
-        self._alphas: list[float | None] = []  # per row; None takes `alpha`
-        self._drafted: list[torch.Tensor] = []  # the expert's logits while it drafts, [rows, vocab]
+        self._own: list[float | None] = []  # each row's alpha; None takes the system's
+        self._drafted: list[torch.Tensor] = []  # the drafter's logits, [rows, vocab] each
         self._streams: dict[str, torch.cuda.Stream] = {}
 
     @property
@@ -144,79 +155,89 @@ class ProxyTunedModel(DraftingSystem):
     def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
         """Reads prompts, each into a new row; see `System.prefill`."""
         new = list(alphas) if alphas else [None] * len(prompts)
-        self._alphas += new
-        calls = {
+        self._own += new
+        calls: dict[str, Call] = {
             role: partial(member.prefill, [prompt[role] for prompt in prompts])
             for role, member in self.members.items()
         }
-        if not ahead:
+        if not ahead or self.drafter is None:
             return self._combine(self._run(calls), new)
-        # The expert reads first, so that the base's request can ask about its guesses, too.
-        passes = self._run({"expert": calls["expert"]})
-        first = passes["expert"].logits
-        guesses = self.pair.expert.guess(first, ahead, partial(self._shared, "expert"))
-        calls["base"] = partial(self.base.prefill, [p["base"] for p in prompts], guesses)
-        passes |= self._run({role: calls[role] for role in ("base", "antiexpert")})
-        return self._combine(passes, new)
+        # The drafter reads first, so that the base's request can ask about its guesses, too.
+        passes = self._run({self.drafter: calls.pop(self.drafter)})
+        shared = partial(self._shared, self.drafter)
+        guesses = self.members[self.drafter].guess(passes[self.drafter].logits, ahead, shared)
+        base = self.members["base"]
+        calls["base"] = partial(base.prefill, [prompt["base"] for prompt in prompts], guesses)
+        return self._combine(passes | self._run(calls), new)
 
     def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
         """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
-        self._alphas += list(alphas) if alphas else [None] * len(prompts)
-        calls = {
+        self._own += list(alphas) if alphas else [None] * len(prompts)
+        calls: dict[str, Call] = {
             role: partial(member.join, tokens, [prompt[role] for prompt in prompts])
             for role, member in self.members.items()
         }
-        return self._combine(self._run(calls), self._alphas)
+        return self._combine(self._run(calls), self._own)
 
     def extend(self, tokens: torch.Tensor) -> Pass:
         """Reads a block of tokens [rows, width]; logits after each, [rows, width, vocab]."""
-        passes = self._run({"base": partial(self.base.extend, tokens), **self.pair.calls(tokens)})
-        return self._combine({"base": passes.pop("base"), **self.pair.split(passes)}, self._alphas)
+        return self._combine(self._read(tokens), self._own)
 
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:
-        """Lets the expert alone continue every row; see `DraftingSystem.draft`."""
+        """Lets the drafter alone continue every row; see `DraftingSystem.draft`."""
+        assert self.drafter is not None
         self._drafted = []
         block = [tokens]
         for offset in range(width):
-            logits = self.pair.expert.step(block[-1]).logits
+            logits = self.members[self.drafter].step(block[-1]).logits
             self._drafted.append(logits)
             if offset < width - 1:
-                block.append(pick(self._shared("expert", logits), offset))
+                block.append(pick(self._shared(self.drafter, logits), offset))
         return torch.stack([each.to(block[-1].device) for each in block], dim=1)
 
     def verify(self, block: torch.Tensor) -> Pass:
-        """Reads the block that `draft` returned; the triple's logits, [rows, width, vocab].
+        """Reads the block that `draft` returned; the system's logits, [rows, width, vocab].
 
-        Base and antiexpert read the block in one pass each. The expert has read it already, while
+        The other members read the block in one pass each. The drafter has read it already, while
         it drafted.
         """
-        calls = {
-            "base": partial(self.base.extend, block),
-            "antiexpert": partial(self.pair.antiexpert.extend, block),
-        }
-        passes = self._run(calls)
-        passes["expert"] = Pass(torch.stack(self._drafted, dim=1))
+        assert self.drafter is not None
+        passes = self._read(block, without=self.drafter)
+        passes[self.drafter] = Pass(torch.stack(self._drafted, dim=1))
         self._drafted = []
-        return self._combine(passes, self._alphas)
+        return self._combine(passes, self._own)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
-        self.base.rollback(counts)
-        self.pair.rollback(counts)
+        for group in self.groups:
+            group.rollback(counts)
 
     def keep(self, rows: list[int]) -> None:
         """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        self._alphas = [self._alphas[row] for row in rows]
-        self.base.keep(rows)
-        self.pair.keep(rows)
+        self._own = [self._own[row] for row in rows]
+        for group in self.groups:
+            group.keep(rows)
 
     def clear(self) -> None:
         """Drops every row and frees their memory."""
-        self._alphas = []
-        self.base.clear()
-        self.pair.clear()
+        self._own = []
+        for group in self.groups:
+            group.clear()
 
-    def _run(self, calls: Mapping[str, Callable[[], Pass]]) -> dict[str, Pass]:
+    def _read(self, tokens: torch.Tensor, without: str | None = None) -> dict[str, Pass]:
+        """Lets the members read a block; arguments as for `Group.calls`."""
+        calls = {
+            role: call
+            for group in self.groups
+            for role, call in group.calls(tokens, without).items()
+        }
+        passes = self._run(calls)
+        for group in self.groups:
+            own = {role: passes.pop(role) for role in group.members if role in passes}
+            passes |= group.split(own)
+        return passes
+
+    def _run(self, calls: Mapping[str, Call]) -> dict[str, Pass]:
         """Runs the members' passes: on CUDA at the same time, each in a stream of its own.
 
         Args:
@@ -261,12 +282,12 @@ class ProxyTunedModel(DraftingSystem):
             role: self._shared(role, each.logits).to(device, non_blocking=True)
             for role, each in passes.items()
         }
-        alpha = self._scale(alphas, cut["base"])
+        scales = self._scales(alphas, cut["base"])
         truncation = passes["base"].truncation
-        if truncation is not None:  # the bounds of the base's logits bound the triple's
+        if truncation is not None:  # the bounds of the base's logits bound the system's
             highest = cut | {"base": truncation.ceiling[..., : self.vocab_size]}
-            truncation = replace(truncation, ceiling=combine_logits(**highest, alpha=alpha))
-        return Pass(combine_logits(**cut, alpha=alpha), cut, truncation)
+            truncation = replace(truncation, ceiling=self.formula(**highest, **scales))
+        return Pass(self.formula(**cut, **scales), cut, truncation)
 
     def _shared(self, role: str, logits: torch.Tensor) -> torch.Tensor:
         """A member's logits, cut to the shared vocabulary."""
@@ -274,14 +295,18 @@ class ProxyTunedModel(DraftingSystem):
             return logits[..., : self.vocab_size]
         return self.end.merge(role, logits)
 
-    def _scale(self, alphas: Sequence[float | None], logits: torch.Tensor) -> float | torch.Tensor:
-        """The rows' alphas for `combine_logits`: one number, or a tensor, [rows, 1, ...].
+    def _scales(
+        self, own: Sequence[float | None], logits: torch.Tensor
+    ) -> Mapping[str, float | torch.Tensor]:
+        """The alphas for the formula: a number each, or one tensor, [rows, 1, ...].
 
         Args:
-            alphas: one per row.
+            own: one alpha per row; None takes the system's.
             logits: that they scale; for their device and number of dimensions.
         """
-        if all(alpha is None for alpha in alphas):
-            return self.alpha
-        own = [self.alpha if alpha is None else alpha for alpha in alphas]
-        return torch.tensor(own, device=logits.device).view([-1] + [1] * (logits.dim() - 1))
+        if all(alpha is None for alpha in own):
+            return self.alphas
+        ((name, system_alpha),) = self.alphas.items()
+        rows = [system_alpha if alpha is None else alpha for alpha in own]
+        shape = [-1] + [1] * (logits.dim() - 1)
+        return {name: torch.tensor(rows, device=logits.device).view(shape)}

@@ -60,6 +60,8 @@ class DraftedModel(DraftingSystem):
         draft_model: guesses tokens; it reads the prompts of the role "draft".
     """
 
+    drafter = "draft"
+
     def __init__(self, model: Member, draft_model: Member) -> None:
         self.model = model
         self.draft_model = draft_model

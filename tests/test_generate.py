@@ -12,6 +12,7 @@ from proxytune.loading import load
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.records import Decoding
+from proxytune.roles import MEMBERS
 
 SPECS = {role: ModelSpec(role) for role in ("base", "expert", "antiexpert", "tuned")}
 
@@ -60,7 +61,8 @@ def loads(monkeypatch) -> list[tuple[str, set[str]]]:
 
 def run(cells) -> dict[str, dict[str, float]]:
     systems = [each.system for each in cells]
-    with ModelPool(SPECS, systems, alpha=1.0, cuda_graphs=False) as pool:
+    members = {system: MEMBERS[system] for system in systems}
+    with ModelPool(SPECS, members, alpha=1.0, cuda_graphs=False) as pool:
         return generate(cells, pool, GenerationSettings())
 
 

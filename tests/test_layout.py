@@ -18,7 +18,7 @@ FLOORS = (
     ("server",),
     ("api",),
     ("generator", "provenance"),
-    ("loading", "proxy"),
+    ("loading", "proxy", "formula"),
     ("members", "results", "single"),
     ("engine",),
     ("records", "files", "roles", "loopback", "errors", "secrets", "hashes"),
@@ -101,7 +101,7 @@ LIGHT = {"proxytune", "torch", "transformers", "numpy"}
 
 
 def test_the_core_imports_torch_transformers_and_numpy_alone():
-    rooms = ("engine", "members", "loading", "proxy", "single", "api", "generator")
+    rooms = ("engine", "members", "loading", "proxy", "formula", "single", "api", "generator")
     core = [m for m in modules() if room(m) in (*rooms, *FLOORS[-1])]
     heavy = {}
     for module in core:

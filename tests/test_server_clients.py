@@ -172,10 +172,10 @@ def load_test(seconds: float, clients: int, app, alone) -> Counter:
     expected = []
     for body in bodies:
         settings = {k: v for k, v in body.items() if k in ("temperature", "seed", "stop")}
-        alone.system.alpha = body.get("alpha", 1.0)
+        alone.system.alphas = {"alpha": body.get("alpha", 1.0)}
         (one,) = alone.generate([body["prompt"]], max_new_tokens=body["max_tokens"], **settings)
         expected.append(one.text)
-    alone.system.alpha = 1.0
+    alone.system.alphas = {"alpha": 1.0}
     assert len(set(expected)) > clients
     counts = Counter()
     lock = threading.Lock()

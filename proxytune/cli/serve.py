@@ -62,12 +62,12 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     import torch
 
     from proxytune.api import load
+    from proxytune.config.formulas import formula_of, members_of
     from proxytune.config.specs import model_specs
     from proxytune.experiment.checks import check_models
-    from proxytune.roles import MEMBERS
     from proxytune.server.app import create_app
 
-    roles = MEMBERS[cfg.system]
+    roles = members_of(cfg, cfg.system)
     for member in roles.values():
         if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
             raise UserError(
@@ -80,7 +80,10 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     specs = model_specs(cfg)
     members: dict[str, Any] = check_models({role: specs[each] for role, each in roles.items()})
-    generator = load(**members, alpha=cfg.alpha, cuda_graphs=cfg.machine.cuda_graphs)
+    how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg)}
+    if len(roles) == 1:
+        how = {}  # a single model
+    generator = load(**members, **how, cuda_graphs=cfg.machine.cuda_graphs)
     return create_app(
         {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
     )

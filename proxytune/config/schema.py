@@ -15,6 +15,8 @@ from proxytune.loading.spec import ModelSpec
 from proxytune.roles import COMPARED
 from proxytune.server.settings import ServerSettings
 
+DEFAULT_FORMULA = {"_target_": "proxytune.proxy.combine_logits"}
+
 
 @dataclass
 class TripleConfig:
@@ -114,6 +116,8 @@ class RunConfig:
         root: the repository's folder, for data that it ships.
         systems: which rows the table gets, out of `SYSTEMS`.
         alpha: scale on (expert - antiexpert).
+        formula: combines the members' logits: `_target_` names the function, the other keys are
+            its settings (proxytune/formula.py).
         limit: first examples of each task only; null is all of them.
         stage: "all", "generate", or "score" (stored completions, without a model).
         output_dir: the results folder; resumed when it holds the same configuration.
@@ -129,6 +133,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     systems: list[str] = field(default_factory=lambda: list(COMPARED))
     alpha: float = 1.0
+    formula: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_FORMULA))
     limit: int | None = None
     stage: str = "all"
     output_dir: str = MISSING
@@ -146,6 +151,7 @@ class ServeConfig(ServerSettings):
         machine: where they run.
         system: which of them answers, out of `SYSTEMS`.
         alpha: scale on (expert - antiexpert); a request may bring its own.
+        formula: as in `RunConfig`.
         model: the name that clients use; null is the triple's name and the system's.
         host: the address to listen on; the default is reachable from this machine alone.
         port: 0 takes any free one.
@@ -158,6 +164,7 @@ class ServeConfig(ServerSettings):
     machine: MachineConfig = field(default_factory=MachineConfig)
     system: str = "proxy"
     alpha: float = 1.0
+    formula: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_FORMULA))
     model: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000

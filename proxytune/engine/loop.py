@@ -224,7 +224,7 @@ class DecodeLoop:
             row.fed = len(row.tokens)
             if row.tokens or not row.shared.unstarted:
                 continue
-            row.shared.after_prompt = seen.copy_of(index, with_members=row.trace is not None)
+            row.shared.after_prompt = seen.copy_of(index, row.reads_members)
             while row.shared.unstarted and len(new) + len(copies) < free:
                 sources.append(len(self.rows) + index)
                 copies.append(Row(row.shared))

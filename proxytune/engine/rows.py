@@ -40,6 +40,7 @@ class Request:
         tokenizer: decodes the text; None leaves the text empty.
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
         alpha: this prompt's own alpha (triples only); None takes the system's.
+        count_touched: whether to count the tokens whose logits are not the base's own.
         on_token: called with every chosen token, also the one that ends the completion:
             (sample, token, the text that is now certain, the system's logits [vocab]). The texts
             of a sample make up `Finished.text`: no later token takes any of it away.
@@ -57,6 +58,7 @@ class Request:
     tokenizer: Any | None = None
     record: int = 0
     alpha: float | None = None
+    count_touched: bool = False
     on_token: Callable[[int, int, str, torch.Tensor], None] | None = None
 
     @cached_property
@@ -82,6 +84,7 @@ class Finished:
     finish_reason: FinishReason
     trace: list[dict[str, Any]] | None = None
     truncation: TruncationRecord | None = None
+    touched: int | None = None
 
 
 class Shared:
@@ -128,7 +131,13 @@ class Row:
         self.text = GrowingText(request.tokenizer, request.context, request.decoding.stop)
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
+        self.touched = 0 if request.count_touched else None
         self.reason: FinishReason | None = None
+
+    @property
+    def reads_members(self) -> bool:
+        """Whether `take` reads the members' logits beside the system's."""
+        return self.trace is not None or self.touched is not None
 
     def prompt(self) -> Prompt:
         """The prompt and the tokens written after it: role -> token ids."""
@@ -178,6 +187,8 @@ class Row:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
             if token != FULL:
                 self.truncation.add(certain, unseen)
+        if self.touched is not None:
+            self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
         text = self._append(token)
         if self.request.on_token is not None:
             self.request.on_token(self.sample, token, text, seen.logits[place])
@@ -194,6 +205,7 @@ class Row:
             self.reason,
             self.trace,
             self.truncation,
+            self.touched,
         )
 
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -89,6 +90,9 @@ class Pass:
             {role: torch.stack([row.members[role] for row in rows]) for role in roles},
             Truncation.stack(known) if known else None,
         )
+
+
+Call = Callable[[], Pass]  # a pass that has not run yet
 
 
 class Rows(ABC):
@@ -224,38 +228,49 @@ class Member(Rows):
         return None
 
 
-class Pair:
-    """Expert and antiexpert: two members whose rows are moved and dropped together."""
+class Group:
+    """Members whose rows are moved and dropped together.
 
-    def __init__(self, expert: Member, antiexpert: Member) -> None:
-        self.expert = expert
-        self.antiexpert = antiexpert
+    A subclass may read for several of them in one pass, where they share weights.
 
-    def calls(self, tokens: torch.Tensor) -> dict[str, Callable[[], Pass]]:
-        """The passes in which the pair reads a block [rows, width]: role -> pass."""
+    Args:
+        members: role -> member.
+    """
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self.members = dict(members)
+
+    def calls(self, tokens: torch.Tensor, without: str | None = None) -> dict[str, Call]:
+        """The passes in which the members read a block [rows, width]: role -> pass.
+
+        Args:
+            tokens: the block.
+            without: the role of a member that has read it already.
+        """
         return {
-            "expert": partial(self.expert.extend, tokens),
-            "antiexpert": partial(self.antiexpert.extend, tokens),
+            role: partial(member.extend, tokens)
+            for role, member in self.members.items()
+            if role != without
         }
 
     def split(self, passes: Mapping[str, Pass]) -> Mapping[str, Pass]:
-        """The results of `calls`, one for the expert and one for the antiexpert."""
+        """The results of `calls`, one for each member that read."""
         return passes
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[r] tokens of each row r."""
-        self.expert.rollback(counts)
-        self.antiexpert.rollback(counts)
+        for member in self.members.values():
+            member.rollback(counts)
 
     def keep(self, rows: list[int]) -> None:
         """Rearranges: new row i is the old row rows[i]; rows may be left out or repeated."""
-        self.expert.keep(rows)
-        self.antiexpert.keep(rows)
+        for member in self.members.values():
+            member.keep(rows)
 
     def clear(self) -> None:
         """Drops every row and frees their memory."""
-        self.expert.clear()
-        self.antiexpert.clear()
+        for member in self.members.values():
+            member.clear()
 
 
 class System(Rows):
@@ -264,12 +279,12 @@ class System(Rows):
     Attributes:
         vocab_size: entries of its logits.
         members: role -> member.
-        alpha: scale on (expert - antiexpert), in a triple.
+        alphas: the alphas of a formula by their names; none in a single model.
     """
 
     vocab_size: int
     members: Mapping[str, Member]
-    alpha: float = 1.0
+    alphas: Mapping[str, float] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -309,7 +324,12 @@ class DraftingSystem(System):
 
     The small model drafts a block of tokens one by one, then the others read the block in a single
     pass and the loop keeps the tokens that the system itself would have chosen.
+
+    Attributes:
+        drafter: the role of the small model; None where drafting can gain nothing.
     """
+
+    drafter: str | None
 
     @abstractmethod
     def draft(self, tokens: torch.Tensor, width: int, pick: Pick) -> torch.Tensor:

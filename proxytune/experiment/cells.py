@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from proxytune import provenance
+from proxytune.config.formulas import gates
 from proxytune.config.schema import DecodingConfig
 from proxytune.errors import UserError
 from proxytune.experiment.completions import (
@@ -25,8 +26,9 @@ from proxytune.experiment.completions import (
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
 from proxytune.files import JsonlWriter, read_json, write_jsonl
-from proxytune.records import Decoding, Example, Metric, Score
+from proxytune.records import Completion, Decoding, Example, Metric, Score
 from proxytune.results import stats
+from proxytune.results.folder import Shown
 from proxytune.roles import MEMBERS, ORDER
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
@@ -57,6 +59,10 @@ class GenerationSettings:
     batch_size: Any = "auto"
     speculative: Any = "auto"
     trace: bool = False
+
+
+_TOUCHED = "touched_tokens"
+_TOUCHED_INFO = Shown("tokens that the formula touched", higher_is_better=True, percent=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +101,14 @@ class Cell(ABC):
     identity: dict[str, Any]
     other_dataset: str = dataclasses.field(default="", kw_only=True)
 
+    @property
+    def members(self) -> dict[str, str]:
+        """The engine's role -> the triple's role of the model that plays it here."""
+        return {role: MEMBERS[self.system][role] for role in self.identity["members"]}
+
     def models(self) -> dict[str, Any]:
         """Role of the triple -> the model that plays it here, as in cell.json."""
-        roles = MEMBERS[self.system]
-        return {roles[role]: member for role, member in self.identity["members"].items()}
+        return {self.members[role]: each for role, each in self.identity["members"].items()}
 
     @property
     @abstractmethod
@@ -159,10 +169,12 @@ class TaskCell(Cell):
     Attributes:
         examples: those that are asked, in the dataset's order.
         decoding: how their completions are drawn.
+        gated: whether the formula gates, so that the table shows how many tokens it touched.
     """
 
     examples: list[Example]
     decoding: Decoding
+    gated: bool = False
 
     @property
     def total(self) -> int:
@@ -171,8 +183,8 @@ class TaskCell(Cell):
 
     @property
     def infos(self) -> Mapping[str, Any]:
-        """The task's metrics."""
-        return self.task.metrics
+        """The task's metrics, and the share of touched tokens."""
+        return {**self.task.metrics, **({_TOUCHED: _TOUCHED_INFO} if self.gated else {})}
 
     @property
     def dataset_sha256(self) -> str | None:
@@ -243,6 +255,8 @@ class TaskCell(Cell):
             )
         texts = [[done[e.id][i].text for i in range(self.decoding.n)] for e in complete]
         scores: list[Score] = self.task.score_all(complete, texts)
+        if self.gated and self.system == "proxy":
+            scores = [self._with_touched(score, done[score.example_id]) for score in scores]
         return CellScores(
             stats.metrics(self.task_name, self.system, scores),
             scores,
@@ -252,6 +266,14 @@ class TaskCell(Cell):
     def judged_by(self) -> dict[str, Any]:
         """The task's judges."""
         return self.task.judged_by()
+
+    def _with_touched(self, score: Score, samples: Mapping[int, Completion]) -> Score:
+        """The score, with the share of the samples' tokens that the formula touched."""
+        each = [samples[i] for i in range(self.decoding.n)]
+        tokens = sum(len(c.token_ids) + (c.finish_reason == "eos") for c in each)
+        touched = sum(c.extra["touched"] for c in each)
+        share = touched / tokens if tokens else None
+        return dataclasses.replace(score, values={**score.values, _TOUCHED: share})
 
     def _lacking(self, stored: Stored) -> list[Example]:
         return [e for e in self.examples if lacks(stored, e, self.decoding.n)]
@@ -377,6 +399,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
             | {"decoding": decoding_identity(decoding, cfg.decoding.seed)},
             examples=asked,
             decoding=decoding,
+            gated=gates(cfg),
             other_dataset=other,
         )
         for system in _in_order(cfg.systems)

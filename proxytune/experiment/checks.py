@@ -11,12 +11,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.config.formulas import formula_of, is_default, members_of
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.cells import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.members.api.settings import LOCAL
-from proxytune.roles import MEMBERS, ROLES, SYSTEMS
+from proxytune.roles import ROLES, SYSTEMS
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,22 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     from proxytune.loading.load import check_endpoints, check_triple
 
     specs = _specs_in_use(cfg)
-    check_triple(specs)
+    vocab_size = check_triple(specs)
+    _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return tasks, specs
+
+
+def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:
+    """Tries the formula out on random logits, and refuses one that its base cannot serve."""
+    if is_default(cfg) or "proxy" not in cfg.systems:
+        return
+    from proxytune.formula import alphas_of, choose, try_out
+
+    helpers = [role for role in members_of(cfg, "proxy") if role != "base"]
+    api = specs["base"].api
+    formula = choose(formula_of(cfg), helpers, api is not None and api.top_logprobs != -1)
+    try_out(formula, helpers, alphas_of(formula, cfg.alpha, helpers), vocab_size)
 
 
 def _check_config(cfg: DictConfig) -> None:
@@ -218,4 +232,4 @@ def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:
 
 def _members_in_use(cfg: DictConfig) -> set[str]:
     """The members of the triple that the run's systems consist of."""
-    return {role for system in cfg.systems for role in MEMBERS[system].values()}
+    return {role for system in cfg.systems for role in members_of(cfg, system).values()}

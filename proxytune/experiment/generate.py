@@ -1,19 +1,19 @@
 """Generates the completions that a run's cells still lack, one system after the other."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from proxytune.experiment.cells import Cell, GenerationSettings
 from proxytune.experiment.progress import CellProgress, generation_progress
-from proxytune.roles import MEMBERS
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
     from proxytune.generator import Generator
     from proxytune.loading.loaded import LoadedModel
     from proxytune.loading.spec import ModelSpec
+    from proxytune.proxy import Formula
 
 
 class Pool(Protocol):
@@ -81,22 +81,26 @@ class ModelPool:
 
     Args:
         specs: role of the triple -> what to load.
-        systems: the systems in the order in which they will be opened; some may be left out.
+        systems: system -> the engine's role -> the triple's name, in the order in which they will
+            be opened; some may be left out.
         alpha: scale on (expert - antiexpert).
+        formula: combines the members' logits; None is proxy-tuning.
         cuda_graphs: as in `proxytune.api.load`.
     """
 
     def __init__(
         self,
         specs: dict[str, "ModelSpec"],
-        systems: Sequence[str],
+        systems: Mapping[str, Mapping[str, str]],
         *,
         alpha: float,
+        formula: "Formula | None" = None,
         cuda_graphs: bool,
     ) -> None:
         self._specs = specs
-        self._systems = list(systems)
+        self._systems = dict(systems)
         self._alpha = alpha
+        self._formula = formula
         self._cuda_graphs = cuda_graphs
         self._models: dict[str, LoadedModel] = {}
 
@@ -105,23 +109,29 @@ class ModelPool:
         from proxytune.api import load
         from proxytune.loading.build import shares_weights
 
-        names = set(MEMBERS[system].values())
-        systems = self._systems[self._systems.index(system) :]
-        wanted = {name for each in systems for name in MEMBERS[each].values()}
-        if system == "proxy" and shares_weights(self._specs["expert"], self._specs["antiexpert"]):
+        roles = self._systems[system]
+        order = list(self._systems)
+        left = order[order.index(system) :]
+        wanted = {name for each in left for name in self._systems[each].values()}
+        if "expert" in roles and shares_weights(self._specs["expert"], self._specs["antiexpert"]):
             # One copy of the weights then serves both, so the copies of earlier systems must go.
             wanted -= {"expert", "antiexpert"}
         self._free(self._models.keys() - wanted)
         for name in ("antiexpert", "expert", "base", "tuned"):
-            if name in names and name not in self._models:
+            if name in roles.values() and name not in self._models:
                 self._models[name] = self._load(name, system)
-        members: dict[str, Any] = {role: self._models[n] for role, n in MEMBERS[system].items()}
-        return load(**members, alpha=self._alpha, cuda_graphs=self._cuda_graphs)
+        members: dict[str, Any] = {role: self._models[name] for role, name in roles.items()}
+        how: dict[str, Any] = {"alpha": self._alpha, "formula": self._formula}
+        return load(**members, **(how if len(roles) > 1 else {}), cuda_graphs=self._cuda_graphs)
 
     def _load(self, name: str, system: str) -> "LoadedModel":
+        from proxytune.loading.build import same_checkpoint
         from proxytune.loading.load import load_member
 
         share = self._models.get("antiexpert") if system == "proxy" else None
+        if not any(spec.adapter for spec in self._specs.values()):  # it would change the weights
+            twins = [m for m in self._models.values() if same_checkpoint(self._specs[name], m.spec)]
+            share = next(iter(twins), share)
         return load_member(self._specs[name], share=share)
 
     def _free(self, names: set[str]) -> None:

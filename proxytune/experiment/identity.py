@@ -16,11 +16,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from proxytune import provenance
+from proxytune.config.formulas import formula_identity, is_default, members_of
 from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
 from proxytune.files import open_own, read_json, write_json
 from proxytune.records import Decoding
-from proxytune.roles import MEMBERS
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     which completions are made first, not their text.
     """
     members = {}
-    for role, name in MEMBERS[system].items():
+    for role, name in members_of(cfg, system).items():
         member = to_dict(cfg.triple[name])
         del member["device"]
         member["quantization"] = member["quantization"] or None  # {} is none, too
@@ -52,6 +52,8 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":
         identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
+        if not is_default(cfg):  # folders of the default formula do not name it
+            identity["formula"] = formula_identity(cfg)
     return identity
 
 

@@ -14,7 +14,6 @@ from proxytune.loading.prompting import (
     TemplateRefusal,
     render_messages,
 )
-from proxytune.roles import MEMBERS
 
 if TYPE_CHECKING:  # it imports transformers' models, and most refusals come before those
     from proxytune.loading.spec import ModelSpec
@@ -38,7 +37,7 @@ def check_prompts(cells: Sequence[Cell], specs: Mapping[str, "ModelSpec"]) -> No
     tokenizers: dict[str, Any] = {}
     done: set[tuple[str, str]] = set()
     for cell in cells:
-        for name in MEMBERS[cell.system].values():
+        for name in cell.members.values():
             known = specs[name].format.kind == "raw" or (cell.task_name, name) in done
             if known or not cell.missing():
                 continue

@@ -22,6 +22,7 @@ import torch
 from omegaconf import DictConfig
 
 from proxytune import provenance
+from proxytune.config.formulas import formula_of, is_default, members_of
 from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
 from proxytune.experiment.cells import (
@@ -44,7 +45,6 @@ from proxytune.hashes import sha256_json
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
-from proxytune.roles import MEMBERS
 from proxytune.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,9 @@ def _generate(
     )
     systems = list(dict.fromkeys(cell.system for cell in cells))
     graphs = cfg.machine.cuda_graphs
-    with ModelPool(specs, systems, alpha=cfg.alpha, cuda_graphs=graphs) as pool:
+    members = {system: members_of(cfg, system) for system in systems}
+    pool = ModelPool(specs, members, alpha=cfg.alpha, formula=formula_of(cfg), cuda_graphs=graphs)
+    with pool:
         return generate(cells, pool, settings)
 
 
@@ -135,7 +137,7 @@ def _end_tokens(cfg: DictConfig, specs: dict[str, Any]) -> dict[str, Any] | None
 
     if "proxy" not in cfg.systems:
         return None
-    end = find_end({role: specs[name] for role, name in MEMBERS["proxy"].items()})
+    end = find_end({role: specs[name] for role, name in members_of(cfg, "proxy").items()})
     return None if end is None else end.to_dict()
 
 
@@ -261,6 +263,7 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     settings = {f"decoding.{key}": cfg.decoding[key] for key in DECODING_OVERRIDES}
     other = [f"{key}={value}" for key, value in settings.items() if value is not None]
     other += [f"alpha={cfg.alpha:g}"] if cfg.alpha != 1 else []
+    other += [] if is_default(cfg) else [f"formula={cfg.formula._target_}"]
     base = cfg.triple.base.id
     theirs = paper.other_base(cfg.paper.size, base)
     other += [f"the base {base} in the place of {theirs}"] if theirs else []

@@ -326,7 +326,7 @@ class ProxyTuneLM(TemplateLM):
         """The models and alpha, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
         system = self.generator.system
-        alpha = system.alpha if "expert" in members else None
+        alpha = system.alphas.get("alpha")
         info = {"proxytune_members": members, "proxytune_alpha": alpha}
         if isinstance(system, ProxyTunedModel) and system.end is not None:
             info["proxytune_end_tokens"] = system.end.to_dict()

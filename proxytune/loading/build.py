@@ -2,42 +2,57 @@
 
 from collections.abc import Mapping
 
-from proxytune.engine.system import Member, Pair, System
+from proxytune.engine.system import Group, Member, System
 from proxytune.errors import UserError
+from proxytune.formula import alphas_of, choose, experts_of, name_of, try_out
 from proxytune.loading.adapters import leaves_weights
 from proxytune.loading.ends import shared_end
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
-from proxytune.members.adapter import AdapterModel, AdapterPair
+from proxytune.members.adapter import AdapterModel
 from proxytune.members.choose import can_cache, make_member
-from proxytune.proxy import ProxyTunedModel
+from proxytune.members.halves import HalvedModel, Halves
+from proxytune.proxy import Formula, ProxyTunedModel
 from proxytune.single import DraftedModel, Single
+
+Alphas = float | Mapping[str, float]
 
 
 def build(
-    models: Mapping[str, LoadedModel], alpha: float = 1.0, cuda_graphs: bool = False
+    models: Mapping[str, LoadedModel],
+    alpha: Alphas = 1.0,
+    cuda_graphs: bool = False,
+    formula: Formula | None = None,
 ) -> System:
     """A system of these models. Two systems of the same models have separate rows.
 
     Args:
-        models: role -> model; "base" alone, with "draft", or with "expert" and "antiexpert".
-        alpha: scale on (expert - antiexpert).
+        models: role -> model; "base" alone, with "draft", or with the helpers that the formula
+            needs ("expert" and "antiexpert"; "NAME_expert" and "NAME_antiexpert" for each pair).
+        alpha: scale on (expert - antiexpert); NAME -> its scale, where there are several pairs.
         cuda_graphs: see `proxytune.load`.
+        formula: combines the members' logits; None is proxy-tuning.
 
     Raises:
-        UserError: the vocabularies differ, or a model looks ahead.
+        UserError: the vocabularies differ, a model looks ahead, or the formula needs other models.
     """
     tokenizers = {role: model.tokenizer for role, model in models.items()}
     sizes = {role: model.output_size for role, model in models.items() if model.output_size}
     vocab_size = common_vocabulary(tokenizers, sizes)
     ends = {role: model.eos_ids for role, model in models.items()}
-    if "expert" in models:
+    helpers = [role for role in models if role not in ("base", "draft")]
+    if helpers:
+        member = models["base"].member
+        formula = choose(formula, helpers, member is not None and not member.complete)
         end = shared_end(ends, sizes, tokenizers["base"], vocab_size)
         widths = {role: end.width(role) if end else vocab_size for role in models}
-        base = _wrap(models["base"], widths["base"], cuda_graphs)
-        pair = _pair(models["expert"], models["antiexpert"], widths, cuda_graphs)
-        return ProxyTunedModel(base, pair, alpha, end)
+        groups = _groups(models, widths, cuda_graphs)
+        scales = alphas_of(formula, alpha, helpers)
+        try_out(formula, helpers, scales, end.vocab_size if end else vocab_size)
+        return ProxyTunedModel(groups, scales, end, formula, _drafter(models))
+    if formula is not None:
+        raise UserError(f"formula={name_of(formula)} needs more models than the base")
     base = _wrap(models["base"], vocab_size, cuda_graphs)
     if "draft" in models:
         lost = [token for token in ends["base"] if vocab_size <= token < sizes.get("base", 0)]
@@ -50,23 +65,53 @@ def build(
     return Single(base)
 
 
-def _pair(
-    expert: LoadedModel, antiexpert: LoadedModel, widths: Mapping[str, int], cuda_graphs: bool
-) -> Pair:
-    """Expert and antiexpert; they share a member if the expert is an adapter on the antiexpert.
+def _groups(
+    models: Mapping[str, LoadedModel], widths: Mapping[str, int], cuda_graphs: bool
+) -> list[Group]:
+    """The members; two that share a model share its passes, too.
 
     Args:
-        expert, antiexpert: the models.
+        models: role -> model.
         widths: role -> how many of its logits are needed.
         cuda_graphs: see `build`.
     """
-    adapted, width = antiexpert.adapted, max(widths.values())
-    if adapted is not None and expert.model is adapted and can_cache(adapted, width):
-        return AdapterPair(AdapterModel(adapted, width))
-    return Pair(
-        _wrap(expert, widths["expert"], cuda_graphs),
-        _wrap(antiexpert, widths["antiexpert"], cuda_graphs),
-    )
+    halves = _halves(models, widths)
+    shared = {role for group in halves for role in group.members}
+    alone = {
+        role: _wrap(model, widths[role], cuda_graphs)
+        for role, model in models.items()
+        if role not in shared
+    }
+    return [*halves, Group(alone)]
+
+
+def _halves(models: Mapping[str, LoadedModel], widths: Mapping[str, int]) -> list[Halves]:
+    """The roles that share one model two by two; arguments as for `_groups`.
+
+    They are an expert that is an adapter on its antiexpert's model, and a base that is its own
+    antiexpert, under another prompt.
+    """
+    found = []
+    for expert in experts_of(list(models)):
+        antiexpert = expert.removesuffix("expert") + "antiexpert"
+        adapted = models[antiexpert].adapted if antiexpert in models else None
+        if adapted is None or models[expert].model is not adapted:
+            continue
+        width = max(widths[expert], widths[antiexpert])
+        if can_cache(adapted, width):
+            found.append(Halves(AdapterModel(adapted, width), (expert, antiexpert)))
+    base, other = models["base"].model, models.get("antiexpert")
+    if other is not None and base is not None and base is other.model:
+        width = max(widths["base"], widths["antiexpert"])
+        if can_cache(base, width):
+            found.append(Halves(HalvedModel(base, width), ("base", "antiexpert")))
+    return found
+
+
+def _drafter(models: Mapping[str, LoadedModel]) -> str | None:
+    """The role of the member that drafts: the first expert, or another model than the base's."""
+    others = [r for r in models if r != "base" and models[r].model is not models["base"].model]
+    return next(iter([*experts_of(others), *others]), None)
 
 
 def _wrap(loaded: LoadedModel, vocab_size: int, cuda_graphs: bool) -> Member:
@@ -85,8 +130,18 @@ def shares_weights(spec: ModelSpec, other: ModelSpec | None) -> bool:
 
     The adapter must leave the weights as they are, for `other` uses them, too.
     """
-    if other is None or spec.adapter is None or other.adapter is not None:
+    if spec.adapter is None or other is None or other.adapter is not None:
         return False
+    return _same_weights(spec, other) and leaves_weights(spec)
+
+
+def same_checkpoint(spec: ModelSpec, other: ModelSpec | None) -> bool:
+    """Whether two specifications give the same weights, without an adapter; prompts may differ."""
+    if other is None or spec.api or other.api or spec.adapter or other.adapter:
+        return False
+    return _same_weights(spec, other)
+
+
+def _same_weights(spec: ModelSpec, other: ModelSpec) -> bool:
     names = ("id", "revision", "dtype", "device", "quantization", "attn_implementation")
-    same = all(getattr(spec, name) == getattr(other, name) for name in names)
-    return same and leaves_weights(spec)
+    return all(getattr(spec, name) == getattr(other, name) for name in names)

@@ -23,7 +23,7 @@ from transformers import (
 from proxytune.engine.system import Member
 from proxytune.errors import UserError, need
 from proxytune.loading.adapters import adapter_tokenizer, check_adapter, put_adapter
-from proxytune.loading.build import shares_weights
+from proxytune.loading.build import same_checkpoint, shares_weights
 from proxytune.loading.ends import end_ids, shared_end
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.missing import not_found
@@ -130,8 +130,8 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
 
     Args:
         spec: the model.
-        share: a loaded model. If `spec` is an adapter on its checkpoint, the adapter uses these
-            weights instead of a second copy.
+        share: a loaded model. If `spec` is its checkpoint under other prompts, or an adapter on
+            its checkpoint, it uses these weights instead of a second copy.
 
     Raises:
         UserError: it cannot be found or read; one line with the way out.
@@ -139,6 +139,8 @@ def load_member(spec: ModelSpec, share: LoadedModel | None = None) -> LoadedMode
     tokenizer = load_tokenizer(spec)
     if spec.api is not None:
         return LoadedModel(None, tokenizer, spec, _open(spec, tokenizer))
+    if share is not None and same_checkpoint(spec, share.spec):
+        return LoadedModel(share.model, tokenizer, spec)
     if share is not None and share.model is not None and shares_weights(spec, share.spec):
         share.adapted = put_adapter(share.model, spec)
         return LoadedModel(share.adapted, tokenizer, spec)

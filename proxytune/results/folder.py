@@ -91,8 +91,8 @@ def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> l
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """How an earlier run's table shows a metric."""
+class Shown:
+    """How a table shows a metric that is no task's own, or an earlier run's."""
 
     label: str
     higher_is_better: bool
@@ -104,7 +104,7 @@ class _Earlier:
     """The results of earlier runs in a folder, by task."""
 
     metrics: list[Metric]
-    infos: dict[str, dict[str, _Shown]]
+    infos: dict[str, dict[str, Shown]]
     limits: dict[str, int | None]
     unfinished: dict[str, str]
     other_datasets: dict[str, str]
@@ -118,7 +118,7 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
         for row in _rows_or_none(path):
             task = str(row["task"])
             if task != AVERAGE:
-                shown = _Shown(row["label"], row["higher_is_better"], row["percent"])
+                shown = Shown(row["label"], row["higher_is_better"], row["percent"])
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
                 found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
                 found.unfinished[task] = unfinished_text(row)

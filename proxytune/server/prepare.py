@@ -251,9 +251,11 @@ def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
 
 
 def _alpha(alpha: float | None, generator: Generator) -> float | None:
-    """The request's alpha; refused for a single model."""
-    if alpha is not None and "expert" not in generator.roles:
-        raise ApiError("alpha needs a triple; this model is a single one", param="alpha")
+    """The request's alpha; refused where the system has none, or several."""
+    known = generator.system.alphas
+    if alpha is not None and len(known) != 1:
+        reason = f"this one has {', '.join(known)}" if known else "this model is a single one"
+        raise ApiError(f"alpha needs a triple; {reason}", param="alpha")
     return alpha
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,9 @@ from starlette.responses import JSONResponse, Response
 from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.neutral import Strict, way_out
 from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
-from proxytune.server.worker import BusyError, WorkerError
+from proxytune.server.worker import BusyError, EndingError, WorkerError
+
+ENDING = "the server is shutting down; ask again when it is back"
 
 # Our own explanations for fields whose errors pydantic explains at great length.
 _WANTED = {
@@ -65,6 +68,11 @@ class PlainJson(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+def short(text: object) -> str:
+    """A client's word as it is repeated to the client; a long one is cut."""
+    return reprlib.repr(text)
+
+
 def error_response(
     status: int,
     message: str,
@@ -75,6 +83,13 @@ def error_response(
 ) -> PlainJson:
     """An error as OpenAI's clients expect it."""
     return PlainJson(error_body(status, message, param, code), status, headers)
+
+
+def ending() -> PlainJson:
+    """The answer to a request that came, or still ran, while the server ends."""
+    return error_response(
+        503, ENDING, code="shutting_down", headers={"Retry-After": "5", "Connection": "close"}
+    )
 
 
 def error_body(
@@ -90,6 +105,8 @@ def explain(error: Exception) -> tuple[int, str]:
     """HTTP's status and the message for an error that ends a running job."""
     if isinstance(error, TimeoutError):
         return 504, "this took longer than the server allows; ask for fewer tokens"
+    if isinstance(error, EndingError):
+        return 503, ENDING
     cause = error.__cause__
     if isinstance(cause, UpstreamError):
         return (503 if isinstance(cause, Unanswered) else 502), f"the API of the base: {cause}"
@@ -109,6 +126,10 @@ def handle_errors(app: FastAPI) -> None:
     async def busy(_: Request, error: BusyError) -> Response:
         message = f"{error}; try again in a moment"
         return error_response(429, message, code="busy", headers={"Retry-After": "1"})
+
+    @app.exception_handler(EndingError)
+    async def closing(_: Request, error: EndingError) -> Response:
+        return ending()
 
     @app.exception_handler(TimeoutError)
     @app.exception_handler(WorkerError)
@@ -138,13 +159,14 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
         return "the body must be a JSON object, sent as Content-Type: application/json", None
     param = place[0]
     if kind == "extra_forbidden":
-        name = ".".join(place)
+        name = ".".join(each[:80] for each in place)
         neutral = way_out(place[-1])
         if neutral is not None:
             return f"{name} is not supported; leave it out or send {neutral}", param
         body = next(body for path, body in _BODIES.items() if request.url.path.endswith(path))
         known = list(body.model_fields)
-        close = difflib.get_close_matches(place[-1], known, n=1)
+        # difflib takes seconds for a name of megabytes
+        close = difflib.get_close_matches(place[-1][:80], known, n=1)
         hint = f"; did you mean {close[0]}?" if close and len(place) == 1 else ""
         return f"unknown field {name!r}{hint}", param
     if kind == "missing":

@@ -82,6 +82,7 @@ def prepare_completion(
         rate_top=-1 if -1 in tops else max(tops, default=0),
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
+        streams=bool(body.stream),
     )
     if tops:
         job.rate = [_ratable(each, generator) for each in ids]
@@ -145,6 +146,7 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
         top=(body.top_logprobs or 0) if body.logprobs else None,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
+        streams=bool(body.stream),
     )
     return Prepared(job, [ids["base"]], None, n)
 
@@ -174,6 +176,7 @@ def prepare_response(
         top=(body.top_logprobs or 0) if rated else None,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream),
+        streams=bool(body.stream),
     )
     return Prepared(job, [ids["base"]], None, 1)
 

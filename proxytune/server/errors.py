@@ -12,7 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.neutral import Strict, way_out
-from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
+from proxytune.server.protocol import (
+    MOST_STOPS,
+    STOP_LENGTH,
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+)
 from proxytune.server.worker import BusyError, EndingError, WorkerError
 
 ENDING = "the server is shutting down; ask again when it is back"
@@ -20,7 +26,8 @@ ENDING = "the server is shutting down; ask again when it is back"
 # Our own explanations for fields whose errors pydantic explains at great length.
 _WANTED = {
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
-    "stop": "must be a string or a list of strings, none of them empty",
+    "stop": f"must be a string of at most {STOP_LENGTH} characters, or a list of at most "
+    f"{MOST_STOPS} of them, and none may be empty",
     "logit_bias": "must map token ids, as strings, to numbers from -100 to 100",
     "input": "must be a string, or a list of messages (of system, developer, user or assistant) "
     "whose content is a string or a list of text parts",
@@ -155,6 +162,8 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
     kind = errors[0]["type"]
     if kind == "json_invalid":
         return f"the body is not JSON: {errors[0]['ctx']['error']}", None
+    if kind == "too_many":
+        return f"{'.'.join(place) or 'the body'}: {errors[0]['msg']}", place[0] if place else None
     if not place:
         return "the body must be a JSON object, sent as Content-Type: application/json", None
     param = place[0]

@@ -14,6 +14,7 @@ from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
 from proxytune.errors import UserError
 from proxytune.generator import Generator, make_decoding
+from proxytune.loading.prompting import prompt_ids
 from proxytune.records import Decoding
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import (
@@ -320,16 +321,16 @@ def _sampler(sampling: Decoding, bias: tuple[tuple[int, float], ...]) -> Sampler
 def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, list[int]]:
     """A prompt as each member reads it; `special` lets tokenizers put their BOS before a text."""
     given: Any = prompt
-    if isinstance(prompt, str) and not special:
-        given = {
-            role: member.need_tokenizer()(prompt, add_special_tokens=False)["input_ids"]
-            for role, member in generator.members.items()
-        }
     try:
-        ids = generator.encode(given)
+        if isinstance(prompt, str) and not special:
+            most = generator.max_positions
+            given = {
+                role: prompt_ids(prompt, member.need_tokenizer(), special=False, most=most)
+                for role, member in generator.members.items()
+            }
+        return generator.encode(given)
     except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param="prompt") from error
-    return ids
 
 
 def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[int]]:

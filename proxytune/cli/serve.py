@@ -1,5 +1,6 @@
 """`proxytune serve`: binds the port, loads a system, and runs the app with uvicorn."""
 
+import gc
 import ipaddress
 import logging
 import signal
@@ -42,6 +43,11 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         from proxytune.server.connections import Server  # imports torch
 
         shown = f"[{host}]" if ":" in host else host
+        # The models stay. Without this a body of many small lists lets the collector walk over all
+        # objects of torch again and again, which stops the server for seconds.
+        gc.collect()
+        gc.freeze()
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # a line per write to who has left
         place = f"serving {name} on http://{shown}:{port}/v1  (Ctrl-C ends it)"
         server = Server(app, listener, place)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

@@ -26,7 +26,8 @@ from proxytune.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-HEADER_SECONDS = 10  # a connection whose next request's headers are not whole by then is closed
+HEADER_SECONDS = 5  # from a connection's begin, or a request's first byte, to the whole headers
+IDLE_SECONDS = 15  # between two requests; clients drop idle connections after 5 by default (httpx)
 WRITE_SECONDS = 30  # a client that reads nothing of its answer for so long is cut off
 FLUSH_SECONDS = 2  # at the end of the server, to send what was said last
 _GRACE = 5  # seconds after the gate's own answer to a slow body
@@ -117,7 +118,7 @@ class Connection(H11Protocol):
         """The client is there; it has to send a request."""
         self.since = self._moved = time.monotonic()
         self._unread = 0  # bytes of the answer that the client has not taken
-        self._state: tuple[object, object] = (h11.IDLE, None)
+        self._state: tuple[object, ...] = (h11.IDLE, None, False)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -146,7 +147,11 @@ class Connection(H11Protocol):
         if not unread or unread < self._unread:
             self._moved = now
         self._unread = unread
-        limits = {h11.IDLE: HEADER_SECONDS, h11.SEND_BODY: BODY_SECONDS + _GRACE}
+        idle = self.cycle is not None and not self._half_sent
+        limits = {
+            h11.IDLE: IDLE_SECONDS if idle else HEADER_SECONDS,
+            h11.SEND_BODY: BODY_SECONDS + _GRACE,
+        }
         limit = limits.get(self.conn.their_state, self.answer_seconds)
         if now - self._moved > WRITE_SECONDS:
             self.transport.abort()
@@ -158,14 +163,18 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size() or not self.awaits_request:
             self.transport.abort()
             return
-        half_sent = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
-        if half_sent and not self.transport.is_closing():
+        if self._half_sent and not self.transport.is_closing():
             self.transport.write(_short_answer(408))
         self.transport.close()
 
+    @property
+    def _half_sent(self) -> bool:
+        """Whether a part of a request's headers is there, and not all of them."""
+        return self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+
     def _note(self) -> None:
         """Notes when the connection begins to wait for something else."""
-        state = self.conn.their_state, self.cycle
+        state = self.conn.their_state, self.cycle, self._half_sent
         if state != self._state:
             self._state, self.since = state, time.monotonic()
 
@@ -199,7 +208,7 @@ class Server(uvicorn.Server):
             log_config=None,
             log_level="error",  # its warnings are one line per malformed request
             access_log=False,
-            timeout_keep_alive=HEADER_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
         super().__init__(config)

@@ -158,7 +158,8 @@ def handle_errors(app: FastAPI) -> None:
 def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str, str | None]:
     """A message about the first mistake in a body, and the field at fault."""
     errors = error.errors()
-    place = [str(part) for part in errors[0]["loc"][1:]]
+    # cut: a client may have sent megabytes as a name, and difflib takes seconds for them
+    place = [str(part)[:80] for part in errors[0]["loc"][1:]]
     kind = errors[0]["type"]
     if kind == "json_invalid":
         return f"the body is not JSON: {errors[0]['ctx']['error']}", None
@@ -168,14 +169,13 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
         return "the body must be a JSON object, sent as Content-Type: application/json", None
     param = place[0]
     if kind == "extra_forbidden":
-        name = ".".join(each[:80] for each in place)
+        name = ".".join(place)
         neutral = way_out(place[-1])
         if neutral is not None:
             return f"{name} is not supported; leave it out or send {neutral}", param
         body = next(body for path, body in _BODIES.items() if request.url.path.endswith(path))
         known = list(body.model_fields)
-        # difflib takes seconds for a name of megabytes
-        close = difflib.get_close_matches(place[-1][:80], known, n=1)
+        close = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"; did you mean {close[0]}?" if close and len(place) == 1 else ""
         return f"unknown field {name!r}{hint}", param
     if kind == "missing":
@@ -183,5 +183,5 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
     if param in _WANTED:
         return f"{param} {_WANTED[param]}", param
     # a field that takes several types has one error for each
-    reasons = [each["msg"] for each in errors if str(each["loc"][1]) == param]
+    reasons = [each["msg"] for each in errors if str(each["loc"][1])[:80] == param]
     return f"{param}: {'; or '.join(dict.fromkeys(reasons))}", param

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -120,6 +120,7 @@ class Job:
     # What `unread` is the difference of: each number is written by one thread alone.
     _given: int = 0
     _taken: int = 0
+    _each: int = 1  # what one event adds
     _paused: bool = False
 
     @property
@@ -131,9 +132,6 @@ class Job:
     def unread(self) -> int:
         """Tokens and listed log-probabilities that wait for the client."""
         return self._given - self._taken
-
-    def _size(self, events: Sequence[Event | Failed]) -> int:
-        return len(events) * (1 + max(self.top or 0, 0))
 
 
 class Worker:
@@ -210,6 +208,7 @@ class Worker:
         if self.waiting >= self.max_waiting:
             raise BusyError(f"{self.waiting} completions are waiting already")
         job._home = asyncio.get_running_loop()
+        job._each += self.generator.vocab_size if job.top == -1 else job.top or 0
         self._open.add(job)
         self._count(job.left)
         self._commands.put(partial(self._add, job))
@@ -235,7 +234,7 @@ class Worker:
                 # a stream comes back here after the client has taken the event
                 if self._ending and left:
                     raise EndingError("the server is shutting down")
-            job._taken += job._size(events)
+            job._taken += job._each * len(events)
             if job._paused and job.unread < RESUME_BELOW:
                 self._commands.put(partial(self._resume, job))
 
@@ -392,7 +391,7 @@ class Worker:
         """Sends the round's events to their jobs, and forgets the jobs that have ended."""
         for job in [job for job in self._left if job._pending]:
             events, job._pending = job._pending, []
-            job._given += job._size(events)
+            job._given += job._each * len(events)
             assert job._home is not None
             try:
                 job._home.call_soon_threadsafe(job._queue.put_nowait, events)

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from proxytune.engine.choice import choose_from, pick_tokens
 from proxytune.engine.memory import out_of_memory
-from proxytune.engine.rows import Finished, Request, Row, Shared, choose_from, pick_tokens
+from proxytune.engine.rows import Finished, Request, Row, Shared
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Pass, System
 

@@ -320,7 +320,8 @@ class Generator:
         """A prompt as each member reads it: role -> token ids.
 
         Raises:
-            UserError: the prompt is empty, has unknown token ids, or lacks a role.
+            UserError: the prompt is empty, has unknown token ids, lacks a role, or is a text so
+                long that no model can read it.
         """
         if isinstance(prompt, Mapping):
             if not prompt.keys() >= set(self.roles):
@@ -329,7 +330,12 @@ class Generator:
         else:
             given = dict.fromkeys(self.members, prompt)
         ids = {
-            role: token_ids(each, self.members[role].format, self.members[role].tokenizer)
+            role: token_ids(
+                each,
+                self.members[role].format,
+                self.members[role].tokenizer,
+                self.max_positions,
+            )
             for role, each in given.items()
         }
         if "draft" in self.members:

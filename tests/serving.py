@@ -1,4 +1,4 @@
-"""Runs an app of `proxytune.server` on a free local port, by uvicorn in a thread."""
+"""Runs an app of `proxytune.server` on a free local port, in a thread."""
 
 import socket
 import threading
@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
 from fastapi import FastAPI
+
+from proxytune.server.connections import Server
 
 
 @contextmanager
@@ -15,9 +16,9 @@ def running(app: FastAPI) -> Iterator[str]:
     """Serves an app until the block ends; gives its base URL, "http://127.0.0.1:<port>/v1"."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    app.state.settings.shutdown_timeout = 1
+    server = Server(app, listener)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:
@@ -28,4 +29,3 @@ def running(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-        listener.close()

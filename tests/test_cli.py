@@ -1,4 +1,4 @@
-"""The real command line on the pocket models: resuming after kill -9, and mistakes in one line."""
+"""The command line on the pocket models: resuming after kill -9, and mistakes in one line."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from proxytune import cli
 from proxytune.experiment import runner
 from proxytune.experiment.identity import sole_writer
 from proxytune.files import ROOT
+from tests.commands import call
 
 TINY = ["task=[pocket_triviaqa,pocket_truthfulqa_open]", "limit=12", "report=false"]
 
@@ -25,6 +26,12 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """run.py in this process."""
+    return call(cli.run, *arguments)
+
+
+def run_outside(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment)
 
@@ -78,7 +85,7 @@ def test_kill_9_then_the_same_command_gives_the_same_completions(whole, tmp_path
     process.wait()
     before = sum(len(found) for found in _lines(tmp_path).values())
     assert 0 < before < 96, "the kill came too early or too late to show anything"
-    done = run(*TINY, f"output_dir={tmp_path}", "decoding.batch_size=2")
+    done = run_outside(*TINY, f"output_dir={tmp_path}", "decoding.batch_size=2")
     assert done.returncode == 0, done.stderr
     assert completions(tmp_path) == completions(whole)
 
@@ -130,20 +137,17 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
         (["task.pocket_gsm8k.pth=x"], "no key 'pth' (did you mean path?)"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output_dir={tmp_path}"])
-    with pytest.raises(SystemExit) as exit_:
-        cli.run()
-    assert exit_.value.code == 1
-    shown = capsys.readouterr().err
-    lines = [line for line in shown.splitlines() if line.startswith("error:")]
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, said, tmp_path):
+    done = run(*arguments, f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert said in lines[0]
-    assert "Traceback" not in shown
+    assert "Traceback" not in done.stderr
 
 
 def test_a_mistake_of_the_command_itself_is_one_line():
-    done = run("experiment=pokcet")
+    done = run_outside("experiment=pokcet")
     assert done.returncode == 1
     assert done.stderr.startswith("error: unknown experiment 'pokcet' (did you mean pocket?)")
     assert done.stderr.count("\n") == 1
@@ -188,7 +192,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     if subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        done = run("task=[pocket_triviaqa]", "report=false", f"output_dir={mount}/run")
+        done = run_outside("task=[pocket_triviaqa]", "report=false", f"output_dir={mount}/run")
         assert done.returncode == 1
         assert "the disk is full" in done.stderr
         assert "Traceback" not in done.stderr
@@ -251,11 +255,11 @@ def test_a_stopped_run_can_be_scored_and_says_that_it_is_unfinished(whole, tmp_p
     assert "no example" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_folder_belongs_to_one_generating_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", *TINY, f"output_dir={tmp_path}"])
-    with sole_writer(tmp_path), pytest.raises(SystemExit):
-        cli.run()
-    assert f"another process is generating into {tmp_path}" in capsys.readouterr().err
+def test_a_folder_belongs_to_one_generating_process(tmp_path):
+    with sole_writer(tmp_path):
+        done = run(*TINY, f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert f"another process is generating into {tmp_path}" in done.stderr
     with sole_writer(tmp_path):
         pass  # the first one left it free
 

@@ -15,7 +15,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from proxytune import api
+from proxytune.cli.guard import guarded
 from proxytune.errors import UserError
+from proxytune.harness import __main__ as harness_command
 from proxytune.harness import evaluation
 from proxytune.harness.model import ProxyTuneLM
 from proxytune.loading.prompting import PromptFormat
@@ -397,6 +399,24 @@ def test_a_dataset_that_is_a_script_is_refused_in_one_line(tmp_path, asked, name
     text = str(said.value)
     assert text.startswith("lm-eval's task strange") and f"its dataset {dataset} (main)" in text
     assert ("(of strangers)" in text) == (asked == "strangers") and "\n" not in text
+
+
+def test_lm_evals_own_command_says_it_in_one_line_too(tmp_path, folders, monkeypatch, capsys):
+    """Fails on 538a493 with datasets' RuntimeError and its traceback."""
+    script = tmp_path / "old" / "old.py"
+    script.parent.mkdir()
+    script.write_text("raise SystemExit('run')\n")
+    folder = task_file(tmp_path / "tasks", str(script.parent), dataset_name="main")
+    base = f"base={folders['base']}"
+    command = ["run", "--model", "proxytune", "--model_args", base, "--tasks", "strange"]
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *command, "--include_path", folder])
+    with pytest.raises(SystemExit) as ended:
+        guarded(harness_command.main)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1
+    assert (
+        last.startswith("error: lm-eval's task strange: its dataset") and "scripts are no" in last
+    )
 
 
 @pytest.mark.parametrize(

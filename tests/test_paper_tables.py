@@ -155,6 +155,27 @@ def test_a_pocket_run_fills_the_papers_rows_without_the_papers_numbers(tmp_path)
     assert paper_tables.build("7", {}, pocket=True).empty
 
 
+def test_a_table_says_that_a_dataset_is_not_the_papers(tmp_path):
+    """538a493 knows no paper's dataset, so no table says so."""
+    report_folder.make(tmp_path / "runs" / "llama13b_chat", examples=20)
+    path = tmp_path / "runs" / "llama13b_chat" / "table.csv"
+    table = read_csv(path)
+    other = "the paper's has 1,319 rows, this one 20"
+    table["other_dataset"] = [other if task == "gsm8k" else "" for task in table["task"]]
+    to_csv(table, path)
+    paper_tables.collect(tmp_path / "runs", tmp_path / "metrics")
+    made = paper_tables.make("2", tmp_path, paper_tables.read_ours(tmp_path / "metrics"), pocket=0)
+    assert made is not None
+    note = f"† not the paper's dataset, not comparable with its numbers (gsm_acc: {other})"
+    assert made.markdown.count(note) == 1
+    assert "| 60.0 † |" in made.markdown
+    marked = [line for line in made.markdown.splitlines() if "† |" in line]
+    assert len(marked) == 7 and all("| gsm_acc |" in line for line in marked)
+    assert set(made.data[made.data["other_dataset"] != ""]["metric"]) == {"gsm_acc"}
+    ours = paper_tables.from_comparison(table.drop(columns="other_dataset"))
+    assert "†" not in paper_tables.to_markdown(paper_tables.build("2", ours))
+
+
 def test_lora_stands_beside_the_systems_of_table_5(tmp_path):
     folder = report_folder.make(tmp_path / "llama13b_gsm", examples=10, tasks=1)
     table = read_csv(folder / "table.csv")

@@ -207,7 +207,9 @@ def test_a_body_that_does_not_arrive_is_refused(url, monkeypatch):
     monkeypatch.setattr("proxytune.server.gate.BODY_SECONDS", 0.2)
     port = int(url.split(":")[2].split("/")[0])
     with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
         slow.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt":'.encode())
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
@@ -285,7 +287,7 @@ def raw_request(url: str, body: dict) -> socket.socket:
     port = int(url.split(":")[2].split("/")[0])
     connection = socket.create_connection(("127.0.0.1", port))
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 

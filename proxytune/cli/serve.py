@@ -1,5 +1,6 @@
 """`proxytune serve`: binds the port, loads a system, and runs the app with uvicorn."""
 
+import gc
 import ipaddress
 import logging
 import signal
@@ -8,9 +9,9 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-import uvicorn
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
 from proxytune.roles import SYSTEMS
 from proxytune.server.settings import ServerSettings
@@ -28,7 +29,8 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
     Raises:
         UserError: the configuration is impossible, or the port is taken.
     """
-    settings = ServerSettings(**{each.name: cfg[each.name] for each in fields(ServerSettings)})
+    own = OmegaConf.masked_copy(cfg, [each.name for each in fields(ServerSettings)])
+    settings = ServerSettings(**to_dict(own))
     if cfg.system not in SYSTEMS:
         raise UserError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
     name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
@@ -38,19 +40,20 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
             log.warning("%s: others can reach this server, and it asks for no api_key", host)
         app = _load(cfg, name, settings)
+        from proxytune.server.connections import Server  # imports torch
+
         shown = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=5,
-        )
-        server = _Server(config, f"{name} on http://{shown}:{port}/v1")
+        # The models stay. Without this a body of many small lists lets the collector walk over all
+        # objects of torch again and again, which stops the server for seconds.
+        gc.collect()
+        gc.freeze()
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # a line per write to who has left
+        place = f"serving {name} on http://{shown}:{port}/v1  (Ctrl-C ends it)"
+        server = Server(app, listener, place)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(signal.SIGHUP, server.handle_exit)
         with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; uvicorn has closed all
-            server.run([listener])
+            server.serve_forever()
 
 
 def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
@@ -113,15 +116,3 @@ def _bind(host: str, port: int) -> socket.socket:
             "(0 takes a free one)"
         ) from error
     return listener
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that prints its address once it can be reached."""
-
-    def __init__(self, config: uvicorn.Config, place: str) -> None:
-        super().__init__(config)
-        self._place = place
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(f"serving {self._place}  (Ctrl-C ends it)", flush=True)

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from proxytune.engine.choice import choose_from, pick_tokens
 from proxytune.engine.memory import out_of_memory
-from proxytune.engine.rows import Finished, Request, Row, Shared, choose_from, pick_tokens
+from proxytune.engine.rows import Finished, Request, Row, Shared
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Pass, System
 
@@ -47,6 +48,7 @@ class DecodeLoop:
         self._width = 1  # of the last block
         self._waiting: deque[Request] = deque()
         self._joining: deque[Row] = deque()  # rows that the system has not read yet
+        self._paused: list[Row | Request] = []  # set aside until `resume`
         self._done: list[Finished] = []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
@@ -103,19 +105,54 @@ class DecodeLoop:
         done, self._done = self._done, []
         return done
 
-    @torch.inference_mode()
     def cancel(self, index: int) -> None:
         """Drops the requests with this index; their rows leave unfinished. Call between steps."""
-        self._waiting = deque(each for each in self._waiting if each.index != index)
-        self._joining = deque(row for row in self._joining if row.request.index != index)
-        keep = [i for i, row in enumerate(self.rows) if row.request.index != index]
+        self._take_out({index})
+        self._paused = [each for each in self._paused if _index(each) != index]
+
+    @property
+    def paused(self) -> int:
+        """How many samples are set aside, those that have not begun included."""
+        unstarted = {id(each.shared): each.shared.unstarted for each in self._rows_paused()}
+        begun = sum(isinstance(each, Row) for each in self._paused)
+        waiting = sum(each.decoding.n for each in self._paused if isinstance(each, Request))
+        return begun + sum(unstarted.values()) + waiting
+
+    def pause(self, indices: Iterable[int]) -> None:
+        """Sets the requests with these indices aside until `resume`. Call between steps.
+
+        Their rows leave the system; their texts do not change by it.
+        """
+        self._paused += self._take_out(set(indices))
+
+    def resume(self, indices: Iterable[int]) -> None:
+        """Lets requests that `pause` has set aside go on: rows that have begun are read again."""
+        wanted = set(indices)
+        back = [each for each in self._paused if _index(each) in wanted]
+        self._paused = [each for each in self._paused if _index(each) not in wanted]
+        self._joining.extend(each for each in back if isinstance(each, Row))
+        self._waiting.extend(each for each in back if isinstance(each, Request))
+
+    def _rows_paused(self) -> list[Row]:
+        return [each for each in self._paused if isinstance(each, Row)]
+
+    @torch.inference_mode()
+    def _take_out(self, indices: set[int]) -> list[Row | Request]:
+        """Removes what runs or waits for the requests with these indices, and returns it."""
+        found: list[Row | Request] = [r for r in self.rows if r.request.index in indices]
+        found += [row for row in self._joining if row.request.index in indices]
+        found += [each for each in self._waiting if each.index in indices]
+        self._waiting = deque(each for each in self._waiting if each.index not in indices)
+        self._joining = deque(row for row in self._joining if row.request.index not in indices)
+        keep = [i for i, row in enumerate(self.rows) if row.request.index not in indices]
         if len(keep) < len(self.rows):
             self.rows = [self.rows[i] for i in keep]
             self.system.keep(keep)
+        return found
 
     def clear(self) -> None:
         """Drops everything that runs or waits, and frees the system's memory."""
-        self.rows, self._done = [], []
+        self.rows, self._done, self._paused = [], [], []
         self._waiting.clear()
         self._joining.clear()
         self.system.clear()
@@ -337,6 +374,10 @@ class DecodeLoop:
             if len(keep) < len(forget):
                 self.system.keep(keep)
             self._write_first(fresh)
+
+
+def _index(each: Row | Request) -> int:
+    return each.request.index if isinstance(each, Row) else each.index
 
 
 def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:

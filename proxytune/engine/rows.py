@@ -1,18 +1,15 @@
 """The rows of the decode loop: one sample each, from its request to its record.
 
-A token goes two steps: `choose_from` chooses it from the logits of a pass, and `Row.take` appends
-it. Nothing else chooses a token that is kept, and nothing else writes one.
+`Row.take` appends a token that was chosen (choice.py). Nothing else writes one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from proxytune.engine.broken import blame
-from proxytune.engine.penalties import History
 from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
@@ -207,171 +204,6 @@ class Row:
             self.truncation,
             self.touched,
         )
-
-
-@dataclass(slots=True)
-class Chosen:
-    """The tokens chosen at the places of a flat pass.
-
-    Attributes:
-        seen: the pass, [rows * width, vocab]: `width` places for each row.
-        width: places per row.
-        tokens: the choice at each place.
-        certain: whether unlisted tokens could not change it; empty where every logit is known.
-        unseen: the probability of the unlisted tokens; empty where every logit is known.
-    """
-
-    seen: Pass
-    width: int
-    tokens: list[int]
-    certain: list[bool]
-    unseen: list[float]
-
-    def of(self, index: int) -> list[int]:
-        """The tokens chosen for the row with this index, [width]."""
-        return self.tokens[index * self.width : (index + 1) * self.width]
-
-    def give(self, index: int, row: Row, count: int = 1) -> None:
-        """Writes the first `count` tokens chosen for a row, or fewer if it ends before.
-
-        Args:
-            index: the row's index among those of `choose_from`.
-            row: the row.
-            count: at most `width`.
-        """
-        first = index * self.width
-        for place in range(first, first + count):
-            row.take(
-                self.tokens[place],
-                self.seen,
-                place,
-                self.certain[place] if self.certain else True,
-                self.unseen[place] if self.unseen else 0.0,
-            )
-            if row.reason is not None:
-                return
-
-
-def choose_from(
-    seen: Pass, rows: Sequence[Row], width: int = 1, guesses: Sequence[Sequence[int]] = ()
-) -> Chosen:
-    """Chooses a token at every place of a pass. Rows are written from these choices alone.
-
-    Args:
-        seen: a flat pass, [rows * width, vocab]: the first row's places, then the next row's.
-        rows: the rows that were read.
-        width: places per row. Place i of a row chooses its token number len(row.tokens) + i.
-        guesses: the drafted tokens of each row, width - 1 each; none for a width of 1.
-
-    Raises:
-        UserError: a member gave logits from which no token can be chosen.
-    """
-    owners = [row for row in rows for _ in range(width)]
-    offsets = list(range(width)) * len(rows)
-    drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
-    groups = _by_sampler(owners, offsets, drafted)
-    tokens = _pick(seen.logits, groups)
-    if seen.truncation is not None:
-        tokens = tokens.masked_fill(seen.truncation.full.to(tokens.device), FULL)
-    chosen = tokens.tolist()
-    if BROKEN in chosen:
-        raise blame(seen[chosen.index(BROKEN)])
-    certain, unseen = [], []
-    if seen.truncation is not None:
-        certain = _certain(tokens, seen.logits, seen.truncation.ceiling, groups)
-        unseen = seen.truncation.unseen.tolist()
-    return Chosen(seen, width, chosen, certain, unseen)
-
-
-def pick_tokens(
-    logits: torch.Tensor,
-    rows: Sequence[Row],
-    offsets: Sequence[int],
-    guesses: Sequence[Sequence[int]],
-) -> torch.Tensor:
-    """Picks a token at every place by its row's sampler, [places]; writes nothing.
-
-    Args:
-        logits: [places, vocab].
-        rows: the row of each place.
-        offsets: which token of its row each place picks: 0 for the next one, 1 for the one after.
-        guesses: tokens drafted after those of each place's row; as many as its offset come before
-            the place. Only a sampler that looks back reads them.
-    """
-    return _pick(logits, _by_sampler(rows, offsets, guesses))
-
-
-class _Group(NamedTuple):
-    """The places of a pass whose rows share a sampler, with the arguments of `Sampler.choose`."""
-
-    sampler: Sampler
-    places: list[int]
-    streams: list[int]
-    positions: list[int]
-    histories: list[History]
-
-
-def _pick(logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
-    """`pick_tokens` for places that are grouped."""
-    if len(groups) == 1:
-        (group,) = groups
-        return group.sampler.choose(logits, group.streams, group.positions, group.histories)
-    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    for group in groups:
-        where = torch.tensor(group.places, device=logits.device)
-        tokens[where] = group.sampler.choose(
-            logits[where], group.streams, group.positions, group.histories
-        )
-    return tokens
-
-
-def _certain(
-    tokens: torch.Tensor, logits: torch.Tensor, ceiling: torch.Tensor, groups: Sequence[_Group]
-) -> list[bool]:
-    """Whether `_pick` would choose each token whatever the unlisted logits are.
-
-    Args:
-        tokens: the choices, [places].
-        logits: what they were chosen from, [places, vocab].
-        ceiling: `Truncation.ceiling`, [places, vocab].
-        groups: the places.
-    """
-    certain = [True] * len(tokens)
-    for group in groups:
-        where = torch.tensor(group.places, device=logits.device)
-        sure = group.sampler.certain(
-            tokens[where],
-            logits[where],
-            ceiling[where],
-            group.streams,
-            group.positions,
-            group.histories,
-        )
-        for place, each in zip(group.places, sure.tolist(), strict=True):
-            certain[place] = each
-    return certain
-
-
-def _by_sampler(
-    rows: Sequence[Row], offsets: Sequence[int], guesses: Sequence[Sequence[int]]
-) -> list[_Group]:
-    """Groups places by the sampler of their rows; arguments as for `pick_tokens`."""
-    groups: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(id(row.request.sampler), []).append(place)
-
-    def history(place: int) -> History:
-        row = rows[place]
-        return History(row.request.seen, [*row.tokens, *guesses[place][: offsets[place]]])
-
-    grouped = []
-    for places in groups.values():
-        sampler = rows[places[0]].request.sampler
-        streams = [rows[i].stream for i in places]
-        positions = [len(rows[i].tokens) + offsets[i] for i in places]
-        histories = [history(i) for i in places] if sampler.looks_back else []
-        grouped.append(_Group(sampler, places, streams, positions, histories))
-    return grouped
 
 
 def longest(prompt: Prompt) -> int:

@@ -177,19 +177,56 @@ class Sampler:
             positions: as for `choose`.
             histories: as for `choose`.
         """
-        known = self._allowed(logits, positions, histories)
-        scores = self._allowed(ceiling, positions, histories)
-        noisy = scores
-        if self.temperature:
-            scores = scores.float() / self.temperature
-            noise_streams = self._noise_streams(scores, streams, positions)
-            noisy = self._with_noise(scores.clone(), noise_streams)
+        known = self._allowed(logits, positions, histories) > -torch.inf
+        scores, noisy = self._at_most(ceiling, streams, positions, histories)
         certain = _best(noisy) == chosen
-        highest_unknown = scores.masked_fill(known > -torch.inf, -torch.inf).amax(-1)
+        highest_unknown = scores.masked_fill(known, -torch.inf).amax(-1)
         if self.temperature and self._filters:
             own = scores.gather(-1, chosen.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             certain &= highest_unknown <= own
         return certain | (highest_unknown == -torch.inf)
+
+    def rivals(
+        self,
+        chosen: torch.Tensor,
+        logits: torch.Tensor,
+        ceiling: torch.Tensor,
+        streams: Sequence[int],
+        positions: Sequence[int],
+        histories: Sequence[History] = (),
+    ) -> torch.Tensor:
+        """The unknown tokens because of which a choice is not `certain`.
+
+        Args:
+            chosen, logits, ceiling, streams, positions, histories: as for `certain`.
+
+        Returns:
+            How likely each may be to win, [rows, vocab]: its greatest score, noise included; minus
+            infinity for known tokens, and for those that could not change the choice.
+        """
+        known = self._allowed(logits, positions, histories) > -torch.inf
+        scores, noisy = self._at_most(ceiling, streams, positions, histories)
+        place = chosen.clamp(min=0).unsqueeze(-1)
+        nothing = (chosen == NOTHING).unsqueeze(-1)
+        could = (noisy >= noisy.gather(-1, place)) | nothing
+        if self.temperature and self._filters:
+            could |= scores > scores.gather(-1, place)
+        return noisy.masked_fill(known | ~could, -torch.inf)
+
+    def _at_most(
+        self,
+        ceiling: torch.Tensor,
+        streams: Sequence[int],
+        positions: Sequence[int],
+        histories: Sequence[History],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The greatest scores that tokens may have, [rows, vocab], without noise and with it."""
+        scores = self._allowed(ceiling, positions, histories)
+        if not self.temperature:
+            return scores, scores
+        scores = scores.float() / self.temperature
+        noise_streams = self._noise_streams(scores, streams, positions)
+        return scores, self._with_noise(scores.clone(), noise_streams)
 
     @property
     def _filters(self) -> bool:

@@ -3,13 +3,21 @@
 A token that the server does not list cannot be chosen. Its true logit is unknown but has an upper
 bound. So a choice is *certain* if it would be the same for any unlisted logits below their bounds;
 every other choice is flagged.
+
+Some servers answer for single tokens, too (`Truncation.ask`). A system adds the same number to a
+base's logit and to its bound. So the difference between the two is that of the system's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+MAX_ASKED = 128  # tokens per call of `Truncation.ask`: vLLM's MAX_LOGPROB_TOKEN_IDS
+# (the base's tokens before a place, token ids that are not listed there) for each of several places
+# -> how far each token's logit lies below its ceiling; NaN where the server does not say.
+Ask = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Truncation:
         ceiling: the logits, with upper bounds where they are unknown, [..., vocab].
         unseen: the base's probability of all unlisted tokens together, [...].
         full: whether the server's context ends before this place, so that the row does, too, [...].
+        ask: asks for tokens that are not listed; None where the server does not answer that.
     """
 
     mode: str
@@ -29,6 +38,7 @@ class Truncation:
     ceiling: torch.Tensor
     unseen: torch.Tensor
     full: torch.Tensor
+    ask: Ask | None = None
 
     def __getitem__(self, rows: slice | int) -> "Truncation":
         """The same bounds, for these rows alone."""
@@ -39,7 +49,7 @@ class Truncation:
         return self._of(*(each.flatten(0, 1) for each in (self.ceiling, self.unseen, self.full)))
 
     def _of(self, ceiling: torch.Tensor, unseen: torch.Tensor, full: torch.Tensor) -> "Truncation":
-        return Truncation(self.mode, self.k, ceiling, unseen, full)
+        return Truncation(self.mode, self.k, ceiling, unseen, full, self.ask)
 
     @staticmethod
     def concatenate(*parts: "Truncation") -> "Truncation":

@@ -17,7 +17,7 @@ from proxytune.harness.model import ProxyTuneLM
 
 # words of the reason -> what helps
 _OTHER_WAY = (
-    "choose another task, or copy its file to a folder of your own (include_path=FOLDER) and set"
+    "choose another task, or copy its file to a folder of your own (include_path) and set"
     " its dataset_path to a copy of the data"
 )
 _WAYS_OUT = (
@@ -56,9 +56,9 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
     try:
         loaded = manager.load([name])
     except Exception as error:  # those of a dataset have many types, some of them RuntimeError
-        owner = _downloading(error)
-        if owner is not None:
-            raise UserError(_no_dataset(owner, name, error)) from error
+        refusal = no_dataset(error, name)
+        if refusal is not None:
+            raise UserError(refusal) from error
         if isinstance(error, OSError | ImportError | ValueError):
             raise UserError(f"lm-eval cannot load its task {name}: {_first_line(error)}") from error
         raise
@@ -83,17 +83,22 @@ def _downloading(error: BaseException) -> Task | None:
     return None
 
 
-def _no_dataset(owner: Task, asked: str, error: BaseException) -> str:
+def no_dataset(error: BaseException, asked: str = "") -> str | None:
     """One line that names the task, the dataset, the reason and the way out.
 
     Args:
-        owner: the task whose dataset could not be loaded.
-        asked: the task, group or tag that was asked for.
-        error: the exception.
+        error: an exception of lm-eval.
+        asked: the task, group or tag that was asked for; "" where that is not known.
+
+    Returns:
+        None if the error is not that a dataset could not be loaded.
     """
+    owner = _downloading(error)
+    if owner is None:
+        return None
     config = getattr(owner, "config", None)
     task = getattr(config, "task", None) or asked
-    within = "" if task == asked else f" (of {asked})"
+    within = f" (of {asked})" if asked and task != asked else ""
     part = f" ({owner.DATASET_NAME})" if owner.DATASET_NAME else ""
     reason = _first_line(error)
     ways = (way for words, way in _WAYS_OUT if any(w in reason.lower() for w in words))

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from proxytune.errors import UserError
+from proxytune.loading.length import exceeds
 from proxytune.records import Prompt
 
 log = logging.getLogger(__name__)
@@ -162,12 +163,14 @@ def apply_template(
         ) from error
 
 
-def encode(rendered: Rendered, tokenizer: Any) -> list[int]:
-    """The token ids of a rendered prompt."""
-    return prompt_ids(rendered.text, tokenizer, rendered.add_special_tokens)
+def encode(rendered: Rendered, tokenizer: Any, most: int | None = None) -> list[int]:
+    """The token ids of a rendered prompt; see `prompt_ids`."""
+    return prompt_ids(rendered.text, tokenizer, rendered.add_special_tokens, most)
 
 
-def prompt_ids(text: str, tokenizer: Any, special: bool = True) -> list[int]:
+def prompt_ids(
+    text: str, tokenizer: Any, special: bool = True, most: int | None = None
+) -> list[int]:
     """The token ids of a text that a model is to continue.
 
     Tokens that the tokenizer adds after a text (an end token, a separator) are cut, with one
@@ -177,7 +180,17 @@ def prompt_ids(text: str, tokenizer: Any, special: bool = True) -> list[int]:
         text: what the model reads.
         tokenizer: the model's.
         special: whether the tokenizer adds its special tokens; only its first ones stay.
+        most: the longest prompt in tokens that the model reads; None for no limit.
+
+    Raises:
+        UserError: the text is so long that its beginning alone has more tokens than `most`. A
+            text that is a little too long is encoded.
     """
+    if most is not None and exceeds(text, tokenizer, most):
+        raise UserError(
+            f"the prompt has {len(text):,} characters, more tokens than fit; the models read at "
+            f"most {most}"
+        )
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     added = _added_after(tokenizer) if special else []
     return ids[: -len(added)] if added and ids[-len(added) :] == added else ids
@@ -203,16 +216,20 @@ def _added_after(tokenizer: Any) -> list[int]:
     return _added[tokenizer]
 
 
-def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> list[int]:
+def token_ids(
+    prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None, most: int | None = None
+) -> list[int]:
     """The token ids of a prompt, as one member reads it.
 
     Args:
         prompt: a text, token ids, or chat messages.
         fmt: the member's format; it applies to chat messages alone.
         tokenizer: the member's; None is enough for token ids.
+        most: as for `prompt_ids`.
 
     Raises:
-        UserError: the prompt is none of these, or it needs a tokenizer and there is none.
+        UserError: the prompt is none of these, or it needs a tokenizer and there is none, or it
+            is much too long.
     """
     messages = as_messages(prompt)
     if messages is None and not isinstance(prompt, str):
@@ -222,9 +239,9 @@ def token_ids(prompt: PromptLike, fmt: PromptFormat, tokenizer: Any | None) -> l
             "this needs a tokenizer: give load(..., tokenizer=...), or token ids as prompts"
         )
     if messages is not None:
-        return encode(render_messages(messages, fmt, tokenizer), tokenizer)
+        return encode(render_messages(messages, fmt, tokenizer), tokenizer, most)
     assert isinstance(prompt, str)
-    return prompt_ids(prompt, tokenizer)
+    return prompt_ids(prompt, tokenizer, most=most)
 
 
 def as_messages(prompt: Any) -> Sequence[Message] | None:

@@ -31,10 +31,12 @@ def make_member(
     Raises:
         UserError: the model looks ahead: its logits depend on later tokens; or they are NaN.
     """
-    reason = _refusal(CachedModel(model, vocab_size))
+    member = CachedModel(model, vocab_size)
+    reason = _refusal(member)
     if reason is None:
-        joining = CachedModel(model, vocab_size, joins=_may_join(model))
-        member = joining if not _refusal(joining) else CachedModel(model, vocab_size)
+        if _may_join(model):
+            joining = CachedModel(model, vocab_size, joins=True)
+            member = member if _refusal(joining) else joining
         if cuda_graphs and may_record(model):
             member.record()
         elif cuda_graphs:
@@ -104,19 +106,15 @@ def _cached_logits(cached: CachedModel, short: list[int], long: list[int]) -> li
     cached.rollback([2, 1])
     block = cached.extend(torch.tensor([short[6:8], long[12:14]])).logits
     logits += [block[:, 0], block[:, 1]]
-    logits.append(cached.join(torch.tensor([short[8], long[0]]), [long[:5], short[:1]]).logits)
+    logits.append(cached.join(torch.tensor([short[8], long[0]]), [long[:7], short[:1]]).logits)
     cached.clear()
     return logits
 
 
 def _plain_logits(plain: RecomputedModel, short: list[int], long: list[int]) -> list[torch.Tensor]:
-    """The logits that `_cached_logits` should give, from passes that start from nothing."""
-    logits = [plain.prefill([short[:4], long[:9]]).logits]
-    logits.append(plain.step(torch.tensor([short[4], long[9]])).logits)
-    plain.clear()
-    plain.prefill([short[:6], long[:12]])
-    block = plain.extend(torch.tensor([short[6:8], long[12:14]])).logits
-    logits += [block[:, 0], block[:, 1]]
-    stepped = plain.step(torch.tensor([short[8], long[0]])).logits
-    logits.append(torch.cat([stepped, plain.prefill([long[:5], short[:1]]).logits]))
-    return logits
+    """The logits that `_cached_logits` should give, from two passes over the rows as they end."""
+    starts = plain.prefill([short[:1], long[:7]]).logits  # after 1 and 7 tokens
+    after = plain.extend(torch.tensor([short[1:], [*long[7:], long[0]]])).logits
+    before_join = [(4, 9), (5, 10), (7, 13), (8, 14)]  # the rows' lengths after each pass
+    logits = [torch.stack([after[0, one - 2], after[1, other - 8]]) for one, other in before_join]
+    return [*logits, torch.cat([after[:, -1], starts.flip(0)])]

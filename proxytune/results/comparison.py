@@ -14,6 +14,7 @@ from proxytune.results import paper, stats
 from proxytune.roles import SYSTEMS
 
 AVERAGE = "average"
+OTHER_DATASET = "† not the paper's dataset, not comparable with its numbers"
 
 Scores = Mapping[tuple[str, str], Sequence[Score]]
 
@@ -177,7 +178,7 @@ def caveat(table: pd.DataFrame) -> str:
 
 def _others(table: pd.DataFrame) -> str:
     tasks = _by_task(table, "other_dataset")
-    return f"† not the paper's dataset, not comparable with its numbers ({tasks})" if tasks else ""
+    return f"{OTHER_DATASET} ({tasks})" if tasks else ""
 
 
 def _lacking(table: pd.DataFrame) -> str:

@@ -16,7 +16,14 @@ import pandas as pd
 from proxytune.errors import UserError
 from proxytune.files import read_json
 from proxytune.results import paper, stats, tables
-from proxytune.results.comparison import AVERAGE, is_number, records, systems_of
+from proxytune.results.comparison import (
+    AVERAGE,
+    OTHER_DATASET,
+    is_number,
+    other_dataset_text,
+    records,
+    systems_of,
+)
 from proxytune.results.folder import read_csv, to_csv
 from proxytune.results.paper_tables_other import MAKERS, Made
 from proxytune.roles import SYSTEMS
@@ -39,6 +46,7 @@ _COLUMNS = (
     "published",
     "difference",
     "p",
+    "other_dataset",
 )
 # columns of a comparison that rest on the tuned model
 _OF_TUNED = ("tuned", "gap_closed", "vs_tuned")
@@ -55,6 +63,7 @@ class Measured:
         low, high: its 95 % interval.
         n: how many examples it rests on.
         p: for a difference between two systems, the p-value of "no difference".
+        other_dataset: how the dataset differs from the paper's; "" where it does not.
     """
 
     value: float
@@ -62,6 +71,7 @@ class Measured:
     high: float | None = None
     n: int | None = None
     p: float | None = None
+    other_dataset: str = ""
 
 
 # (table, size, the paper's metric, a system, a pair of systems or `GAP`) -> our number
@@ -127,7 +137,8 @@ def _measured(row: Mapping[str, Any], column: str) -> Measured:
     """A number of a comparison with its interval, count and p-value, where it has them."""
     low, high, n, p = (row.get(f"{column}_{name}") for name in ("low", "high", "n", "p"))
     n = n if is_number(n) else row["n"]
-    return Measured(row[column], _or_none(low), _or_none(high), int(n), _or_none(p))
+    other = other_dataset_text(row)
+    return Measured(row[column], _or_none(low), _or_none(high), int(n), _or_none(p), other)
 
 
 def from_rescored(rows: Sequence[Mapping[str, Any]]) -> Ours:
@@ -163,8 +174,8 @@ def build(number: str, ours: Ours, *, pocket: bool = False) -> pd.DataFrame:
 
     Returns:
         Columns table, size, metric, system, ours, low, high, n, paper, published, difference
-        (ours - paper), p (of a pair of systems, tested on the same examples); a missing number is
-        not-a-number.
+        (ours - paper), p (of a pair of systems, tested on the same examples), other_dataset (how
+        the dataset of "ours" differs from the paper's); a missing number is not-a-number.
 
     Raises:
         UserError: the paper has no such table of results.
@@ -202,6 +213,10 @@ def to_markdown(table: pd.DataFrame) -> str:
         body = [list(cells) for cells in zip(*known.values(), strict=True)]
         heading = "" if size == "-" else f"## {size}"
         parts += [heading, tables.markdown_table(list(known), body, right_from=2)]
+        others = {row["metric"]: row["other_dataset"] for row in rows if row["other_dataset"]}
+        if others:
+            told = "; ".join(f"{metric}: {other}" for metric, other in others.items())
+            parts.append(f"{OTHER_DATASET} ({told})")
         stated = paper.AVERAGE_GAP_CLOSED.get((number, str(size)))
         if stated is not None:
             parts.append(f"The paper states an average gap closed of {stated} %.")
@@ -245,7 +260,8 @@ def _gap_row(
     mine = ours.get((number, size, key, GAP))
     value = gap("ours")
     if mine is None and value is not None:
-        mine = Measured(value)
+        other = next((c["other_dataset"] for c in cells.values() if c["other_dataset"]), "")
+        mine = Measured(value, other_dataset=other)
     return _line(number, size, key, GAP, mine, gap("paper"), gap("published"))
 
 
@@ -255,7 +271,8 @@ def _average(number: str, size: str, gaps: Sequence[Mapping[str, Any]]) -> dict[
     for column in ("ours", "paper", "published"):
         values = [row[column] for row in gaps]
         means[column] = sum(values) / len(values) if all(map(is_number, values)) else None
-    mine = None if means["ours"] is None else Measured(means["ours"])
+    others = "; ".join(dict.fromkeys(row["other_dataset"] for row in gaps if row["other_dataset"]))
+    mine = None if means["ours"] is None else Measured(means["ours"], other_dataset=others)
     return _line(number, size, AVERAGE, GAP, mine, means["paper"], means["published"])
 
 
@@ -282,6 +299,7 @@ def _line(
         published,
         mine.value - theirs if mine and theirs is not None else None,
         mine and mine.p,
+        mine.other_dataset if mine else "",
     ]
     return {c: math.nan if v is None else v for c, v in zip(_COLUMNS, values, strict=True)}
 
@@ -301,7 +319,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 _SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "metric": lambda row: row["metric"] + (" ↓" if paper.lower_is_better(row["metric"]) else ""),
     "system": lambda row: row["system"],
-    "ours": lambda row: tables.number_text(row["ours"]),
+    "ours": lambda row: tables.number_text(row["ours"]) + (" †" if row["other_dataset"] else ""),
     "95 % interval": _interval,
     "n": lambda row: f"{int(row['n']):,}" if is_number(row["n"]) else tables.DASH,
     "paper": lambda row: tables.number_text(row["paper"]),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 
-from proxytune.files import ROOT
+from proxytune.files import ROOT, read_json
 from proxytune.results import analysis, paper, tables
-from proxytune.results.comparison import records
+from proxytune.results.comparison import OTHER_DATASET, records
 
 # in fewer tokens than this, hardly any token type occurs 100 times
 _FEW_TOKENS = 50_000
@@ -37,6 +37,8 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
     rows: list[dict[str, Any]] = []
     parts = ["# Table 6", "Tokens that proxy-tuning promotes most; mean of p_proxy − p_base."]
     for run, task, texts in traced(results / "runs", pocket=pocket):
+        other = read_json(run / "run.json").get("other_datasets", {}).get(task)
+        note = [f"{OTHER_DATASET} ({other})"] if other else []
         key = paper.key_of(task, "info_true") or paper.key_of(task, "acc")
         pieces = analysis.load_pieces(run)
         if pieces is None:
@@ -49,7 +51,7 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
             body = [[p.token, f"{p.mean_delta:+.3f}", str(p.count), f"`{p.ngram}`"] for p in found]
             head = ["token", "mean rise", "count", "commonest 4-gram"]
             parts += [f"## {run.name}, {task}: types chosen at least {least} times"]
-            parts += [tables.markdown_table(head, body, 1)]
+            parts += [tables.markdown_table(head, body, 1), *note]
         if key == "gsm_acc":
             test = analysis.compare_sides(texts, pieces)
             parts += [
@@ -58,6 +60,7 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
                 f"sides {test.right_mean:.3f} ({test.right_tokens:,} tokens), Welch's t = "
                 f"{test.t:.2f}, p = {test.p_value:.2g}. The paper, at 13B: 0.131 (14,104), 0.056 "
                 "(16,452), p < 1e-4.",
+                *note,
             ]
     return Made(pd.DataFrame(rows), "\n\n".join(parts) + "\n") if len(parts) > 2 else None
 

@@ -7,7 +7,9 @@ worker.py    one thread per system that runs the jobs of all clients in one deco
 answers.py   the worker's events -> OpenAI's JSON
 responses.py the same for /v1/responses
 app.py       the routes
-gate.py      the API key, limits and counters, before a request is read
+connections.py  the listening socket, limits on connections, and the server's end
+gate.py      names, the API key, limits and counters, before a request is read
+hosts.py     which names a server answers to
 errors.py    every answer other than 200
 local.py     serves a base from this process, to try a base behind an API
 settings.py  limits on the requests that a server accepts
@@ -20,15 +22,16 @@ from proxytune.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from proxytune.server.app import create_app
+    from proxytune.server.connections import Server
 
-__all__ = ["ServerSettings", "create_app"]
+__all__ = ["Server", "ServerSettings", "create_app"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: the command must find a taken port before the seconds that importing torch takes.
-    if name != "create_app":
+    if name not in ("Server", "create_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with extra("serve", "a server"):
-        from proxytune.server.app import create_app
+        from proxytune.server import app, connections
 
-    return create_app
+    return connections.Server if name == "Server" else app.create_app

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -27,7 +28,7 @@ from proxytune.server.answers import (
     generated_tokens,
     usage,
 )
-from proxytune.server.errors import ApiError, PlainJson, explain, handle_errors
+from proxytune.server.errors import ApiError, PlainJson, explain, handle_errors, short
 from proxytune.server.gate import Gate, Metrics
 from proxytune.server.prepare import (
     Prepared,
@@ -41,20 +42,24 @@ from proxytune.server.settings import ServerSettings
 from proxytune.server.worker import Ended, Piece, Rated, Worker, WorkerError
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+LONG_BYTES = 64 * 2**10  # bodies above it are encoded by a thread of their own
 PATHS = frozenset(["/v1/models", *_GENERATING, "/health", "/metrics"])
 Body = TypeVar("Body", CompletionRequest, ChatRequest, ResponsesRequest)
 _ERRORS = {
     400: "The request cannot be served as it is",
     401: "No valid API key",
+    403: "The request comes from a foreign web page",
     404: "No such model",
     408: "The body did not arrive in time",
     413: "The body is too large",
+    421: "The server is not asked by this name (Host)",
     429: "Too much is waiting; see Retry-After",
     500: "The server failed",
     502: "The API of the base refused",
-    503: "The API of the base did not answer",
+    503: "The server ends, or the API of the base did not answer",
     504: "It took longer than the server allows",
 }
+_ALWAYS = (403, 421, 503)  # what the gate may say on every path
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -124,6 +129,7 @@ def create_app(
     metrics = Metrics()
     for name, served in models.items():
         metrics.watch(name, served.worker)
+    closing = threading.Event()
     routes = _Routes(models, settings, metrics)
     app = _App(title="proxytune", lifespan=routes.lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes.router())
@@ -131,10 +137,12 @@ def create_app(
         Gate,
         paths=PATHS,
         metrics=metrics,
-        api_key=settings.api_key,
-        max_bytes=settings.max_request_bytes,
+        settings=settings,
+        closing=closing,
     )
     app.state.models = models
+    app.state.settings = settings
+    app.state.closing = closing
     handle_errors(app)
     return app
 
@@ -166,8 +174,10 @@ class _Routes:
         self._models = models
         self._settings = settings
         self._metrics = metrics
-        # One thread encodes prompts: a long prompt must not stop the streams of others.
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        # Prompts are encoded outside of the event loop, and long ones must not keep short ones
+        # waiting: each kind has a thread.
+        self._short = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="encode-long")
 
     def router(self) -> APIRouter:
         """All routes; without /v1/completions if the settings leave it out."""
@@ -180,16 +190,21 @@ class _Routes:
             self.chat_completions
         )
         router.post("/v1/responses", responses=_answers(protocol.ResponsesResponse))(self.responses)
-        router.get("/v1/models", responses=_errors(401))(self.list_models)
-        router.get("/v1/models/{name:path}", responses=_errors(401, 404))(self.one_model)
-        router.get("/health", responses={503: {"description": "An engine has ended"}})(self.health)
-        router.get("/metrics", response_class=PlainTextResponse)(self.prometheus)
+        router.get("/v1/models", responses=_errors(401, *_ALWAYS))(self.list_models)
+        router.get("/v1/models/{name:path}", responses=_errors(401, 404, *_ALWAYS))(self.one_model)
+        unhealthy = {503: {"description": "An engine has ended, or the server ends"}}
+        router.get("/health", responses=_errors(403, 421) | unhealthy)(self.health)
+        router.get("/metrics", response_class=PlainTextResponse, responses=_errors(*_ALWAYS))(
+            self.prometheus
+        )
         return router
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Ends the workers with the app."""
         yield
+        for encoder in (self._short, self._long):
+            encoder.shutdown(wait=False, cancel_futures=True)
         for served in self._models.values():
             served.worker.close()
 
@@ -243,7 +258,11 @@ class _Routes:
         served = self._find(body.model)
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(
-            self._encoder, prepare, body, served.generator, self._settings
+            self._long if await _is_long(request) else self._short,
+            prepare,
+            body,
+            served.generator,
+            self._settings,
         )
         form = make(body, prepared, served.texts, served.name)
         served.worker.submit(prepared.job)
@@ -257,7 +276,7 @@ class _Routes:
         found = next(iter(self._models.values())) if name is None else self._models.get(name)
         if found is None:
             raise ApiError(
-                f"no model {name!r} here; there is {', '.join(self._models)}",
+                f"no model {short(name)} here; there is {', '.join(self._models)}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -388,6 +407,10 @@ def _sse(content: dict[str, Any]) -> bytes:
     """One event; the events of /v1/responses are named by their type."""
     name = f"event: {content['type']}\n".encode() if "type" in content else b""
     return name + b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _is_long(request: Request) -> bool:
+    return len(await request.body()) > LONG_BYTES
 
 
 async def _disconnected(request: Request) -> None:

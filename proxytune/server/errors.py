@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,13 +12,22 @@ from starlette.responses import JSONResponse, Response
 
 from proxytune.errors import Unanswered, UpstreamError
 from proxytune.server.neutral import Strict, way_out
-from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
-from proxytune.server.worker import BusyError, WorkerError
+from proxytune.server.protocol import (
+    MOST_STOPS,
+    STOP_LENGTH,
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+)
+from proxytune.server.worker import BusyError, EndingError, WorkerError
+
+ENDING = "the server is shutting down; ask again when it is back"
 
 # Our own explanations for fields whose errors pydantic explains at great length.
 _WANTED = {
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
-    "stop": "must be a string or a list of strings, none of them empty",
+    "stop": f"must be a string of at most {STOP_LENGTH} characters, or a list of at most "
+    f"{MOST_STOPS} of them, and none may be empty",
     "logit_bias": "must map token ids, as strings, to numbers from -100 to 100",
     "input": "must be a string, or a list of messages (of system, developer, user or assistant) "
     "whose content is a string or a list of text parts",
@@ -65,6 +75,11 @@ class PlainJson(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+def short(text: object) -> str:
+    """A client's word as it is repeated to the client; a long one is cut."""
+    return reprlib.repr(text)
+
+
 def error_response(
     status: int,
     message: str,
@@ -75,6 +90,13 @@ def error_response(
 ) -> PlainJson:
     """An error as OpenAI's clients expect it."""
     return PlainJson(error_body(status, message, param, code), status, headers)
+
+
+def ending() -> PlainJson:
+    """The answer to a request that came, or still ran, while the server ends."""
+    return error_response(
+        503, ENDING, code="shutting_down", headers={"Retry-After": "5", "Connection": "close"}
+    )
 
 
 def error_body(
@@ -90,6 +112,8 @@ def explain(error: Exception) -> tuple[int, str]:
     """HTTP's status and the message for an error that ends a running job."""
     if isinstance(error, TimeoutError):
         return 504, "this took longer than the server allows; ask for fewer tokens"
+    if isinstance(error, EndingError):
+        return 503, ENDING
     cause = error.__cause__
     if isinstance(cause, UpstreamError):
         return (503 if isinstance(cause, Unanswered) else 502), f"the API of the base: {cause}"
@@ -109,6 +133,10 @@ def handle_errors(app: FastAPI) -> None:
     async def busy(_: Request, error: BusyError) -> Response:
         message = f"{error}; try again in a moment"
         return error_response(429, message, code="busy", headers={"Retry-After": "1"})
+
+    @app.exception_handler(EndingError)
+    async def closing(_: Request, error: EndingError) -> Response:
+        return ending()
 
     @app.exception_handler(TimeoutError)
     @app.exception_handler(WorkerError)
@@ -130,10 +158,13 @@ def handle_errors(app: FastAPI) -> None:
 def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str, str | None]:
     """A message about the first mistake in a body, and the field at fault."""
     errors = error.errors()
-    place = [str(part) for part in errors[0]["loc"][1:]]
+    # cut: a client may have sent megabytes as a name, and difflib takes seconds for them
+    place = [str(part)[:80] for part in errors[0]["loc"][1:]]
     kind = errors[0]["type"]
     if kind == "json_invalid":
         return f"the body is not JSON: {errors[0]['ctx']['error']}", None
+    if kind == "too_many":
+        return f"{'.'.join(place) or 'the body'}: {errors[0]['msg']}", place[0] if place else None
     if not place:
         return "the body must be a JSON object, sent as Content-Type: application/json", None
     param = place[0]
@@ -152,5 +183,5 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
     if param in _WANTED:
         return f"{param} {_WANTED[param]}", param
     # a field that takes several types has one error for each
-    reasons = [each["msg"] for each in errors if str(each["loc"][1]) == param]
+    reasons = [each["msg"] for each in errors if str(each["loc"][1])[:80] == param]
     return f"{param}: {'; or '.join(dict.fromkeys(reasons))}", param

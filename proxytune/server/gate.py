@@ -1,15 +1,19 @@
-"""Checks of every request before any route sees it (key, size, time), and the metrics."""
+"""Checks of every request before any route sees it (name, key, size, time), and the metrics."""
 
 import asyncio
 import hmac
+import threading
 import time
+from collections import defaultdict
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxytune.server.errors import error_response
+from proxytune.server.errors import PlainJson, ending, error_response
+from proxytune.server.hosts import Hosts
+from proxytune.server.settings import ServerSettings
 from proxytune.server.worker import Worker
 
 BODY_SECONDS = 60  # a body that has not arrived by then is refused
@@ -55,8 +59,8 @@ class Gate:
         app: the app that gets the requests which pass.
         paths: the routes, for the metrics' labels.
         metrics: counts every request.
-        api_key: needed for paths under /v1; None lets everybody in.
-        max_bytes: the limit on a body.
+        settings: the key that paths under /v1 need, the names, and the limit on a body.
+        closing: set once the server is about to end.
     """
 
     def __init__(
@@ -64,14 +68,16 @@ class Gate:
         app: ASGIApp,
         paths: frozenset[str],
         metrics: Metrics,
-        api_key: str | None,
-        max_bytes: int,
+        settings: ServerSettings,
+        closing: threading.Event,
     ) -> None:
         self.app = app
         self._paths = paths
         self._metrics = metrics
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
-        self._max_bytes = max_bytes
+        self._hosts = Hosts(settings.allowed_hosts)
+        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+        self._max_bytes = settings.max_request_bytes
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -94,26 +100,51 @@ class Gate:
             self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        body = _Body(receive, self._max_bytes)
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self.app(scope, body.receive, send)
+            return
+        if not any(name == b"expect" for name, _ in scope["headers"]):  # else it waits for our word
+            with suppress(HTTPException):
+                await body.drain()
+        if not body.complete:
+            refusal.headers["Connection"] = "close"
+        await refusal(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> PlainJson | None:
+        """The answer to a request that no route is to see; None lets it pass."""
+        headers: dict[bytes, list[str]] = defaultdict(list)
+        for name, value in scope["headers"]:
+            headers[name].append(value.decode("latin-1"))
+        server = scope.get("server")
+        local = server[0] if server and server[1] is not None else None  # a Unix socket has no port
+        foreign = self._hosts.refusal(headers[b"host"], headers[b"origin"], local)
+        if foreign is not None:
+            return error_response(*foreign)
         if scope["path"].startswith("/v1") and self._key is not None:
-            given = headers.get(b"authorization", b"")
+            given = (headers[b"authorization"] or [""])[-1].encode("latin-1")
             if not hmac.compare_digest(given, self._key):
-                await error_response(
+                return error_response(
                     401,
                     "a valid API key is needed: Authorization: Bearer <key>",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
-                )(scope, receive, send)
-                return
-        body = _Body(receive, self._max_bytes)
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            with suppress(HTTPException):
-                await body.drain()
-            error = body.too_large()
-            await error_response(error.status_code, error.detail)(scope, receive, send)
-            return
-        await self.app(scope, body.receive, send)
+                )
+        if self._closing.is_set():
+            return ending()
+        length = (headers[b"content-length"] or ["0"])[-1]
+        if length.isascii() and length.isdigit() and float(length) > self._max_bytes:
+            error = _too_large(self._max_bytes)
+            return error_response(error.status_code, error.detail)
+        return None
+
+
+def _too_large(max_bytes: int) -> HTTPException:
+    """The refusal of a body over the limit."""
+    return HTTPException(
+        413, f"the body is larger than {max_bytes} bytes", headers={"Connection": "close"}
+    )
 
 
 class _Body:
@@ -123,7 +154,7 @@ class _Body:
         self._receive = receive
         self._max_bytes = max_bytes
         self._size = 0
-        self._complete = False
+        self.complete = False
         self._end = time.monotonic() + BODY_SECONDS
 
     async def receive(self) -> Message:
@@ -132,29 +163,26 @@ class _Body:
         Raises:
             HTTPException: 413, the body is too large; 408, it takes too long.
         """
-        if self._complete:
+        if self.complete:
             return await self._receive()
         message = await self._next()
         if self._size > self._max_bytes:
             await self.drain()
-            raise self.too_large()
+            raise _too_large(self._max_bytes)
         return message
 
     async def drain(self) -> None:
         """Reads on, up to a limit: a client that still writes would not see the answer."""
-        while not self._complete and self._size < DRAINED * self._max_bytes:
+        while not self.complete and self._size < DRAINED * self._max_bytes:
             await self._next()
-
-    def too_large(self) -> HTTPException:
-        """The refusal of a body over the limit."""
-        return HTTPException(413, f"the body is larger than {self._max_bytes} bytes")
 
     async def _next(self) -> Message:
         try:
             async with asyncio.timeout(self._end - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"no whole body within {BODY_SECONDS} seconds") from None
+            said = f"no whole body within {BODY_SECONDS} seconds"
+            raise HTTPException(408, said, headers={"Connection": "close"}) from None
         self._size += len(message.get("body", b""))
-        self._complete = not message.get("more_body")
+        self.complete = not message.get("more_body")
         return message

@@ -1,18 +1,16 @@
 """Serves a base from this process, so that a base behind an API can be tried without an API."""
 
-import logging
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-import uvicorn
-
 from proxytune.api import load
 from proxytune.loading.spec import ModelSpec
 from proxytune.members.api.settings import LOCAL
 from proxytune.server.app import create_app
+from proxytune.server.connections import Server
 from proxytune.server.settings import ServerSettings
 
 _START_SECONDS = 60.0
@@ -46,16 +44,15 @@ def serve_locally(model_id: str, name: str) -> str:
     if (model_id, name) in _urls:
         return _urls[model_id, name]
     app = create_app({name: load(model_id)}, ServerSettings(max_logprobs=-1))
-    # uvicorn logs every start; the run reports it itself
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    port = listener.getsockname()[1]
+    server = Server(app, listener)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     deadline = time.monotonic() + _START_SECONDS
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise OSError(f"the local server of {model_id} did not start")
         time.sleep(0.01)
-    _urls[model_id, name] = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    _urls[model_id, name] = f"http://127.0.0.1:{port}/v1"
     return _urls[model_id, name]

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
+MOST_FIELDS = 256  # of one object; none here has a quarter of them
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> its values that change nothing
 
 # Taken and not looked at, whatever their value: they are about accounts, caches and records, or
@@ -99,6 +101,8 @@ class Strict(BaseModel):
     def _drop_what_does_nothing(cls, body: Any) -> Any:
         if not isinstance(body, Mapping):
             return body
+        if len(body) > MOST_FIELDS:  # pydantic would name each that is unknown
+            raise too_many(len(body), "fields", MOST_FIELDS)
         return {
             name: value
             for name, value in body.items()
@@ -128,6 +132,15 @@ class Strict(BaseModel):
 def _same(value: Any, neutral: Any) -> bool:
     """Equal as JSON is: 1 and 1.0 are one number, and no number is a truth value."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def too_many(count: int, things: str, most: int) -> PydanticCustomError:
+    """The error for a list or an object that is too long to be looked at."""
+    return PydanticCustomError(
+        "too_many",
+        "{count} {things} are more than the {most} that a request may have",
+        {"count": count, "things": things, "most": most},
+    )
 
 
 def way_out(name: str) -> str | None:

@@ -14,6 +14,7 @@ from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
 from proxytune.errors import UserError
 from proxytune.generator import Generator, make_decoding
+from proxytune.loading.prompting import prompt_ids
 from proxytune.records import Decoding
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import (
@@ -82,6 +83,7 @@ def prepare_completion(
         rate_top=-1 if -1 in tops else max(tops, default=0),
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
+        streams=bool(body.stream),
     )
     if tops:
         job.rate = [_ratable(each, generator) for each in ids]
@@ -145,6 +147,7 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
         top=(body.top_logprobs or 0) if body.logprobs else None,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
+        streams=bool(body.stream),
     )
     return Prepared(job, [ids["base"]], None, n)
 
@@ -174,6 +177,7 @@ def prepare_response(
         top=(body.top_logprobs or 0) if rated else None,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream),
+        streams=bool(body.stream),
     )
     return Prepared(job, [ids["base"]], None, 1)
 
@@ -319,16 +323,16 @@ def _sampler(sampling: Decoding, bias: tuple[tuple[int, float], ...]) -> Sampler
 def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, list[int]]:
     """A prompt as each member reads it; `special` lets tokenizers put their BOS before a text."""
     given: Any = prompt
-    if isinstance(prompt, str) and not special:
-        given = {
-            role: member.need_tokenizer()(prompt, add_special_tokens=False)["input_ids"]
-            for role, member in generator.members.items()
-        }
     try:
-        ids = generator.encode(given)
+        if isinstance(prompt, str) and not special:
+            most = generator.max_positions
+            given = {
+                role: prompt_ids(prompt, member.need_tokenizer(), special=False, most=most)
+                for role, member in generator.members.items()
+            }
+        return generator.encode(given)
     except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param="prompt") from error
-    return ids
 
 
 def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[int]]:

@@ -1,8 +1,10 @@
 """The settings of a server."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from proxytune.errors import UserError
+from proxytune.server.hosts import Hosts
 
 
 @dataclass
@@ -21,6 +23,9 @@ class ServerSettings:
         max_completions: the most completions (prompts times n) of one request.
         max_waiting: while as many completions wait for a row, new requests get 429.
         timeout: seconds that one request may take.
+        max_connections: the most open connections; the limit on open files may lower it.
+        shutdown_timeout: seconds that running requests have to end after the server was asked to.
+        allowed_hosts: names by which clients may ask, besides those of this machine; see `Hosts`.
     """
 
     api_key: str | None = None
@@ -32,6 +37,9 @@ class ServerSettings:
     max_completions: int = 512
     max_waiting: int = 512
     timeout: float = 600.0
+    max_connections: int = 1024
+    shutdown_timeout: float = 5.0
+    allowed_hosts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.api_key == "":
@@ -44,7 +52,12 @@ class ServerSettings:
             "max_completions": self.max_completions,
             "max_waiting": self.max_waiting,
             "timeout": self.timeout,
+            "max_connections": self.max_connections,
         }
         for name, value in limits.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{name}={value} must be above 0")
+            # written so that NaN is refused, too
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be a number above 0")
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise UserError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0")
+        Hosts(self.allowed_hosts)

@@ -26,6 +26,9 @@ from proxytune.generator import Generator, Speculative
 log = logging.getLogger(__name__)
 
 RATED_TOKENS = 4096  # prompt tokens, padding included, rated between two decoding steps
+# Tokens and listed log-probabilities of a stream that wait for its reader. Above the first number
+# its rows are set aside, below the second they go on.
+PAUSE_ABOVE, RESUME_BELOW = 20_000, 5_000
 
 
 class BusyError(Exception):
@@ -34,6 +37,10 @@ class BusyError(Exception):
 
 class WorkerError(Exception):
     """The worker has failed or ended; the server's log says why."""
+
+
+class EndingError(WorkerError):
+    """The server ends before the job does."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Job:
         rate_top: tokens listed per token of a rated prompt.
         alpha: scale on (expert - antiexpert) for this job; None is the system's.
         pieces: whether `Piece` events are wanted although no log-probabilities are.
+        streams: whether the client reads while it is written, so that it may be paused.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -105,14 +113,25 @@ class Job:
     rate_top: int = 0
     alpha: float | None = None
     pieces: bool = False
+    streams: bool = False
     _queue: asyncio.Queue[list[Event | Failed]] = field(default_factory=asyncio.Queue)
     _pending: list[Event | Failed] = field(default_factory=list)
     _home: asyncio.AbstractEventLoop | None = None
+    # What `unread` is the difference of: each number is written by one thread alone.
+    _given: int = 0
+    _taken: int = 0
+    _each: int = 1  # what one event adds
+    _paused: bool = False
 
     @property
     def left(self) -> int:
         """How many samples and ratings the whole job has."""
         return sum(request.decoding.n for request in self.requests) + len(self.rate)
+
+    @property
+    def unread(self) -> int:
+        """Tokens and listed log-probabilities that wait for the client."""
+        return self._given - self._taken
 
 
 class Worker:
@@ -143,11 +162,13 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
         self._to_rate: deque[tuple[Job, int]] = deque()  # job, the prompt's place in it
+        self._open: set[Job] = set()  # submitted and not cancelled; the event loop's
         self._left: dict[Job, int] = {}  # samples and ratings that a job still waits for
         self._rated_tokens = RATED_TOKENS  # lowered when memory runs out
         self._next = 0  # the loop's index for the next request
         self._unfinished = 0  # samples and ratings of all submitted jobs; both threads count
         self._counting = threading.Lock()
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -166,7 +187,12 @@ class Worker:
     @property
     def waiting(self) -> int:
         """How many samples and ratings have not begun."""
-        return max(0, self._unfinished - self.running)
+        return max(0, self._unfinished - self.running - self._loop.paused)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs await their end, or their client."""
+        return len(self._open)
 
     def submit(self, job: Job) -> None:
         """Lets a job begin; `events` reports on it.
@@ -175,11 +201,15 @@ class Worker:
             BusyError: `max_waiting` samples wait already.
             WorkerError: the worker has ended.
         """
+        if self._ending:
+            raise EndingError("the server is shutting down")
         if not self.alive:
             raise WorkerError("the engine has ended")
         if self.waiting >= self.max_waiting:
             raise BusyError(f"{self.waiting} completions are waiting already")
         job._home = asyncio.get_running_loop()
+        job._each += self.generator.vocab_size if job.top == -1 else job.top or 0
+        self._open.add(job)
         self._count(job.left)
         self._commands.put(partial(self._add, job))
 
@@ -188,7 +218,7 @@ class Worker:
 
         Raises:
             TimeoutError: the job takes longer than `seconds`.
-            WorkerError: the worker failed.
+            WorkerError: the worker failed, or ends.
         """
         left, end = job.left, time.monotonic() + seconds
         while left:
@@ -196,13 +226,29 @@ class Worker:
                 events = await job._queue.get()
             for event in events:
                 if isinstance(event, Failed):
+                    if isinstance(event.error, EndingError):
+                        raise event.error
                     raise WorkerError("the engine failed") from event.error
                 left -= not isinstance(event, Piece)
                 yield event
+                # a stream comes back here after the client has taken the event
+                if self._ending and left:
+                    raise EndingError("the server is shutting down")
+            job._taken += job._each * len(events)
+            if job._paused and job.unread < RESUME_BELOW:
+                self._commands.put(partial(self._resume, job))
 
     def cancel(self, job: Job) -> None:
         """Drops the unfinished samples and ratings of a job; its rows become free."""
+        self._open.discard(job)
         self._commands.put(partial(self._cancel, job))
+
+    def stop(self) -> None:
+        """Ends all jobs with an `EndingError`, and the thread after its present step."""
+        self._ending = True
+        for job in self._open:
+            job._queue.put_nowait([Failed(EndingError("the server is shutting down"))])
+        self._commands.put(None)
 
     def close(self) -> None:
         """Ends the thread; jobs that still run fail."""
@@ -215,7 +261,7 @@ class Worker:
         while True:
             try:
                 if not self._take_commands():
-                    self._fail(WorkerError("the server is shutting down"))
+                    self._fail(EndingError("the server is shutting down"))
                     self._send()
                     return
                 self._rate()
@@ -267,11 +313,26 @@ class Worker:
     def _cancel(self, job: Job) -> None:
         if job not in self._left:
             return
-        for index in [i for i, (owner, _) in self._jobs.items() if owner is job]:
+        for index in self._indices(job):
             self._loop.cancel(index)
             del self._jobs[index]
         self._to_rate = deque(each for each in self._to_rate if each[0] is not job)
         self._count(-self._left.pop(job, 0))
+
+    def _indices(self, job: Job) -> list[int]:
+        return [index for index, (owner, _) in self._jobs.items() if owner is job]
+
+    def _pause(self, job: Job) -> None:
+        """Sets the rows of a job aside until its client has read."""
+        job._paused = True
+        self._loop.pause(self._indices(job))
+        if job.unread < RESUME_BELOW:  # the client has read meanwhile, and saw no pause
+            self._resume(job)
+
+    def _resume(self, job: Job) -> None:
+        if job._paused and job in self._left:
+            job._paused = False
+            self._loop.resume(self._indices(job))
 
     def _watch(
         self, job: Job, place: int, sample: int, token: int, text: str, logits: torch.Tensor
@@ -330,11 +391,15 @@ class Worker:
         """Sends the round's events to their jobs, and forgets the jobs that have ended."""
         for job in [job for job in self._left if job._pending]:
             events, job._pending = job._pending, []
+            job._given += job._each * len(events)
             assert job._home is not None
             try:
                 job._home.call_soon_threadsafe(job._queue.put_nowait, events)
             except RuntimeError:  # its event loop is closed: the client has no server any more
                 self._cancel(job)
+        for job, left in self._left.items():
+            if left and job.streams and not job._paused and job.unread > PAUSE_ABOVE:
+                self._pause(job)
         ended = [job for job, left in self._left.items() if left == 0]
         for job in ended:
             del self._left[job]

@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,11 @@ class Answer:
     doubtful: np.ndarray
     doubtful_bound: float
     unseen: float
+
+    @property
+    def known(self) -> dict[int, float]:
+        """Token id -> log-probability, for the listed tokens."""
+        return dict(zip(self.ids.tolist(), self.logprobs.tolist(), strict=True))
 
     def logits(self, vocab_size: int) -> torch.Tensor:
         """The log-probabilities, [vocab]; minus infinity for tokens that are not listed."""
@@ -76,6 +81,22 @@ class Answer:
         ids = np.frombuffer(data, "<i4", listed + doubtful, _HEAD.size).astype(np.int64)
         logprobs = np.frombuffer(data, "<f4", listed, _HEAD.size + 4 * len(ids)).copy()
         return cls(ids[:listed], logprobs, bound, ids[listed:], doubtful_bound, unseen)
+
+
+def alone(logprobs: Mapping[int, float]) -> Answer:
+    """The answer for single tokens, which says nothing about the others.
+
+    Args:
+        logprobs: token id -> log-probability.
+    """
+    return Answer(
+        ids=np.array(list(logprobs), dtype=np.int64),
+        logprobs=np.array(list(logprobs.values()), dtype=np.float32),
+        bound=0.0,
+        doubtful=np.array([], dtype=np.int64),
+        doubtful_bound=0.0,
+        unseen=1.0,
+    )
 
 
 def values_of(listed: Sequence[Named], k: int, vocab_size: int) -> Listed:

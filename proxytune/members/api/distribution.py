@@ -25,7 +25,7 @@ FLOOR = -1000.0  # servers write -9999, -3.4e38 or -inf where they have no log-p
 EXACT = 5e-5  # a sum of probabilities this close to 1 "is 1": four decimals, or float32
 TELLING = 4e-5  # if the last listed token has this probability, unlisted ones have some, too
 AGREE = 0.25  # two requests for one log-probability may differ by this much (bfloat16)
-_POSITIVE = 1e-3  # above 0 by rounding
+POSITIVE = 1e-3  # above 0 by rounding
 _ROUNDING = 2.0**-8  # relative error of a value in bfloat16
 _MANY = 8  # so many equal values are no coincidence of rounding
 _CLIFF = 5.0  # nats between neighbours: a constant after it fills up a list
@@ -78,11 +78,11 @@ class Listed:
         with np.errstate(over="ignore"):
             probs = np.exp(np.minimum(values, 50.0))
         total = float(probs.sum())
-        if best > _POSITIVE:
+        if best > POSITIVE:
             if values[-1] >= 0 and abs(float(values.sum()) - 1) < 0.05:
                 return f"probabilities (the first is {best:.4g}) in place of their logarithms"
             return f"a log-probability of {best:.4g}, above 0"
-        rounding = _POSITIVE + _ROUNDING * float((probs * np.abs(values)).sum())
+        rounding = POSITIVE + _ROUNDING * float((probs * np.abs(values)).sum())
         if total > 1 + rounding:
             return f"probabilities that sum to {total:.4f}"
         return self._constant() or self._missing(total, rounding) or self._filtered(total)

@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from proxytune.engine.speculation import Pace
 from proxytune.engine.system import Member, Pass
 from proxytune.engine.truncation import Truncation
 from proxytune.errors import UserError
-from proxytune.members.api.answer import Answer
+from proxytune.members.api.answer import Answer, alone
 from proxytune.members.api.client import Client
-from proxytune.members.api.distribution import NotLogProbs
+from proxytune.members.api.distribution import AGREE, NotLogProbs
 from proxytune.members.api.faults import NoRoom
 from proxytune.members.api.names import TokenNames
 from proxytune.members.api.probe import find_offer
@@ -87,6 +87,7 @@ class ApiMember(Member):
         self.max_positions = protocol.client.max_positions
         # two rounds of requests per block; the logits of more rows would only fill memory
         self.max_rows = 2 * protocol.client.settings.max_concurrency
+        self._more = store.beside("single tokens")
         self._full: int | None = None  # the shortest prompt that the server has no room for
         self._rows: list[list[int]] = []
         self._prompts: list[int] = []  # tokens of each row's prompt
@@ -197,7 +198,8 @@ class ApiMember(Member):
             if None in stored[: self._room_after(place[1])]:
                 missing.append(place)
             found[place] = stored
-        self._ask(self._requests(missing))
+        calls = [partial(self._ask_one, *request) for request in self._requests(missing)]
+        self._in_parallel(calls)
         for place in missing:
             found[place] = self.store.get(*place)
             assert None not in found[place][: self._room_after(place[1])]
@@ -231,10 +233,10 @@ class ApiMember(Member):
                 requests.update(dict.fromkeys((ids[: i + 1], i) for i in lacking))
         return list(requests)
 
-    def _ask(self, requests: Sequence[_Place]) -> None:
-        """Sends the requests in parallel, and stores every answer as it comes."""
+    def _in_parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """The results of calls that send requests, and store every answer as it comes."""
         self.client.go()
-        futures = [self._threads.submit(self._ask_one, *request) for request in requests]
+        futures = [self._threads.submit(call) for call in calls]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C: stop waiting for the server
@@ -248,6 +250,38 @@ class ApiMember(Member):
             self.client.stop()
             wait(future for future in futures if not future.cancelled())  # their answers are kept
             raise failure
+        return [future.result() for future in futures]
+
+    def _below(self, wanted: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """How far tokens lie below their bounds (`engine.truncation.Ask`)."""
+        places = [(tuple(map(int, ids)), tuple(tokens)) for ids, tokens in wanted]
+        once = list(dict.fromkeys(places))  # samples of one prompt often ask for the same
+        found = dict(
+            zip(once, self._in_parallel([partial(self._gaps, *each) for each in once]), strict=True)
+        )
+        return [found[place] for place in places]
+
+    def _gaps(self, ids: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
+        """How far tokens that the answer after `ids` does not list lie below its bounds."""
+        (listed,) = self.store.get(ids, len(ids) - 1)
+        (more,) = self._more.get(ids, len(ids) - 1)
+        known = more.known if more else {}
+        missing = [token for token in tokens if token not in known]
+        if missing:
+            known |= self.protocol.ask_for(ids, missing)
+            self._more.put(ids, len(ids) - 1, [alone(known)])
+        if listed is None:
+            return [math.nan] * len(tokens)  # it was in memory alone, and had to make room
+        bounds = listed.ceiling(self.vocab_size)
+        gaps = [float(bounds[token]) - known.get(token, math.nan) for token in tokens]
+        excess = max((-gap for gap in gaps if not math.isnan(gap)), default=0.0)
+        if excess > AGREE:
+            raise NotLogProbs(
+                f"{self.client.settings.base_url} gives a token that it does not list {excess:.4g} "
+                "more than the last one that it lists; it did otherwise before: what is finished "
+                "is kept, and the same command goes on"
+            )
+        return gaps
 
     def _ask_one(self, ids: tuple[int, ...], start: int) -> None:
         """Sends one request, or several where the block does not fit into the context."""
@@ -283,7 +317,9 @@ class ApiMember(Member):
         unseen = torch.tensor([[0.0 if a is None else a.unseen for a in row] for row in answers])
         full = torch.tensor([[answer is None for answer in row] for row in answers])
         mode = f"{self.offer.endpoint}, {self.offer.blocks or 'token by token'}"
-        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen, full))
+        mode += ", logprob_token_ids" if self.offer.asks else ""
+        ask = self._below if self.offer.asks else None
+        return Pass(logits, truncation=Truncation(mode, self.offer.k, ceiling, unseen, full, ask))
 
     def _refuse_second_token(self) -> None:
         if any(len(row) >= prompt for row, prompt in zip(self._rows, self._prompts, strict=True)):

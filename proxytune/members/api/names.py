@@ -82,6 +82,11 @@ class TokenNames:
             return tuple(sorted(self._by_bytes.get(_unescaped(named.text[len(_BYTES) :]), ())))
         return tuple(sorted(self._by_text.get(named.text, ())))
 
+    def exact(self, named: Named) -> int | None:
+        """The id that the server gives for a token; None if it gives another kind of name."""
+        by_id = named.id is not None or named.text.startswith(_TOKEN_ID)
+        return next(iter(self.ids(named)), None) if by_id and not self._foreign else None
+
     def _written_alone(self, text: str) -> tuple[int, ...]:
         word = text.strip().encode()
         for raw in (b" " + word, word):

@@ -20,12 +20,12 @@ from proxytune.members.api.distribution import NotLogProbs
 from proxytune.members.api.faults import Refused
 from proxytune.members.api.names import TokenNames
 from proxytune.members.api.protocol import Offer, complaint, counted_by
-from proxytune.members.api.verify import trusted
+from proxytune.members.api.verify import answers_single_tokens, trusted
 
 log = logging.getLogger(__name__)
 
 AUTO = (100, 50, 20, 10, 5, 3, 2, 1)  # tokens per position that "auto" asks for, in this order
-_FORM = "2"  # of `Offer`, and of the tests that it has passed
+_FORM = "3"  # of `Offer`, and of the tests that it has passed
 
 
 def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
@@ -43,6 +43,7 @@ def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
         return Offer(**known)
     asker = Asker(client, names, tokenizer)
     offer = with_blocks(asker, trusted(asker, _Listing(asker).find()))
+    offer = replace(offer, asks=answers_single_tokens(asker, offer))
     client.store.note(name, asdict(offer))
     log.info("%s shows %s", settings.base_url, offer)
     return offer

@@ -1,12 +1,13 @@
 """Requests for log-probabilities in the form that a server understands, and their answers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from proxytune.members.api.answer import Answer, make_answer, values_of
 from proxytune.members.api.client import Client
-from proxytune.members.api.distribution import MEND, NotLogProbs, Watch
+from proxytune.members.api.distribution import FLOOR, MEND, POSITIVE, NotLogProbs, Watch
 from proxytune.members.api.faults import Malformed, Refused
 from proxytune.members.api.names import Named, TokenNames
 
@@ -35,6 +36,8 @@ class Offer:
         text: whether prompts go as text, because the server takes no token ids.
         counts: whether the server's count of a prompt's tokens was right.
         sampling: the way in `SAMPLING` that lists the model's own distribution.
+        asks: whether it answers for single tokens that it does not list ("logprob_token_ids",
+            vLLM's field).
     """
 
     endpoint: str
@@ -45,12 +48,14 @@ class Offer:
     text: bool = False
     counts: bool = False
     sampling: str = "greedy"
+    asks: bool = False
 
     def __str__(self) -> str:
         listed = "every token" if self.k == -1 else f"the {self.k} likeliest tokens"
         places = f"many places ({self.blocks})" if self.blocks else "one place"
         how = ", asked with text" if self.text else ""
         how += "" if self.sampling == "greedy" else ", at temperature 1"
+        how += ", and further tokens by their ids" if self.asks else ""
         return f"{listed}, of {places} per request to {self.endpoint}{how}"
 
 
@@ -95,6 +100,35 @@ class Protocol:
         read_tokens = sum(range(start + 1, len(ids) + 1)) if many else len(ids)
         assert not many or len(prompts) == len(ids) - start
         return self.client.ask(self.offer.endpoint, body, read, read_tokens)
+
+    def ask_for(
+        self, ids: Sequence[int], tokens: Sequence[int], tries: int | None = None
+    ) -> dict[int, float]:
+        """The log-probabilities of single tokens after `ids`: token id -> log-probability.
+
+        Tokens for which the server has no number (`FLOOR`) are missing.
+
+        Raises:
+            NotLogProbs: these can be none.
+            Refused: it does not answer for each of them by its id.
+            ValueError, OSError: see `Client.ask`.
+        """
+        body = self.body(ids) | {"logprobs": 1, "logprob_token_ids": list(map(int, tokens))}
+
+        def read(answer: Mapping[str, Any]) -> dict[int, float]:
+            named = {self.names.exact(each): each for each in generated(answer["choices"][0])}
+            lacking = [token for token in tokens if token not in named]
+            if lacking:
+                raise Refused(f"{self.client.settings.base_url} does not answer for {lacking[:5]}")
+            values = [named[token].logprob for token in tokens]
+            found = {t: v for t, v in zip(tokens, values, strict=True) if v is not None}
+            wrong = [v for v in found.values() if not v <= POSITIVE]
+            if wrong or sum(map(math.exp, found.values())) > 1 + POSITIVE:
+                what = f"a log-probability of {wrong[0]:.4g}" if wrong else "a sum above 1"
+                raise NotLogProbs(complaint(self.client, f"{what} for tokens by their ids"))
+            return {token: value for token, value in found.items() if value > FLOOR}
+
+        return self.client.ask(self.offer.endpoint, body, read, len(ids), tries)
 
     def body(self, ids: Sequence[int], start: int | None = None) -> dict[str, Any]:
         """The request for the positions after `ids`, and after those from ids[: start + 1] on."""

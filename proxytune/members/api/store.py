@@ -1,5 +1,6 @@
 """Answers and spending in one SQLite file: no answer is paid for twice."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -48,6 +49,12 @@ class Store:
     def rename(self, model: str) -> None:
         """Gives answers other keys from now on; see `model` above. Facts stay."""
         self._model = model.encode()
+
+    def beside(self, name: str) -> "Store":
+        """A store of further answers for the same positions, in the same file."""
+        other = copy.copy(self)
+        other._model = self._model + b"\0" + name.encode()
+        return other
 
     def get(self, ids: Sequence[int], start: int) -> list[Answer | None]:
         """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`; None if missing."""

@@ -10,14 +10,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from proxytune.members.api.asking import Asker, Shown
-from proxytune.members.api.distribution import NotLogProbs
+from proxytune.engine.truncation import MAX_ASKED
+from proxytune.members.api.answer import make_answer
+from proxytune.members.api.asking import TRIES, Asker, Shown
+from proxytune.members.api.distribution import AGREE, NotLogProbs
 from proxytune.members.api.faults import Refused
 from proxytune.members.api.protocol import SAMPLING, Offer, complaint
 
 log = logging.getLogger(__name__)
 
 _LESS = 0.99  # a sum below this is not 1
+_COMPARED = 5  # of the listed tokens with the same tokens by their ids
 
 
 def trusted(asker: Asker, offer: Offer) -> Offer:
@@ -97,3 +100,27 @@ def _whole(asker: Asker, offer: Offer) -> Shown | None:
         return None
     whole = replace(offer, k=asker.names.vocab_size, asked=None)
     return asker.tried(whole, asker.open)
+
+
+def answers_single_tokens(asker: Asker, offer: Offer) -> bool:
+    """Whether the server answers for tokens by their ids, listed or not, and as its lists do.
+
+    It is asked for as many as a run may ask for, some that it lists among them.
+    """
+    if offer.endpoint != "completions" or offer.k == -1 or not asker.exact:
+        return False
+    answer = make_answer(asker.shown(offer, asker.first).named, asker.names, offer.k)
+    size = asker.names.vocab_size
+    listed = answer.ids[answer.logprobs.argsort()[::-1]].tolist()[:_COMPARED]
+    spread = np.linspace(size - 1, 0, min(size, MAX_ASKED)).astype(int).tolist()
+    tokens = list(dict.fromkeys([*listed, *spread]))[:MAX_ASKED]
+    try:
+        found = asker.protocol(offer).ask_for(asker.first, tokens, TRIES)
+    except (Refused, NotLogProbs) as error:
+        log.debug("no answer for single tokens: %s", error)
+        return False
+    known, bounds = answer.known, answer.ceiling(size)
+    agree = all(token in found and abs(found[token] - known[token]) < AGREE for token in listed)
+    further = [token for token in found if token not in known]
+    low = all(value < float(bounds[token]) + AGREE for token, value in found.items())
+    return agree and low and len({found[token] for token in further}) > 1

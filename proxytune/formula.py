@@ -12,54 +12,18 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 
 from proxytune.errors import UserError
-from proxytune.proxy import Formula, combine_logits
+from proxytune.proxy import Formula, combine_logits, traits, traits_of
 from proxytune.records import finite
 
 Alpha = float | torch.Tensor  # a tensor where rows have alphas of their own, [rows, 1, ...]
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What the engine may rely on.
-
-    Attributes:
-        rises: no combined logit falls where a logit of the base rises that is not its highest. So
-            upper bounds of the base's logits give upper bounds of the combined ones, which a base
-            behind an API that lists only the likeliest tokens needs.
-        gates: at some positions the combined logits are the base's own, and runs count the others.
-    """
-
-    rises: bool = False
-    gates: bool = False
-
-
-_traits: WeakKeyDictionary[Callable[..., torch.Tensor], Traits] = WeakKeyDictionary()
-_traits[combine_logits] = Traits(rises=True)
-
-
-def traits(*, rises: bool = False, gates: bool = False) -> Callable[[Formula], Formula]:
-    """A decorator that states the `Traits` of a formula."""
-
-    def note(formula: Formula) -> Formula:
-        _traits[formula] = Traits(rises, gates)
-        return formula
-
-    return note
-
-
-def traits_of(formula: Formula) -> Traits:
-    """The traits of a formula; those of a function that states none are False."""
-    return _traits.get(formula.func if isinstance(formula, partial) else formula, Traits())
-
-
-@traits(rises=True)
+@traits(adds=True, rises=True)
 def sum_of_pairs(base: torch.Tensor, **others: torch.Tensor | float) -> torch.Tensor:
     """Proxy-tuning with several pairs: base + sum of alpha_i * (expert_i - antiexpert_i).
 

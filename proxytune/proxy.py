@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,8 +17,47 @@ from proxytune.engine.system import Alphas, Call, DraftingSystem, Group, Pass, P
 
 # The members' logits by role and their alphas, all by keyword -> the combined logits, float32.
 Formula = Callable[..., torch.Tensor]
+_F = TypeVar("_F", bound=Formula)
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What the engine may rely on with a formula.
+
+    Attributes:
+        adds: what a formula adds to the base's logits does not depend on them.
+        rises: no combined logit falls where a logit of the base rises that is not its highest. So
+            upper bounds of the base's logits give upper bounds of the combined ones, which a base
+            behind an API that lists only the likeliest tokens needs.
+        gates: at some positions the combined logits are the base's own, and runs count the others.
+    """
+
+    adds: bool = False
+    rises: bool = False
+    gates: bool = False
+
+
+_traits: WeakKeyDictionary[Formula, Traits] = WeakKeyDictionary()
+
+
+def traits(
+    *, adds: bool = False, rises: bool = False, gates: bool = False
+) -> Callable[[_F], _F]:
+    """A decorator that states the `Traits` of a formula."""
+
+    def note(formula: _F) -> _F:
+        _traits[formula] = Traits(adds, rises, gates)
+        return formula
+
+    return note
+
+
+def traits_of(formula: Formula) -> Traits:
+    """The traits of a formula; those of a function that states none are False."""
+    return _traits.get(formula.func if isinstance(formula, partial) else formula, Traits())
+
+
+@traits(adds=True, rises=True)
 def combine_logits(
     base: torch.Tensor,
     expert: torch.Tensor,
@@ -286,7 +326,10 @@ class ProxyTunedModel(DraftingSystem):
         truncation = passes["base"].truncation
         if truncation is not None:  # the bounds of the base's logits bound the system's
             highest = cut | {"base": truncation.ceiling[..., : self.vocab_size]}
-            truncation = replace(truncation, ceiling=self.formula(**highest, **scales))
+            # `ask` gives the base's logits; those of the system follow only where it adds to them.
+            ask = truncation.ask if traits_of(self.formula).adds else None
+            ceiling = self.formula(**highest, **scales)
+            truncation = replace(truncation, ceiling=ceiling, ask=ask)
         return Pass(self.formula(**cut, **scales), cut, truncation)
 
     def _shared(self, role: str, logits: torch.Tensor) -> torch.Tensor:

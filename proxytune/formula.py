@@ -11,7 +11,7 @@ A formula of one's own is such a function in any module (docs/formulas.md).
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch

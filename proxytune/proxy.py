@@ -40,9 +40,7 @@ class Traits:
 _traits: WeakKeyDictionary[Formula, Traits] = WeakKeyDictionary()
 
 
-def traits(
-    *, adds: bool = False, rises: bool = False, gates: bool = False
-) -> Callable[[_F], _F]:
+def traits(*, adds: bool = False, rises: bool = False, gates: bool = False) -> Callable[[_F], _F]:
     """A decorator that states the `Traits` of a formula."""
 
     def note(formula: _F) -> _F:

@@ -38,12 +38,12 @@ def plain(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_gate_that_never_closes_is_proxy_tuning_and_counts_every_token(plain, tmp_path):
+def test_a_gate_that_only_certainty_closes_is_proxy_tuning_and_counts_tokens(plain, tmp_path):
     done = run(tmp_path, "systems=[base,proxy]", "formula=gated", "formula.threshold=1.0")
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path) == texts(plain)
     table = pd.read_csv(tmp_path / "table.csv").set_index("metric")
-    assert table.loc["touched_tokens", "proxy"] == pytest.approx(1.0)
+    assert 50 < table.loc["touched_tokens", "proxy"] <= 100
     cell = json.loads((tmp_path / "pocket_triviaqa" / "proxy" / "cell.json").read_text())
     assert cell["formula"] == {"_target_": "proxytune.formula.gated", "threshold": 1.0}
 
@@ -88,7 +88,7 @@ def test_a_formula_of_ones_own_and_its_source_in_the_identity(plain, tmp_path, m
     (tmp_path / "halfway_formula.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     own = "formula._target_=halfway_formula.halfway"
-    done = run(tmp_path / "wide", "systems=[proxy]", own, "+formula.ceiling=1e9")
+    done = run(tmp_path / "wide", "systems=[proxy]", own, "formula.ceiling=1e9")
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path / "wide") == texts(plain)
     cell = json.loads((tmp_path / "wide" / "pocket_triviaqa" / "proxy" / "cell.json").read_text())

@@ -11,13 +11,13 @@ opened or completed right before the override that goes into it.
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from inspect import signature
+from inspect import isfunction, signature
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.types import Override
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 CLOSED = {"closed": True}  # metadata of a mapping whose names come from files alone
@@ -68,9 +68,20 @@ def prepare(cfg: DictConfig, key: str, value: Any) -> None:
 
 
 def parameters(node: DictConfig) -> list[str]:
-    """The settings of the class that a node is instantiated as; none of any other node."""
+    """The settings of the class or the formula that a node names; none of any other node."""
     target = node.get("_target_")
-    return list(signature(get_class(target)).parameters) if target else []
+    if not target:
+        return []
+    named = get_object(target)
+    known = signature(named).parameters.values()
+    if not isfunction(named):
+        return [each.name for each in known]
+    # of a formula, the others are the members' logits and their alphas
+    return [
+        each.name
+        for each in known
+        if each.kind is each.KEYWORD_ONLY or each.default is not each.empty
+    ]
 
 
 def part_of(schema: Any, name: str) -> tuple[type | None, bool]:

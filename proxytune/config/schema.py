@@ -133,7 +133,9 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     systems: list[str] = field(default_factory=lambda: list(COMPARED))
     alpha: float = 1.0
-    formula: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_FORMULA))
+    formula: dict[str, Any] = field(
+        default_factory=lambda: dict(DEFAULT_FORMULA), metadata=overrides.CLOSED
+    )
     limit: int | None = None
     stage: str = "all"
     output_dir: str = MISSING
@@ -164,7 +166,9 @@ class ServeConfig(ServerSettings):
     machine: MachineConfig = field(default_factory=MachineConfig)
     system: str = "proxy"
     alpha: float = 1.0
-    formula: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_FORMULA))
+    formula: dict[str, Any] = field(
+        default_factory=lambda: dict(DEFAULT_FORMULA), metadata=overrides.CLOSED
+    )
     model: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000

@@ -96,6 +96,7 @@ def whole_lines(folder: Path) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 20 runs of some 5 seconds, on an idle machine
 def test_twenty_kills_lose_nothing_and_repeat_nothing(tmp_path):
     runs = Runs()
     try:

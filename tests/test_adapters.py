@@ -168,6 +168,23 @@ def test_an_adapter_at_its_initial_value(folder, tmp_path, no_weights, suffix):
     refused(folder, tmp_path, r"changes nothing: all 6 of its lora_B are zero.*before it was tra")
 
 
+@pytest.mark.parametrize("how", ["lora_alpha of 0", "lora_A of zeros", "either of zeros"])
+def test_an_adapter_that_adds_zero(folder, tmp_path, no_weights, how):
+    """Fails on 538a493, which checks no values."""
+    alpha = 0 if how == "lora_alpha of 0" else 16
+    config = LoraConfig(r=4, target_modules=TARGETS, lora_alpha=alpha, task_type="CAUSAL_LM")
+    saved(tmp_path, config)
+    if how == "lora_A of zeros":
+        edited(tmp_path, lambda name, t: (name, t * 0 if "lora_A" in name else t))
+    if how == "either of zeros":
+        zero = {"layers.0": "lora_A", "layers.1": "lora_B"}
+        edited(
+            tmp_path,
+            lambda name, t: (name, t * (not any(k in name and v in name for k, v in zero.items()))),
+        )
+    refused(folder, tmp_path, "changes nothing: .*(lora_alpha|lora_A)")
+
+
 def as_bin(path):
     file = path / "adapter_model.safetensors"
     torch.save(load_file(file), path / "adapter_model.bin")

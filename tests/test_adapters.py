@@ -6,6 +6,7 @@ run ended in a RuntimeError after the weights had been read.
 
 import json
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def no_weights(monkeypatch):
 
     for module in ("proxytune.loading.load", "proxytune.loading.adapters"):
         monkeypatch.setattr(f"{module}.AutoModelForCausalLM.from_pretrained", refuse)
+
+
+@cache
+def plain_model(seed):
+    """A tiny model that no test changes."""
+    return tiny_model("llama", seed)
 
 
 def trained(config, *, model=None):
@@ -161,6 +168,23 @@ def test_an_adapter_at_its_initial_value(folder, tmp_path, no_weights, suffix):
     refused(folder, tmp_path, r"changes nothing: all 6 of its lora_B are zero.*before it was tra")
 
 
+@pytest.mark.parametrize("how", ["lora_alpha of 0", "lora_A of zeros", "either of zeros"])
+def test_an_adapter_that_adds_zero(folder, tmp_path, no_weights, how):
+    """Fails on 538a493, which checks no values."""
+    alpha = 0 if how == "lora_alpha of 0" else 16
+    config = LoraConfig(r=4, target_modules=TARGETS, lora_alpha=alpha, task_type="CAUSAL_LM")
+    saved(tmp_path, config)
+    if how == "lora_A of zeros":
+        edited(tmp_path, lambda name, t: (name, t * 0 if "lora_A" in name else t))
+    if how == "either of zeros":
+        zero = {"layers.0": "lora_A", "layers.1": "lora_B"}
+        edited(
+            tmp_path,
+            lambda name, t: (name, t * (not any(k in name and v in name for k, v in zero.items()))),
+        )
+    refused(folder, tmp_path, "changes nothing: .*(lora_alpha|lora_A)")
+
+
 def as_bin(path):
     file = path / "adapter_model.safetensors"
     torch.save(load_file(file), path / "adapter_model.bin")
@@ -265,14 +289,14 @@ SHARED = {"lora", "rslora", "ranks", "all_linear", "regex", "embedding", "untype
 def test_an_adapter_that_fits_equals_its_merged_weights(folder, tmp_path, kind):
     adapted = saved(tmp_path, KINDS[kind])
     merged = adapted.merge_and_unload().eval()
-    expert, plain = spec_of(folder, tmp_path), ModelSpec(str(folder / "antiexpert"))
-    assert shares_weights(expert, plain) == (kind in SHARED)
+    expert, antiexpert = spec_of(folder, tmp_path), ModelSpec(str(folder / "antiexpert"))
+    assert shares_weights(expert, antiexpert) == (kind in SHARED)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT's about tensors that it did not find
-        got = proxytune.load(str(folder / "base"), expert, plain)
-    want = proxytune.load(tiny_model("llama", 1), merged, tiny_model("llama", 3))
+        got = proxytune.load(str(folder / "base"), expert, antiexpert)
+    want = proxytune.load(plain_model(1), merged, plain_model(3))
     torch.testing.assert_close(got.logits([1, 40, 41]), want.logits([1, 40, 41]), rtol=0, atol=2e-3)
-    alone = proxytune.load(tiny_model("llama", 1), tiny_model("llama", 3), tiny_model("llama", 3))
+    alone = proxytune.load(plain_model(1), plain_model(3), plain_model(3))
     assert (got.logits([1, 40, 41]) - alone.logits([1, 40, 41])).abs().max() > 0.1
     settings = {"max_new_tokens": 8}
     texts = [g.token_ids for g in got.generate(PROMPTS, **settings)]

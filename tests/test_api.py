@@ -18,9 +18,10 @@ GENERATOR = proxytune.load(*MODELS, tokenizer=TOKENIZER)
 
 
 def test_importing_the_package_is_cheap():
-    code = "import proxytune, sys; print('torch' in sys.modules, proxytune.load)"
+    code = "import proxytune, sys; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.startswith("False <function load")
+    assert out.stdout == "False\n"
+    assert callable(proxytune.load)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = proxytune.nothing
 

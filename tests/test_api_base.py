@@ -11,28 +11,18 @@ from proxytune import api
 from proxytune.config.schema import register
 from proxytune.experiment.identity import system_identity
 from proxytune.files import ROOT
-from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
+from tests.api_triple import PROMPTS, client_of, in_process, over_http, served
 from tests.faulty import faulty
 
+pytestmark = pytest.mark.usefixtures("impatient")
 GREEDY: dict[str, Any] = {"max_new_tokens": 10}
 SAMPLED: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.9, "n": 2, "seed": 3}
 FILTERED: dict[str, Any] = SAMPLED | {"top_p": 0.9, "top_k": 30}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_triple(tmp_path_factory.mktemp("triple"))
-
-
-@pytest.fixture(scope="module")
 def local(folder) -> api.Generator:
     return in_process(folder)
-
-
-@pytest.fixture(scope="module")
-def url(folder):
-    with served(folder, max_logprobs=-1) as url:
-        yield url
 
 
 def offer_of(generator: api.Generator) -> Any:

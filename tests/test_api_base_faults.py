@@ -12,35 +12,20 @@ from proxytune import api
 from proxytune.errors import Unanswered
 from proxytune.loading.load import check_triple
 from proxytune.loading.spec import ModelSpec
-from proxytune.members.api import client
 from proxytune.server import ServerSettings, create_app
-from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
+from tests.api_triple import PROMPTS, base_at, client_of, in_process, over_http, save_triple, served
 from tests.faulty import Faulty, faulty
 from tests.serving import running
 from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 SETTINGS: dict[str, Any] = {"top_logprobs": 20, "timeout_s": 30, "max_concurrency": 4}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_triple(tmp_path_factory.mktemp("triple"))
-
-
-@pytest.fixture(scope="module")
-def url(folder):
-    with served(folder, max_logprobs=-1) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def undisturbed(folder, url) -> list[list[int]]:
     return write(over_http(folder, url, top_logprobs=20))
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
 
 
 def write(generator: api.Generator) -> list[list[int]]:
@@ -179,9 +164,14 @@ def without_weights(tmp_path):
     return tmp_path
 
 
+def load_all(folder, url: str, **settings: Any) -> api.Generator:
+    small = (str(folder / name) for name in ("expert", "antiexpert"))
+    return api.load(base_at(folder, url, **settings), *small)
+
+
 def refusal(folder, url: str, **settings: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        over_http(folder, url, **settings)
+        load_all(folder, url, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -197,7 +187,7 @@ def test_a_wrong_key_is_one_line_before_anything_is_loaded(without_weights, monk
         assert "SOME_KEY is empty" in refusal(without_weights, url, api_key_env="SOME_KEY")
         monkeypatch.setenv("SOME_KEY", "right")
         with pytest.raises(ValueError, match="no usable weights"):
-            over_http(without_weights, url, api_key_env="SOME_KEY")
+            load_all(without_weights, url, api_key_env="SOME_KEY")
 
 
 def test_nobody_there_is_one_line_before_anything_is_loaded(without_weights):

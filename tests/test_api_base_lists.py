@@ -15,7 +15,7 @@ from proxytune import api
 from proxytune.errors import UserError
 from proxytune.files import ROOT
 from proxytune.loading.spec import ModelSpec
-from proxytune.members.api import client, member
+from proxytune.members.api import member
 from proxytune.members.api.answer import values_of
 from proxytune.members.api.distribution import Listed, NotLogProbs, Watch
 from proxytune.members.api.names import Named
@@ -24,15 +24,11 @@ from tests import strange_lists as strange
 from tests.faulty import faulty
 from tests.serving import running
 
+pytestmark = pytest.mark.usefixtures("impatient")
 POCKET = ROOT / "pocket" / "models"
 QUESTION = (
     "Question: Kim has 8 boxes of 9 drums and gets 3 more. How many drums does Kim have?\nAnswer:"
 )
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ from proxytune.config.schema import register
 from proxytune.experiment.runner import run_experiment
 from proxytune.files import ROOT, read_jsonl
 from proxytune.records import Completion
-from tests.api_triple import over_http, save_triple
+from tests.api_triple import over_http
 from tests.openai_server import openai_server
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 PROBE = 4  # requests
 PROBED = {  # what the stand-in says to the probe's texts
@@ -42,11 +44,6 @@ def answer(body):
         "message": {"role": "assistant", "content": listed[0]["token"]},
         "logprobs": {"content": [listed[0] | {"top_logprobs": listed}]},
     }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_triple(tmp_path_factory.mktemp("triple"))
 
 
 @pytest.fixture(scope="module")

@@ -18,31 +18,16 @@ from proxytune.members.api import blocks, client, member
 from proxytune.members.api.faults import Closed, Failure, Refused, failure_in
 from proxytune.members.api.protocol import text_of
 from proxytune.server import ServerSettings, create_app
-from tests.api_triple import PROMPTS, client_of, in_process, over_http, save_triple, served
+from tests.api_triple import PROMPTS, client_of, in_process, over_http
 from tests.faulty import faulty
 from tests.serving import running
 from tests.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("impatient")
 POCKET = ROOT / "pocket" / "models"
 QUESTION = (
     "Question: Kim has 8 boxes of 9 drums and gets 3 more. How many drums does Kim have?\nAnswer:"
 )
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_triple(tmp_path_factory.mktemp("triple"))
-
-
-@pytest.fixture(scope="module")
-def url(folder):
-    with served(folder, max_logprobs=-1) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The decode loop: ends, stop strings, scheduling, shared prefills, memory running out."""
 
 import tracemalloc
+from functools import cache
 
 import pytest
 import torch
@@ -198,18 +199,18 @@ def test_eos_ids_are_those_of_every_source():
     assert first.finish_reason == "length"
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     stops=st.lists(
         st.text("abcdefghijklmnopqrstuvwxyz 1_(\n", min_size=1, max_size=3), min_size=1, max_size=3
     ),
-    seed=st.integers(0, 50),
+    seed=st.integers(0, 3),
     speculative=st.sampled_from([False, 4]),
 )
 def test_text_ends_before_the_first_stop_string(stops, seed, speculative):
     generator = STOPPING
     setting = {"temperature": 1.5, "max_new_tokens": 24, "seed": seed, "sample_keys": ["k"]}
-    free = generator.generate([[1, 40]], **setting)[0]
+    free = without_stops(seed)
     got = generator.generate([[1, 40]], stop=stops, speculative=speculative, **setting)[0]
     ends = [free.raw_text.find(stop) for stop in stops if stop in free.raw_text]
     if not ends:
@@ -228,7 +229,13 @@ def test_text_ends_before_the_first_stop_string(stops, seed, speculative):
 STOPPING = proxytune.load(*TRIPLE, tokenizer=TOKENIZER)
 
 
-@settings(max_examples=40, deadline=None)
+@cache
+def without_stops(seed):
+    setting = {"temperature": 1.5, "max_new_tokens": 24, "seed": seed, "sample_keys": ["k"]}
+    return STOPPING.generate([[1, 40]], **setting)[0]
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.text(max_size=40), st.text(min_size=1, max_size=60))
 def test_text_grows_to_what_decoding_all_of_it_gives(prompt, completion):
     context = TOKENIZER(prompt, add_special_tokens=False)["input_ids"]

@@ -8,12 +8,18 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from proxytune import cli
+from proxytune.config.schema import register
 from proxytune.errors import UserError
+from proxytune.experiment.runner import run_experiment
 from proxytune.files import ROOT
 from proxytune.results.report import write_report
 from proxytune.secrets import redacted
@@ -32,11 +38,21 @@ def folder(tmp_path) -> Path:
     return Path(shutil.copytree(OLD, tmp_path / "run"))
 
 
+TASKS = "task=[pocket_gsm8k,pocket_truthfulqa_mc]"
+SCORING = [TASKS, "systems=[expert,proxy]", "limit=2", "stage=score", "report=false"]
+
+
 def score(monkeypatch, folder: Path, *words: str) -> None:
-    tasks = "task=[pocket_gsm8k,pocket_truthfulqa_mc]"
-    settings = [tasks, "systems=[expert,proxy]", "limit=2", "stage=score", "report=false"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *settings, f"output_dir={folder}", *words])
+    monkeypatch.setattr(sys, "argv", ["run.py", *SCORING, f"output_dir={folder}", *words])
     cli.run()
+
+
+@cache
+def scoring() -> DictConfig:
+    """The configuration of `score`, composed once, for that takes longer than scoring."""
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", SCORING)
 
 
 def refusal(capsys, act: Callable[[], object]) -> str:
@@ -109,13 +125,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_damaged_file_is_named_in_one_line(case, folder, monkeypatch, capsys):
+def test_a_damaged_file_is_named_in_one_line(case, folder):
     name, edit = REFUSED[case]
     path = folder / name
     path.write_bytes(b"".join(edit(path.read_bytes().splitlines(keepends=True))))
     before = path.read_bytes()
-    said = refusal(capsys, lambda: score(monkeypatch, folder))
+    cfg = deepcopy(scoring())
+    cfg.output_dir = str(folder)
+    with pytest.raises(UserError) as refused:
+        run_experiment(cfg)
+    said = str(refused.value)
     assert name in said and any(way in said for way in ("restore", "delete", "is no Completion"))
+    assert "\n" not in said
     assert path.read_bytes() == before
 
 

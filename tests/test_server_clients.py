@@ -1,5 +1,6 @@
 """Real clients against the server: lm-eval, the command itself, and many at once."""
 
+import itertools
 import logging
 import os
 import random
@@ -19,10 +20,11 @@ import pytest
 import requests
 from lm_eval.tasks import TaskManager
 
-from proxytune import api
+from proxytune import api, cli
 from proxytune.files import ROOT
 from proxytune.harness.model import ProxyTuneLM
 from proxytune.server import create_app
+from tests.commands import call
 from tests.serving import running
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -140,10 +142,18 @@ def test_a_mistake_is_one_line(arguments, said):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         arguments = [each.replace("TAKEN", port) for each in arguments]
-        done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT)
+        done = call(cli.main, "serve", *arguments)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error:") and said in line
+
+
+def test_a_mistake_of_the_command_itself_is_one_line():
+    process = command("triple=pokcet")
+    done = subprocess.run(process, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: unknown triple 'pokcet'")
+    assert done.stderr.count("\n") == 1
 
 
 # -- many clients --------------------
@@ -183,7 +193,9 @@ def load_test(seconds: float, clients: int, app, alone) -> Counter:
     def run(number: int, url: str, end: float) -> None:
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         choose = random.Random(number)
-        while time.monotonic() < end:
+        for turn in itertools.count():
+            if turn and time.monotonic() > end:
+                return
             which = choose.randrange(len(bodies))
             try:
                 kind = "right" if ask(client, bodies[which]) == expected[which] else "wrong"
@@ -212,7 +224,8 @@ def pocket() -> api.Generator:
 
 def test_a_few_clients_at_once_get_what_they_would_get_alone():
     counts = load_test(1, 8, create_app({"pocket": pocket()}), pocket())
-    assert set(counts) == {"right", "tokens"} and counts["right"] > 8
+    # on a busy machine, each of them may get one answer only within the second
+    assert set(counts) == {"right", "tokens"} and counts["right"] >= 8
 
 
 @pytest.mark.slow

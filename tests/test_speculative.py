@@ -33,7 +33,7 @@ AGREEING = agreeing_triple()
 def test_the_text_does_not_depend_on_speculation(sampling, batch_size):
     generator = proxytune.load(*AGREEING, tokenizer=TOKENIZER)
     stop = "e"
-    common = {"max_new_tokens": 24, "stop": stop, "banned_first": ["a"], **sampling}
+    common = {"max_new_tokens": 16, "stop": stop, "banned_first": ["a"], **sampling}
     want = generator.generate(PROMPTS, speculative=False, batch_size=batch_size, **common)
     for speculative in (3, 6, "auto"):
         got = generator.generate(PROMPTS, speculative=speculative, batch_size=batch_size, **common)

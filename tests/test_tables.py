@@ -17,6 +17,7 @@ class Info:
     label: str
     higher_is_better: bool = True
     percent: bool = True
+    hide_zeros: bool = False
 
 
 INFOS = {
@@ -65,6 +66,27 @@ def metrics(scores):
 @pytest.fixture(scope="module")
 def table(metrics, scores):
     return comparison(metrics, INFOS, scores, ("2", "13B"))
+
+
+@pytest.mark.parametrize(("share", "seen"), [(0.0, False), (0.02, True)])
+def test_a_row_of_zeros_that_says_nothing_is_not_shown(tmp_path, share, seen):
+    """Fails on 538a493; also for a later run of another task in the same folder."""
+    infos = {"humaneval": {"acc": Info("pass@1"), "refused": Info("refused", hide_zeros=True)}}
+    names = ("base", "expert", "proxy", "tuned")
+    shares = dict.fromkeys(names, 0.0) | {"expert": share}
+    found = {
+        (system, metric): Metric("humaneval", system, metric, value, 50, 50)
+        for system in names
+        for metric, value in (("acc", 0.0), ("refused", shares[system]))
+    }
+    write_jsonl(tmp_path / "metrics.jsonl", found.values())
+    table = build_table(tmp_path, list(found.values()), infos)
+    later = build_table(tmp_path, [], {})
+    for made in (table, later):
+        assert ("refused" in tables.to_markdown(made)) == seen
+        assert ("refused" in rendered(made, 100)) == seen
+        assert "pass@1" in tables.to_markdown(made)
+        assert "refused" in set(made.metric)  # the CSV keeps it
 
 
 def row(table, task, metric):

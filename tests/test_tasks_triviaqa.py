@@ -58,7 +58,7 @@ def test_metrics(task, text, em, normalized):
 
 @pytest.mark.parametrize("quote", "'’‘´`")
 def test_all_quotation_marks_are_alike(tmp_path, quote):
-    """Fails on 538a493 but for the first: the dataset's own evaluation replaces all five."""
+    """Fails on 538a493: the dataset's own evaluation replaces all five."""
     file = tmp_path / "dev.jsonl"
     answer = {"value": "Sophie's Choice", "aliases": ["Rosemary’s ‘Baby’"]}
     file.write_text(json.dumps({"question": "q", "answer": answer}))
@@ -76,13 +76,13 @@ def test_all_quotation_marks_are_alike(tmp_path, quote):
     [
         ("", ["A", "?"], 0),  # these five fail on 538a493
         ("the", ["A"], 0),
-        ("‘’", ["The The"], 0),
         (".", ["!", "?"], 0),
         (" \n", ["an"], 0),
+        ("", [" ", "x"], 0),
+        ("‘’", ["The The"], 0),
         ("a", ["A"], 1),
         ("The The", ["The The"], 1),
         ("B", ["A"], 0),
-        ("", [" ", "x"], 0),
     ],
 )
 def test_an_empty_answer_never_matches(tmp_path, text, aliases, right):

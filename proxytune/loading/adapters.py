@@ -8,6 +8,7 @@ torch's meta device) would have under the same adapter configuration.
 import copy
 import logging
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 3  # tensors named in an error
 # These change more than the weights of modules: the prompt's length, or the forward pass itself.
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.|$)")
 _NO_WEIGHTS = ("ADAPTION_PROMPT", "POLY", "XLORA", "CPT")
 
 
@@ -55,6 +57,12 @@ def check_adapter(role: str, spec: ModelSpec, config: Any, tokenizer: Any) -> No
         )
     shapes = _shapes(role, spec)
     whole = _check_fit(role, spec, adapter, config, shapes)
+    scales = [getattr(adapter, "lora_alpha", 1), *getattr(adapter, "alpha_pattern", {}).values()]
+    if not any(scales) and not whole:
+        raise UserError(
+            f"{role}: the adapter {spec.adapter} changes nothing: its lora_alpha, which scales it, "
+            "is 0 in adapter_config.json"
+        )
     _check_values(role, spec, whole)
     trained_on = adapter.base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(spec.id).name:
@@ -272,29 +280,34 @@ def _check_values(role: str, spec: ModelSpec, whole: Mapping[str, list[int]]) ->
         spec: the model and its adapter.
         whole: tensors that replace those of the model; with them it does something.
     """
-    idle: list[str] = []
+    idle: dict[str, str] = {}  # module -> its tensor of zeros
     count, others = 0, bool(whole)
     for name, tensor in _tensors(role, spec):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{role}: the adapter {spec.adapter} holds NaN or infinity in {name}")
-        if "lora_B" in name or "lora_embedding_B" in name:
-            count += 1
-            idle += [] if bool(tensor.any()) else [name]
-        elif "lora_A" not in name and "lora_embedding_A" not in name:
+        factor = _FACTOR.search(name)
+        if factor is None:
             others = True
-    if idle and len(idle) == count and not others:
+            continue
+        count += factor[1] == "B"
+        if not bool(tensor.any()):
+            idle.setdefault(name[: factor.start()], name)
+    zero, names = len(idle), _some([*idle.values()])
+    which = "lora_A or lora_B" if any("_A" in name for name in idle.values()) else "lora_B"
+    if zero and zero == count and not others:
         raise UserError(
-            f"{role}: the adapter {spec.adapter} changes nothing: all {count} of its lora_B are "
-            f"zero, their initial value ({_some(idle)}); it was saved before it was trained"
+            f"{role}: the adapter {spec.adapter} changes nothing: all {count} of its {which} are "
+            f"zero ({names}); so is every lora_B before it was trained"
         )
-    if idle:
+    if zero:
         log.warning(
-            "%s: %d of %d modules of the adapter %s change nothing: their lora_B are zero (%s)",
+            "%s: %d of %d modules of the adapter %s change nothing: their %s are zero (%s)",
             role,
-            len(idle),
+            zero,
             count,
             spec.adapter,
-            _some(idle),
+            which,
+            names,
         )
 
 

@@ -61,7 +61,7 @@ def bytes_per_token(tokenizer: Any) -> int | None:
         None where there is no such number: the tokenizer drops a part of the text, or writes one
         token for any number of unknown characters.
     """
-    core = getattr(tokenizer, "backend_tokenizer", None)
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(core, "to_str"):
         return None
     spec = json.loads(core.to_str())

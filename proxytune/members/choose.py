@@ -1,6 +1,8 @@
 """Chooses the member for a loaded model: with a cache if that gives the same logits."""
 
 import logging
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +14,9 @@ from proxytune.members.graphs import may_record
 from proxytune.members.recomputed import RecomputedModel
 
 log = logging.getLogger(__name__)
+
+_Verdict = tuple[str | None, bool]
+_verdicts: WeakKeyDictionary[PreTrainedModel, dict[Any, _Verdict]] = WeakKeyDictionary()
 
 
 def make_member(
@@ -31,12 +36,9 @@ def make_member(
     Raises:
         UserError: the model looks ahead: its logits depend on later tokens; or they are NaN.
     """
-    member = CachedModel(model, vocab_size)
-    reason = _refusal(member)
+    reason, joins = _verdict(model, vocab_size)
     if reason is None:
-        if _may_join(model):
-            joining = CachedModel(model, vocab_size, joins=True)
-            member = member if _refusal(joining) else joining
+        member = CachedModel(model, vocab_size, joins)
         if cuda_graphs and may_record(model):
             member.record()
         elif cuda_graphs:
@@ -51,7 +53,21 @@ def make_member(
 
 def can_cache(model: PreTrainedModel, vocab_size: int) -> bool:
     """Whether a model's logits are the same through a `RowCache`."""
-    return _refusal(CachedModel(model, vocab_size)) is None
+    return _verdict(model, vocab_size)[0] is None
+
+
+def _verdict(model: PreTrainedModel, vocab_size: int) -> _Verdict:
+    """Why a model cannot decode with a cache, None if it can; and whether its rows join.
+
+    Checked once: a server has two systems of the same models, a triple's base may stand alone, too.
+    """
+    known = _verdicts.setdefault(model, {})
+    asked = (vocab_size, model.dtype, model.config.get_text_config()._attn_implementation)
+    if asked not in known:
+        reason = _refusal(CachedModel(model, vocab_size))
+        joins = reason is None and _may_join(model)
+        known[asked] = reason, joins and not _refusal(CachedModel(model, vocab_size, joins=True))
+    return known[asked]
 
 
 def _may_join(model: PreTrainedModel) -> bool:

@@ -30,8 +30,8 @@ def comparison(
     Columns: task, metric, label, headline, higher_is_better, percent, n, n_examples; per system s:
     s, s_low, s_high, s_n, s_unparsed, paper_s; gap_closed, gap_closed_low, gap_closed_high; for
     proxy against base, expert and tuned: vs_*, vs_*_low, vs_*_high, vs_*_p; paper_table,
-    paper_size, paper_gap_closed. Values and differences are in percent where `percent` is true;
-    gaps closed always are. A missing cell is not-a-number.
+    paper_size, paper_gap_closed; hide_zeros, where a metric has it. Values and differences are in
+    percent where `percent` is true; gaps closed always are. A missing cell is not-a-number.
 
     Args:
         metrics: rows of `stats.metrics`, of any number of tasks and systems.
@@ -92,6 +92,8 @@ def _row(
         row[f"{system}_high"] = math.nan if cell.ci_high is None else cell.ci_high * scale
         row[f"{system}_n"] = cell.n
         row[f"{system}_unparsed"] = cell.unparsed
+    if info and info.hide_zeros:
+        row["hide_zeros"] = True
     return row
 
 
@@ -234,9 +236,18 @@ def has_gap(table: pd.DataFrame) -> bool:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that people see; the parts of a metric ("toxicity/women") stay in the CSV."""
-    kept: Any = table[~table["metric"].str.contains("/")]
+    """The rows that people see.
+
+    The parts of a metric ("toxicity/women") stay in the CSV, and so do zeros of `hide_zeros`.
+    """
+    kept: Any = table[[not ("/" in row["metric"] or _hidden(row)) for row in records(table)]]
     return kept
+
+
+def _hidden(row: Mapping[str, Any]) -> bool:
+    """Whether a metric asks for no row of zeros, and this is one."""
+    values = (row.get(system) for system in SYSTEMS)
+    return row.get("hide_zeros") in (True,) and not any(is_number(v) and v for v in values)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

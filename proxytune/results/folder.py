@@ -97,6 +97,7 @@ class Shown:
     label: str
     higher_is_better: bool
     percent: bool
+    hide_zeros: bool
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
         for row in _rows_or_none(path):
             task = str(row["task"])
             if task != AVERAGE:
-                shown = Shown(row["label"], row["higher_is_better"], row["percent"])
+                hide_zeros = row.get("hide_zeros") in (True,)  # else it is missing
+                shown = Shown(row["label"], row["higher_is_better"], row["percent"], hide_zeros)
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
                 found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
                 found.unfinished[task] = unfinished_text(row)

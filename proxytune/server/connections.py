@@ -255,8 +255,11 @@ class Server(uvicorn.Server):
         return [
             each
             for each in self.server_state.connections
-            if each.transport.get_write_buffer_size()
-            or (each.cycle is not None and not each.cycle.response_complete)
+            if isinstance(each, Connection)
+            and (
+                each.transport.get_write_buffer_size()
+                or (each.cycle is not None and not each.cycle.response_complete)
+            )
         ]
 
     async def _until(self, done: Any, seconds: float) -> None:

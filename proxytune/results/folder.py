@@ -97,7 +97,7 @@ class Shown:
     label: str
     higher_is_better: bool
     percent: bool
-    hide_zeros: bool
+    hide_zeros: bool = False
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,14 @@ def own_file(snippet: Snippet, more: str, place: Place) -> None:
         assert cfg.triple.tuned.id.endswith("pocket/models/tuned")
 
 
+def own_formula(snippet: Snippet, more: str, place: Place) -> None:
+    """Runs a command with the formula that the same document prints."""
+    (printed,) = (s for s in SNIPPETS if s.document == "formulas.md" and "def halfway" in s.text)
+    (place.folder / "halfway.py").write_text(printed.text)
+    place.patch.syspath_prepend(place.folder)
+    run(snippet, more, place)
+
+
 def json_part(snippet: Snippet, more: str, place: Place) -> None:
     """A part of a JSON object."""
     assert json.loads(f"{{{snippet.text}}}")

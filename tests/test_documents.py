@@ -32,6 +32,7 @@ from tests.document_actions import (
     make_prints,
     member_arguments,
     own_file,
+    own_formula,
     python_block,
     rescored,
     run,
@@ -53,6 +54,9 @@ SWAPS = {
     "Qwen/Qwen2.5-0.5B": "pocket/models/antiexpert",
     "Qwen/Qwen2.5-7B": "pocket/models/base",
     "meta-llama/Llama-2-7b-hf": "pocket/models/antiexpert",
+    "path/math": "pocket/models/expert",
+    "path/chat": "pocket/models/expert",
+    "path/small": "pocket/models/antiexpert",
     "ANTIEXPERT": "pocket/models/antiexpert",
     "EXPERT": "pocket/models/expert",
     "BASE": "pocket/models/base",
@@ -128,7 +132,18 @@ RULES = [
         ONE + " systems=[tuned] task.alpaca_eval.judge.cache={tmp}/j.sqlite "
         "task.alpaca_eval.judge.max_unparsed=1",
     ),
+    Rule(
+        r"formulas.md: python run\.py formula=\w+ .*",
+        run,
+        ONE + " task=[pocket_triviaqa] systems=[base,proxy]",
+    ),
+    Rule(
+        r"formulas.md: PYTHONPATH=\. python run\.py formula\._target_=.*",
+        own_formula,
+        ONE + " task=[pocket_triviaqa] systems=[proxy]",
+    ),
     # settings in the text
+    Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+)=\w+", member_arguments),
     Rule(r"lm_eval.md: (task)?\.\S+", composes, "config task=[lm_eval/arc_easy]"),
@@ -191,6 +206,8 @@ RULES = [
     Rule(r"serving.md: OPENAI_API_KEY=secret lm_eval run .*", run_outside, slow=True),
     Rule(r"serving.md: (from openai import|import requests).*", python_block),
     # whole snippets
+    Rule(r"formulas.md: def halfway.*", skip, "own_formula runs it"),
+    Rule(r"formulas.md: from functools .*", python_block),
     Rule(r"README.md: import proxytune.*", python_block),
     Rule(r'own.md: """Capitals of countries.*', capitals_module),
     Rule(r"own.md: capitals: .*", yaml_file, "task/capitals"),

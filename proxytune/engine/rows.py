@@ -1,17 +1,19 @@
 """The rows of the decode loop: one sample each, from its request to its record.
 
 A token goes two steps: `choose_from` chooses it from the logits of a pass, and `Row.take` appends
-it. Nothing else chooses a token that is kept, and nothing else writes one.
+it. Nothing else in this engine chooses a token that is kept. `Row.write` is the part of `take` that
+needs no pass: the rows of another engine are written by it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from proxytune.engine.broken import blame
+from proxytune.engine.logprobs import TokenLogprob, token_logprobs
 from proxytune.engine.penalties import History
 from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
@@ -20,6 +22,9 @@ from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
 FULL = BROKEN - 1  # chosen where the server's context has no room for another token
+
+
+Rating = Callable[[int], TokenLogprob]  # how many tokens to list -> the rating of one token
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class Request:
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
         alpha: this prompt's own alpha (triples only); None takes the system's.
         on_token: called with every chosen token, also the one that ends the completion:
-            (sample, token, the text that is now certain, the system's logits [vocab]). The texts
-            of a sample make up `Finished.text`: no later token takes any of it away.
+            (sample, token, the text that is now certain, its rating). The texts of a sample make
+            up `Finished.text`: no later token takes any of it away. The rating is a function: how
+            many of the likeliest tokens to list -> the token's log-probability; of a real token.
+        top: the most tokens that `on_token` will have listed; None for no ratings.
     """
 
     index: int
@@ -57,7 +64,8 @@ class Request:
     tokenizer: Any | None = None
     record: int = 0
     alpha: float | None = None
-    on_token: Callable[[int, int, str, torch.Tensor], None] | None = None
+    on_token: Callable[[int, int, str, Rating], None] | None = None
+    top: int | None = None
 
     @cached_property
     def room(self) -> int:
@@ -178,9 +186,18 @@ class Row:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
             if token != FULL:
                 self.truncation.add(certain, unseen)
+        self.write(token, partial(_rate, seen.logits[place], token))
+
+    def write(self, token: int, rating: Rating) -> None:
+        """Appends a token that was chosen, and tells whoever watches.
+
+        Args:
+            token: the choice.
+            rating: see `Request.on_token`.
+        """
         text = self._append(token)
         if self.request.on_token is not None:
-            self.request.on_token(self.sample, token, text, seen.logits[place])
+            self.request.on_token(self.sample, token, text, rating)
 
     def finished(self) -> Finished:
         """The record of the ended sample."""
@@ -360,6 +377,12 @@ def _by_sampler(
         histories = [history(i) for i in places] if sampler.looks_back else []
         grouped.append(_Group(sampler, places, streams, positions, histories))
     return grouped
+
+
+def _rate(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    """The rating of one token among logits, [vocab]."""
+    (rated,) = token_logprobs(logits.unsqueeze(0), [token], top)
+    return rated
 
 
 def longest(prompt: Prompt) -> int:

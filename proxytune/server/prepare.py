@@ -290,7 +290,7 @@ def _requests(
         param: the request's field that holds the prompts, for errors.
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    if decoding.repetition_penalty != 1 and not generator.system.members["base"].raw_logits:
+    if decoding.repetition_penalty != 1 and not generator.base.raw_logits:
         raise ApiError(NO_RAW_LOGITS, param="repetition_penalty")
     try:
         requests = generator.requests(ids, decoding, seed=seed)

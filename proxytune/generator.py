@@ -363,6 +363,15 @@ class Generator:
                 )
         return ids
 
+    def check_alpha(self, alpha: float | None) -> None:
+        """Refuses an alpha of a request's own where it cannot have one; None is always taken.
+
+        Raises:
+            UserError: this is a single model.
+        """
+        if alpha is not None and "expert" not in self.roles:
+            raise UserError("alpha needs a triple; this model is a single one")
+
     def _refuse_partial(self) -> None:
         """Raises a ValueError if the base does not give the logit of every token."""
         if not self.base.complete:

@@ -251,9 +251,11 @@ def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
 
 
 def _alpha(alpha: float | None, generator: Generator) -> float | None:
-    """The request's alpha; refused for a single model."""
-    if alpha is not None and "expert" not in generator.roles:
-        raise ApiError("alpha needs a triple; this model is a single one", param="alpha")
+    """The request's alpha; refused where it cannot have one."""
+    try:
+        generator.check_alpha(alpha)
+    except UserError as error:
+        raise ApiError(str(error), param="alpha") from error
     return alpha
 
 

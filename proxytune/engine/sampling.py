@@ -146,8 +146,7 @@ class Sampler:
     def from_dict(given: Mapping[str, Any]) -> "Sampler":
         """A sampler in another process; see `to_dict`."""
         lists = {name: given[name] for name in ("banned", "banned_first", "choices")}
-        bias = {token: value for token, value in given["bias"]}
-        return Sampler(Decoding(**given["decoding"]), **lists, bias=bias)
+        return Sampler(Decoding(**given["decoding"]), **lists, bias=dict(given["bias"]))
 
     def choose(
         self,

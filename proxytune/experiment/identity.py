@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from proxytune import provenance
 from proxytune.config.schema import to_dict
+from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.files import open_own, read_json, write_json
 from proxytune.records import Decoding
@@ -52,7 +53,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":
         identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
-    return identity
+    return identity | engine_settings(cfg).identity()
 
 
 def decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
@@ -112,6 +113,10 @@ def _comparable(
     Scoring needs no model, so it may be done on a machine that does not have them.
     """
     one, other = copy.deepcopy(stored), copy.deepcopy(identity)
+    engines = [each["engine"] for each in (one, other) if isinstance(each.get("engine"), dict)]
+    if not all(engine.get("version") for engine in engines):
+        for engine in engines:
+            engine.pop("version", None)
     for role in one["members"].keys() & other["members"].keys():
         pair = one["members"][role], other["members"][role]
         for fact, name in provenance.FACTS.items():

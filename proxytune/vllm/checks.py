@@ -172,7 +172,7 @@ def check_decoding(name: str, decoding: Decoding, settings: EngineSettings) -> N
     """Refuses a task's settings that this engine cannot keep.
 
     Args:
-        name: of the task.
+        name: whose settings they are, for the message.
         decoding: its settings.
         settings: of the engine.
 
@@ -181,15 +181,13 @@ def check_decoding(name: str, decoding: Decoding, settings: EngineSettings) -> N
     """
     bans = [each for each in ("banned", "banned_first") if getattr(decoding, each)]
     if settings.sampler != OWN and bans:
-        raise UserError(
-            f"task {name}: {bans[0]}: vLLM's sampler bans no tokens; use engine.sampler=own"
-        )
+        raise UserError(f"{name}: {bans[0]}: vLLM's sampler bans no tokens; use engine.sampler=own")
     penalised = decoding.repetition_penalty != 1 or decoding.presence_penalty != 0
     penalised |= decoding.frequency_penalty != 0
     chosen = decoding.temperature > 0 or bans or decoding.choices or penalised
     if settings.speculative is not None and settings.sampler == OWN and chosen:
         raise UserError(
-            f"task {name}: engine.speculative={settings.speculative} leaves out our sampler, for "
+            f"{name}: engine.speculative={settings.speculative} leaves out our sampler, for "
             "vLLM takes no logits processor with it: greedy tasks alone; or engine.sampler=vllm"
         )
 
@@ -209,7 +207,7 @@ def check_one_prompt(prompts: Iterable[Prompt], place: str) -> None:
     for prompt in prompts:
         different = _different(prompt)
         if different:
-            raise UserError(f"{place}: the base and the {different} read other prompts; {V1_READS_ONE}")
+            raise UserError(f"{place}: base and {different} read different prompts; {V1_READS_ONE}")
 
 
 def _different(prompt: Prompt) -> str | None:

@@ -10,9 +10,8 @@ import torch
 
 from proxytune.errors import UserError
 from proxytune.vllm.checks import SWITCH, uses_v2
-from proxytune.vllm.model import KEY
 from proxytune.vllm.plan import SystemPlan
-from proxytune.vllm.plugin import ARCHITECTURE
+from proxytune.vllm.plugin import ARCHITECTURE, KEY
 from proxytune.vllm.requests import Asked
 from proxytune.vllm.settings import OWN, EngineSettings
 
@@ -56,7 +55,7 @@ def arguments(plan: SystemPlan, settings: EngineSettings) -> dict[str, Any]:
     if plan.composed:
         own |= plan.described()
         given["hf_overrides"] = {"architectures": [ARCHITECTURE]}
-    return given | settings.options
+    return given | (settings.options or {})
 
 
 def _eager(plan: SystemPlan, settings: EngineSettings) -> bool:

@@ -56,7 +56,7 @@ class VllmGenerator(Generator):
         """
         if record:
             raise UserError("vLLM records no trace; leave it out, or use engine=own")
-        check_decoding("of this call", decoding, self.engine.settings)
+        check_decoding("this call", decoding, self.engine.settings)
         return super().requests(prompts, decoding, seed=seed, sample_keys=sample_keys)
 
     def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -107,9 +107,7 @@ class VllmGenerator(Generator):
         contexts = [self.encode(context) for context, _ in pairs]
         for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
             self._room(index, ids, len(continuation) - 1)
-        asked = [
-            scoring(ids, list(given)) for ids, (_, given) in zip(contexts, pairs, strict=True)
-        ]
+        asked = [scoring(ids, list(given)) for ids, (_, given) in zip(contexts, pairs, strict=True)]
         outputs = []
         for start in range(0, len(asked), _ROUND):
             outputs += self.engine.finish(asked[start : start + _ROUND])

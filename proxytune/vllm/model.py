@@ -19,8 +19,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from proxytune.proxy import SharedEnd, combine_logits
+from proxytune.vllm.plugin import KEY
 
-KEY = "proxytune"  # of vLLM's `additional_config`
 HELPERS = ("expert", "antiexpert")
 
 

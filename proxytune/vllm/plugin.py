@@ -5,6 +5,7 @@ and tells vLLM a name alone.
 """
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
+KEY = "proxytune"  # of vLLM's `additional_config`, and of a request's `extra_args`
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from proxytune.engine.logprobs import LOWEST, TokenLogprob
 from proxytune.engine.rows import Row, longest
 from proxytune.engine.system import Prompt
 from proxytune.errors import UserError
-from proxytune.vllm.model import KEY
+from proxytune.vllm.plugin import KEY
 
 Asked = tuple[dict[str, Any], SamplingParams]
 

@@ -18,7 +18,7 @@ import torch
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from proxytune.vllm.model import KEY
+from proxytune.vllm.plugin import KEY
 
 
 @dataclass

@@ -19,7 +19,7 @@ from proxytune.engine.penalties import History
 from proxytune.engine.sampling import Sampler
 from proxytune.errors import UserError
 from proxytune.records import finite
-from proxytune.vllm.model import KEY
+from proxytune.vllm.plugin import KEY
 
 # What a client of a plain vLLM server may send as `vllm_xargs`. All members read one prompt there:
 # vLLM would share a request's cached prompt with others, which own prompts do not allow.

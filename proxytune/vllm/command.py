@@ -36,7 +36,7 @@ def command(plan: SystemPlan, settings: EngineSettings, name: str, host: str, po
     words = [f"{SWITCH}={int(uses_v2())}", *_program(), plan.paths["base"]]
     for key, value in given.items():
         words += _option(key, value)
-    return " ".join(words[:1] + [shlex.join(words[1:])])
+    return " ".join([words[0], shlex.join(words[1:])])
 
 
 def _program() -> list[str]:

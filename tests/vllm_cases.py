@@ -34,11 +34,30 @@ def family(folder: Path) -> None:
     save_tiny(folder / "expert", seed=2, scale=6.0, **small)
     save_tiny(folder / "antiexpert", seed=3, scale=6.0, **small)
     save_tiny(folder / "odd", seed=5, scale=4.0, **odd)
+    _adapter(folder / "antiexpert", folder / "lora")
+
+
+def _adapter(model: Path, folder: Path) -> None:
+    """Writes a LoRA of a model that changes its text."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(9)
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(whole, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    adapted.save_pretrained(folder)
 
 
 def specs(folder: Path, expert: str = "expert") -> dict[str, proxytune.ModelSpec]:
     names = {"base": "base", "expert": expert, "antiexpert": "antiexpert"}
-    return {r: proxytune.ModelSpec(str(folder / n), dtype="float32") for r, n in names.items()}
+    found = {r: proxytune.ModelSpec(str(folder / n), dtype="float32") for r, n in names.items()}
+    if expert == "lora":
+        found["expert"] = replace(found["antiexpert"], adapter=str(folder / "lora"))
+    return found
 
 
 def one_prompt_each(count: int = 12) -> list[dict[str, list[int]]]:
@@ -80,6 +99,12 @@ class Cases:
 
     def filters(self, g: Any) -> Any:
         return g.generate(self.prompts, max_new_tokens=8, temperature=1.5, top_k=5, min_p=0.02)
+
+    def repeats(self, g: Any) -> Any:
+        """Whether equal seeds draw equal samples, and other seeds others: of any sampler."""
+        settings: Any = {"max_new_tokens": 8, "temperature": 1.0}
+        first, again, other = (g.generate(self.prompts, seed=s, **settings) for s in (1, 1, 2))
+        return [first == again, first != other]
 
     def context_ends(self, g: Any) -> Any:
         prompts = [dict.fromkeys(ROLES, [5] * 505), dict.fromkeys(ROLES, [9] * 511)]

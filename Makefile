@@ -92,6 +92,13 @@ rescore-published: install ## score a release of stored completions again: DIR=.
 bench: install ## ratios of the decode engine, measured in one run
 	$(BIN)/python scripts/bench.py
 
+# No `install`: a machine with a GPU has its own torch, and perhaps no network.
+GPU_PYTHON ?= $(PYTHON)
+gpu: ## what a GPU shows, in ten minutes (GPU_PYTHON: one with torch and transformers)
+	PYTHONPATH=. $(GPU_PYTHON) scripts/gpu.py $(ARGS)
+
+.PHONY: gpu
+
 pocket: install ## rebuild the pocket family from nothing (half an hour on two cores)
 	$(BIN)/python -m scripts.pocket.build
 

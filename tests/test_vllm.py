@@ -62,7 +62,12 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, Any], list[list[str]]]] = {
     "V1, n-gram drafts": ({}, {"options": ROWS, "speculative": "ngram"}, one("greedy", "texts")),
     "V1, the expert drafts": (
         {},
-        {"options": ROWS, "speculative": "draft_model", "speculative_tokens": 2},
+        {
+            "options": ROWS,
+            "base": "even",  # vLLM drafts where the logits of both have one size
+            "speculative": "draft_model",
+            "speculative_tokens": 2,
+        },
         one("greedy"),
     ),
     "V2": (V2, {"options": ROWS}, [*one("greedy", "alphas", "likelihoods", "listed"), *OWN]),

@@ -208,6 +208,14 @@ def test_the_expert_drafts_where_there_is_one(family):
         checks.check_specs({"base": family["base"]}, drafting)
 
 
+def test_the_expert_drafts_for_a_base_whose_logits_have_its_size(family):
+    drafting = replace(VLLM, speculative="draft_model")
+    with pytest.raises(UserError, match="have 320 and 300 entries"):
+        plan_of(family, drafting)
+    plan_of(family, drafting, base="expert")
+    plan_of(family, replace(VLLM, speculative="ngram"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"temperature": 0.7}, {"presence_penalty": 0.1}, {"banned": ("a",)}, {"choices": ("a",)}],

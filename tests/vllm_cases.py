@@ -34,6 +34,7 @@ def family(folder: Path) -> None:
     save_tiny(folder / "expert", seed=2, scale=6.0, **small)
     save_tiny(folder / "antiexpert", seed=3, scale=6.0, **small)
     save_tiny(folder / "odd", seed=5, scale=4.0, **odd)
+    save_tiny(folder / "even", seed=6, hidden=128, scale=4.0)
     _adapter(folder / "antiexpert", folder / "lora")
 
 
@@ -52,8 +53,10 @@ def _adapter(model: Path, folder: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def specs(folder: Path, expert: str = "expert") -> dict[str, proxytune.ModelSpec]:
-    names = {"base": "base", "expert": expert, "antiexpert": "antiexpert"}
+def specs(
+    folder: Path, expert: str = "expert", base: str = "base"
+) -> dict[str, proxytune.ModelSpec]:
+    names = {"base": base, "expert": expert, "antiexpert": "antiexpert"}
     found = {r: proxytune.ModelSpec(str(folder / n), dtype="float32") for r, n in names.items()}
     if expert == "lora":
         found["expert"] = replace(found["antiexpert"], adapter=str(folder / "lora"))
@@ -178,11 +181,11 @@ def difference(got: Any, want: Any, where: str = "") -> str:
 def main(folder: str, settings: str, names: str) -> None:
     place = Path(folder)
     given = json.loads(settings)
-    expert = given.pop("expert", "expert")
+    members = given.pop("expert", "expert"), given.pop("base", "base")
     if not (place / "odd").exists():
         family(place)
-    own = proxytune.load(**specs(place, expert))
-    theirs = load_engine(specs(place, expert), EngineSettings(name="vllm", **given))
+    own = proxytune.load(**specs(place, *members))
+    theirs = load_engine(specs(place, *members), EngineSettings(name="vllm", **given))
     kinds: dict[str, Callable[[], list[Any]]] = {"one": one_prompt_each, "own": own_prompts}
     results = {}
     for kind, case in json.loads(names):

@@ -1,5 +1,8 @@
 """Everything that engine=vllm refuses, before a model is loaded."""
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -107,6 +110,13 @@ def _check_triple(plan: SystemPlan, settings: EngineSettings) -> None:
     if codes and len(codes) < len(plan.specs):
         raise UserError(
             f"trust_remote_code of the {codes[0]} alone: vLLM trusts all members' code or none"
+        )
+    sizes = [plan.models[role].output_size for role in ("base", "expert")]
+    if settings.speculative == "draft_model" and len(set(sizes)) > 1:
+        raise UserError(
+            f"engine.speculative=draft_model: the logits of base and expert have {sizes[0]} and "
+            f"{sizes[1]} entries, and vLLM drafts with equal ones alone; take "
+            "engine.speculative=ngram"
         )
     if settings.quantization == "bitsandbytes":
         raise UserError(

@@ -1,5 +1,8 @@
 """One vLLM engine, and who waits for its outputs."""
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 import gc
 import itertools
 import os
@@ -91,16 +94,19 @@ class Engine:
         self.plan = plan
         self.settings = settings
         self.ours = settings.sampler == OWN and settings.speculative is None
-        self.per_request = uses_v2()
+        unknown = [n for n in settings.options or {} if n not in EngineArgs.__dataclass_fields__]
+        if unknown:
+            raise UserError(f"engine.options.{unknown[0]}: vLLM's engine has no such argument")
         try:
             config = EngineArgs(**arguments(plan, settings)).create_engine_config()
         except ValidationError as error:  # of vLLM's own settings, before it loads anything
             reason = error.errors()[0]["msg"].splitlines()[0]
             raise UserError(f"vLLM refuses its settings: {reason}") from error
-        if config.use_v2_model_runner != self.per_request:
+        self.per_request = config.use_v2_model_runner
+        if len(plan.specs) > 1 and self.per_request != uses_v2():
             raise UserError(
-                f"vLLM takes the model runner {'V1' if self.per_request else 'V2'} for this "
-                f"system; say so with {SWITCH}={int(not self.per_request)}"
+                f"vLLM takes the model runner {'V2' if self.per_request else 'V1'} for this "
+                f"triple; say so with {SWITCH}={int(self.per_request)}"
             )
         if self.ours:
             kind = "V2" if self.per_request else "V1"

@@ -5,6 +5,9 @@ The members are vLLM's own models. `forward` gives their hidden states side by s
 prefill, prefix caching, preemption, tensor parallelism) it does with the triple.
 """
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -40,7 +43,8 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        given = vllm_config.additional_config[KEY]
+        told: Any = vllm_config.additional_config
+        given = told[KEY]
         self.alpha = float(given.get("alpha", 1.0))
         self.vocab_size = int(given["vocab_size"])
         self.end = _end(given.get("end"), self.vocab_size)
@@ -48,7 +52,7 @@ class ProxyTunedForCausalLM(nn.Module):
         config = copy.deepcopy(self.config)
         config.architectures = list(given["architectures"])
         # Without a prefix: a quantised checkpoint names the layers that it leaves as they are.
-        self.base = initialize_model(
+        self.base: Any = initialize_model(
             vllm_config=vllm_config.with_hf_config(config, list(config.architectures)),
             prefix=prefix,
         )

@@ -4,6 +4,9 @@ It runs at every start of vLLM in an environment that has proxytune, so it impor
 and tells vLLM a name alone.
 """
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 ARCHITECTURE = "ProxyTunedForCausalLM"
 KEY = "proxytune"  # of vLLM's `additional_config`, and of a request's `extra_args`
 

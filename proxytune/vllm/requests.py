@@ -1,5 +1,8 @@
 """Our requests as vLLM's, and vLLM's log-probabilities as ours."""
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 import json
 import math
 import uuid
@@ -16,7 +19,7 @@ from proxytune.engine.system import Prompt
 from proxytune.errors import UserError
 from proxytune.vllm.plugin import KEY
 
-Asked = tuple[dict[str, Any], SamplingParams]
+Asked = tuple[Any, SamplingParams]  # vLLM's prompt, and how it goes on
 
 
 def own_prompts(prompt: Prompt) -> bool:

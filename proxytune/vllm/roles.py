@@ -9,6 +9,9 @@ comes behind its real tokens as dummies, whose keys and values the tokens of lat
 A request says so in `SamplingParams.extra_args["proxytune"]` (`requests.py`).
 """
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

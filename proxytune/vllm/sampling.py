@@ -6,6 +6,9 @@ processor behind each of them. Both are named to the engine: an entry point woul
 fail, in every vLLM of the environment.
 """
 
+# vLLM is in an environment of its own.
+# pyright: reportMissingImports=false
+
 import json
 from collections.abc import Mapping
 from functools import lru_cache

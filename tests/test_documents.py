@@ -198,6 +198,15 @@ RULES = [
         slow=True,
     ),
     Rule(r"models.md: pytest .* tests/test_families\.py", skip, "a test; `make test-slow` runs it"),
+    # vLLM's environment; tests/test_vllm.py runs it
+    Rule(r"performance.md: python scripts/bench_vllm\.py", skip, "needs vLLM's environment"),
+    Rule(r"vllm.md: engine(\.\w+)*=\S+", composes),
+    Rule(r"vllm.md: decoding(\.trace)?=\S+", composes),
+    Rule(r"vllm.md: VLLM_USE_V2_MODEL_RUNNER=0", skip, "a switch of vLLM's"),
+    Rule(r"vllm.md: python run\.py engine=vllm decoding=default", composes),
+    Rule(r"vllm.md: pip install -e .*", skip, "vLLM's environment; `make vllm-env` makes it"),
+    Rule(r"vllm.md: vllm serve BASE .*", skip, "the form of what `vllm-command` prints"),
+    Rule(r"vllm.md: proxytune (serve|vllm-command) .*", skip, "tests/test_vllm.py runs them"),
     # the server and its clients
     Rule(ANY + r"proxytune serve triple=pocket port=8000", serves),
     Rule(ANY + r"proxytune serve( triple=\.\.\. key=value \.\.\.)?", skip, "its name and form"),

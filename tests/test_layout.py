@@ -16,7 +16,7 @@ FLOORS = (
     ("experiment", "training"),
     ("config",),
     ("server",),
-    ("api",),
+    ("api", "vllm"),
     ("generator", "provenance"),
     ("loading", "proxy", "formula"),
     ("members", "results", "single"),

@@ -71,7 +71,7 @@ def test_the_walk_finds_them_all():
     found = OPTIONAL["config"]
     members = ("base", "expert", "antiexpert", "tuned")
     parts = PARTS["config"].keys()
-    assert parts == {"triple.tuned", "paper", "machine.devices"} | {
+    assert parts == {"triple.tuned", "paper", "machine.devices", "engine.options"} | {
         f"triple.{member}.{part}" for member in members for part in ("api", "quantization")
     }
     assert {"limit", "decoding.n", "triple.base.api.max_requests"} <= found.keys() - parts

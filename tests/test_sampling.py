@@ -1,5 +1,6 @@
 """Choosing tokens: the filters of transformers, noise that depends on its names alone."""
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import proxytune
+from proxytune.engine.penalties import History
 from proxytune.engine.sampling import (
     Sampler,
     gumbel_noise,
@@ -163,3 +165,27 @@ def test_a_string_bans_every_token_that_writes_it():
     assert tokens_of(["two words"], texts) == set()
     tokenizer = tiny_tokenizer()
     assert token_texts(tokenizer, 300)[2] == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("setting", "lists"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {}),
+        ({"temperature": 1.2, "min_p": 0.1, "repetition_penalty": 1.4}, {"banned": [3]}),
+        (
+            {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+            {"banned_first": [1], "bias": {4: 2}},
+        ),
+        ({}, {"choices": [2, 7]}),
+    ],
+)
+def test_a_sampler_in_another_process_chooses_the_same(setting, lists):
+    sampler = Sampler(Decoding(**setting), **lists)
+    sent = json.loads(json.dumps(sampler.to_dict()))
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(64, 40)
+    streams, positions = list(range(64)), [i % 3 for i in range(64)]
+    histories = [History(torch.tensor([5, 9]), [i % 40, 3]) for i in range(64)]
+    chosen = sampler.choose(logits, streams, positions, histories)
+    again = Sampler.from_dict(sent).choose(logits, streams, positions, histories)
+    assert torch.equal(chosen, again) and len(set(chosen.tolist())) > 1

@@ -98,7 +98,7 @@ def test_each_request_may_have_its_own_alpha(client):
     prompts = [PROMPT, "Question: What"]
     alone = triple()
     for alpha in (0.0, 0.5, -1.0, 2.0):
-        alone.system.alpha = alpha
+        alone.system.alphas = {"alpha": alpha}
         expected = alone.generate(prompts, max_new_tokens=12, temperature=1.0, seed=1)
         answer = complete(client, prompts, temperature=1.0, seed=1, alpha=alpha)
         assert [c.text for c in answer.choices] == [each.text for each in expected]
@@ -116,7 +116,7 @@ def test_rows_of_different_alpha_share_a_batch(client):
         texts = [each.result().choices[0].text for each in asked]
     alone, expected = triple(), {}
     for alpha in alphas[:4]:
-        alone.system.alpha = 0.7 if alpha is None else alpha
+        alone.system.alphas = {"alpha": 0.7 if alpha is None else alpha}
         (one,) = alone.generate([PROMPT], max_new_tokens=25)
         expected[alpha] = one.text
     assert texts == [expected[alpha] for alpha in alphas]

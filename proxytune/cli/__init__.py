@@ -1,8 +1,8 @@
-"""The commands: `python run.py` (also `proxytune run`), and `proxytune serve`.
+"""The commands: `python run.py` (also `proxytune run`), `proxytune serve` and `vllm-command`.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
-serve.py       `proxytune serve`
+serve.py       `proxytune serve`, and the line that serves the same by plain vLLM
 interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does
 
 This module imports nothing, so that a missing package is explained by `main`.
@@ -13,7 +13,7 @@ import sys
 from proxytune.errors import MissingExtra, extra
 
 # command -> the extra of pyproject.toml that it needs
-COMMANDS = {"run": "experiments", "serve": "serve"}
+COMMANDS = {"run": "experiments", "serve": "serve", "vllm-command": "serve"}
 
 
 def main() -> None:
@@ -39,4 +39,5 @@ def _start(command: str) -> None:
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    (composed.run if command == "run" else composed.serve)()
+    entries = {"run": composed.run, "serve": composed.serve}
+    entries.get(command, composed.print_command)()

@@ -28,6 +28,12 @@ def serve() -> None:
     guarded(lambda: _compose(_serve), again="")
 
 
+def print_command() -> None:
+    """Composes conf/serve.yaml and prints the line that starts plain vLLM; docs/vllm.md."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(lambda: _compose(_print_command), again="")
+
+
 def _compose(main: Callable[[], object]) -> None:
     """Calls one of Hydra's entries with the command line, its own files given by name."""
     sys.argv[1:] = given.take(sys.argv[1:])
@@ -62,6 +68,19 @@ def _serve(cfg: DictConfig) -> None:
         serve(cfg, choice)
 
     guarded(server, again="")
+
+
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="serve")
+def _print_command(cfg: DictConfig) -> None:
+    choice = HydraConfig.get().runtime.choices.get("triple")
+
+    def printed() -> None:
+        with extra("serve", "proxytune vllm-command"):
+            from proxytune.cli.serve import vllm_command
+
+        print(vllm_command(cfg, choice))
+
+    guarded(printed, again="")
 
 
 register()

@@ -6,15 +6,17 @@ import logging
 import signal
 import socket
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.config.schema import to_dict
+from proxytune.config.specs import engine_settings, model_specs
 from proxytune.errors import UserError
 from proxytune.roles import SYSTEMS
 from proxytune.server.settings import ServerSettings
+from proxytune.vllm.settings import OWN, VLLM
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +33,7 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
     """
     own = OmegaConf.masked_copy(cfg, [each.name for each in fields(ServerSettings)])
     settings = ServerSettings(**to_dict(own))
-    if cfg.system not in SYSTEMS:
-        raise UserError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
-    name = cfg.model or f"{triple or 'triple'}-{cfg.system}"
+    name = _name(cfg, triple)
     # Bind first: a taken port must fail before models load.
     with _bind(cfg.host, cfg.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -56,6 +56,69 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
             server.serve_forever()
 
 
+def vllm_command(cfg: DictConfig, triple: str | None) -> str:
+    """The line that serves the system of a resolved `ServeConfig` by plain vLLM.
+
+    Args:
+        cfg: the configuration.
+        triple: as for `serve`.
+
+    Raises:
+        UserError: the triple lacks a model, or vLLM does not run it.
+    """
+    from proxytune.experiment.checks import check_engine, check_engine_specs
+    from proxytune.loading.load import check_triple
+    from proxytune.vllm.checks import plan_system
+    from proxytune.vllm.command import command
+
+    settings = replace(engine_settings(cfg), name=VLLM)
+    check_engine(cfg, settings)
+    asked = _asked(cfg)
+    adapted = next((role for role, spec in asked.items() if spec.adapter is not None), None)
+    if adapted is not None:
+        raise UserError(
+            f"{adapted}: plain vLLM takes no adapter of a triple's member; merge it into a whole "
+            "model (merge_and_unload), or use `proxytune serve engine=vllm`, which does"
+        )
+    check_engine_specs(asked, settings)
+    check_triple(asked)
+    for role, spec in asked.items():
+        if spec.format != asked["base"].format:
+            log.warning("the %s's chat format is left out: all members read one prompt", role)
+    plan = plan_system(asked, settings, cfg.alpha)
+    return command(plan, settings, _name(cfg, triple), cfg.host, cfg.port)
+
+
+def _name(cfg: DictConfig, triple: str | None) -> str:
+    """The name that clients use.
+
+    Raises:
+        UserError: there is no such system.
+    """
+    if cfg.system not in SYSTEMS:
+        raise UserError(f"unknown system {cfg.system!r}; one of {', '.join(SYSTEMS)}")
+    return cfg.model or f"{triple or 'triple'}-{cfg.system}"
+
+
+def _asked(cfg: DictConfig) -> dict[str, Any]:
+    """The system's models: the engine's role -> `ModelSpec`.
+
+    Raises:
+        UserError: the triple lacks one.
+    """
+    from proxytune.config.formulas import members_of
+
+    roles = members_of(cfg, cfg.system)
+    for member in roles.values():
+        if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
+            raise UserError(
+                f"the triple has no {member}; choose a triple (triple=pocket) or give it "
+                f"(triple.{member}.id=...)"
+            )
+    specs = model_specs(cfg)
+    return {role: specs[each] for role, each in roles.items()}
+
+
 def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     """Loads the system's models; the app that serves them.
 
@@ -65,28 +128,31 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
     import torch
 
     from proxytune.api import load
-    from proxytune.config.formulas import formula_of, members_of
-    from proxytune.config.specs import model_specs
-    from proxytune.experiment.checks import check_models
+    from proxytune.config.formulas import formula_of
+    from proxytune.experiment.checks import check_engine, check_engine_specs, check_models
+    from proxytune.loading.load import check_triple
     from proxytune.server.app import create_app
 
-    roles = members_of(cfg, cfg.system)
-    for member in roles.values():
-        if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
-            raise UserError(
-                f"the triple has no {member}; choose a triple (triple=pocket) or give it "
-                f"(triple.{member}.id=...)"
-            )
+    engine = engine_settings(cfg)
+    engine.check()
+    check_engine(cfg, engine)
     if cfg.machine.threads:
         torch.set_num_threads(cfg.machine.threads)
     # No warning about a prompt that is too long: the client gets an error.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    specs = model_specs(cfg)
-    members: dict[str, Any] = check_models({role: specs[each] for role, each in roles.items()})
-    how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg)}
-    if len(roles) == 1:
-        how = {}  # a single model
-    generator = load(**members, **how, cuda_graphs=cfg.machine.cuda_graphs)
+    asked = _asked(cfg)
+    if cfg.engine.name == OWN:
+        members: dict[str, Any] = check_models(asked)
+        how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg)}
+        if len(members) == 1:
+            how = {}  # a single model
+        generator = load(**members, **how, cuda_graphs=cfg.machine.cuda_graphs)
+    else:
+        from proxytune.vllm.pool import load_engine
+
+        check_engine_specs(asked, engine)
+        check_triple(asked)
+        generator = load_engine(asked, engine, cfg.alpha)
     return create_app(
         {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from proxytune.errors import UserError
 from proxytune.files import shipped
 
-GROUPS = ("triple", "task", "experiment", "decoding", "machine", "tracking", "train")
+GROUPS = ("triple", "task", "experiment", "decoding", "machine", "engine", "tracking", "train")
 
 # "triple/mine" -> the file; hydra_plugins/given_source.py shows them to Hydra
 FILES: dict[str, Path] = {}

@@ -14,6 +14,7 @@ from proxytune.files import ROOT
 from proxytune.loading.spec import ModelSpec
 from proxytune.roles import COMPARED
 from proxytune.server.settings import ServerSettings
+from proxytune.vllm.settings import EngineSettings
 
 DEFAULT_FORMULA = {"_target_": "proxytune.proxy.combine_logits"}
 
@@ -130,6 +131,7 @@ class RunConfig:
     task: dict[str, Any] = field(default_factory=dict, metadata=overrides.CLOSED)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     systems: list[str] = field(default_factory=lambda: list(COMPARED))
     alpha: float = 1.0
@@ -151,6 +153,7 @@ class ServeConfig(ServerSettings):
     Attributes:
         triple: the models.
         machine: where they run.
+        engine: what runs them.
         system: which of them answers, out of `SYSTEMS`.
         alpha: scale on (expert - antiexpert); a request may bring its own.
         formula: as in `RunConfig`.
@@ -164,6 +167,7 @@ class ServeConfig(ServerSettings):
     root: str = str(ROOT)
     triple: TripleConfig = field(default_factory=TripleConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     system: str = "proxy"
     alpha: float = 1.0
     formula: dict[str, Any] = field(

@@ -9,6 +9,12 @@ from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
 from proxytune.roles import ROLES
+from proxytune.vllm.settings import EngineSettings
+
+
+def engine_settings(cfg: DictConfig) -> EngineSettings:
+    """The configured engine."""
+    return EngineSettings(**to_dict(cfg.engine))
 
 
 def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:

@@ -1,15 +1,17 @@
 """The rows of the decode loop: one sample each, from its request to its record.
 
-`Row.take` appends a token that was chosen (choice.py). Nothing else writes one.
+`Row.take` appends a token that was chosen (choice.py). `Row.write` is the part of it that needs no
+pass: the rows of another engine are written by it. Nothing else writes one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from proxytune.engine.logprobs import TokenLogprob, token_logprobs
 from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
@@ -17,6 +19,9 @@ from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
 FULL = BROKEN - 1  # chosen where the server's context has no room for another token
+
+
+Rating = Callable[[int], TokenLogprob]  # how many tokens to list -> the rating of one token
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,10 @@ class Request:
         alpha: this prompt's own alpha (triples only); None takes the system's.
         count_touched: whether to count the tokens whose logits are not the base's own.
         on_token: called with every chosen token, also the one that ends the completion:
-            (sample, token, the text that is now certain, the system's logits [vocab]). The texts
-            of a sample make up `Finished.text`: no later token takes any of it away.
+            (sample, token, the text that is now certain, its rating). The texts of a sample make
+            up `Finished.text`: no later token takes any of it away. The rating is a function: how
+            many of the likeliest tokens to list -> the token's log-probability; of a real token.
+        top: the most tokens that `on_token` will have listed; None for no ratings.
     """
 
     index: int
@@ -56,7 +63,8 @@ class Request:
     record: int = 0
     alpha: float | None = None
     count_touched: bool = False
-    on_token: Callable[[int, int, str, torch.Tensor], None] | None = None
+    on_token: Callable[[int, int, str, Rating], None] | None = None
+    top: int | None = None
 
     @cached_property
     def room(self) -> int:
@@ -186,9 +194,18 @@ class Row:
                 self.truncation.add(certain, unseen)
         if self.touched is not None:
             self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
+        self.write(token, partial(_rate, seen.logits[place], token))
+
+    def write(self, token: int, rating: Rating) -> None:
+        """Appends a token that was chosen, and tells whoever watches.
+
+        Args:
+            token: the choice.
+            rating: see `Request.on_token`.
+        """
         text = self._append(token)
         if self.request.on_token is not None:
-            self.request.on_token(self.sample, token, text, seen.logits[place])
+            self.request.on_token(self.sample, token, text, rating)
 
     def finished(self) -> Finished:
         """The record of the ended sample."""
@@ -204,6 +221,12 @@ class Row:
             self.truncation,
             self.touched,
         )
+
+
+def _rate(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    """The rating of one token among logits, [vocab]."""
+    (rated,) = token_logprobs(logits.unsqueeze(0), [token], top)
+    return rated
 
 
 def longest(prompt: Prompt) -> int:

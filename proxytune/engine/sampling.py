@@ -22,6 +22,16 @@ _MIX_2 = 0x94D049BB133111EB
 _U64 = (1 << 64) - 1
 NOTHING = -1  # the choice where no allowed token has a finite logit (an API lists only a few)
 BROKEN = -2  # the choice where a logit is NaN or plus infinity; see `broken.blame`
+# Fields of `Decoding` that a choice depends on, besides its lists of strings.
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _CANDIDATES = 1024  # tokens sorted for top-p; the whole vocabulary only if these have too little
 
 
@@ -108,6 +118,13 @@ class Sampler:
         choices: Sequence[int] = (),
         bias: Mapping[int, float] | None = None,
     ) -> None:
+        self._given = {
+            "decoding": {name: getattr(decoding, name) for name in _SAMPLING},
+            "banned": [*banned],
+            "banned_first": [*banned_first],
+            "choices": [*choices],
+            "bias": [[*pair] for pair in (bias or {}).items()],
+        }
         self.temperature = decoding.temperature
         self.top_k = decoding.top_k
         self.top_p = decoding.top_p
@@ -120,6 +137,16 @@ class Sampler:
         self._lists_on: dict[torch.device, list[torch.Tensor]] = {}
         self._biased = torch.tensor(list(bias or ()), dtype=torch.long)
         self._bias = torch.tensor(list((bias or {}).values()), dtype=torch.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON: `from_dict` makes a sampler of them that chooses the same."""
+        return self._given
+
+    @staticmethod
+    def from_dict(given: Mapping[str, Any]) -> "Sampler":
+        """A sampler in another process; see `to_dict`."""
+        lists = {name: given[name] for name in ("banned", "banned_first", "choices")}
+        return Sampler(Decoding(**given["decoding"]), **lists, bias=dict(given["bias"]))
 
     def choose(
         self,

@@ -124,15 +124,12 @@ class Rows(ABC):
         """Drops every row and frees their memory."""
 
 
-class Member(Rows):
-    """One model. Attributes and methods that are not abstract have defaults here.
+class Facts:
+    """What is known of one model, whichever engine runs it.
 
     Attributes:
         vocab_size: the logits are cut to this many entries.
-        device: where the logits are.
         max_positions: the longest row in tokens; None for no limit.
-        max_rows: the number of rows beyond which nothing is gained; None for no such number.
-        joins: whether `join` takes a single pass.
         raw_logits: whether a pass gives the model's own logits; if not, they are known up to a
             constant at each position.
         complete: whether a pass gives the logit of every token; if not, see `Pass.truncation`.
@@ -140,13 +137,38 @@ class Member(Rows):
     """
 
     vocab_size: int
-    device: torch.device
     max_positions: int | None = None
-    max_rows: int | None = None
-    joins: bool = False
     raw_logits: bool = True
     complete: bool = True
     eos_ids: frozenset[int] = frozenset()
+
+    def estimate(self, prompts: Sequence[int], decoding: Decoding, drafted: bool) -> str | None:
+        """The price of a task, in one line; None for a model that costs nothing.
+
+        Args:
+            prompts: the number of tokens of each prompt.
+            decoding: the task's settings.
+            drafted: whether another model drafts.
+        """
+        return None
+
+    def spending(self) -> str | None:
+        """The money spent so far, in one line; None for a model that costs nothing."""
+        return None
+
+
+class Member(Rows, Facts):
+    """One model that this engine runs. What is not abstract has a default here.
+
+    Attributes:
+        device: where the logits are.
+        max_rows: the number of rows beyond which nothing is gained; None for no such number.
+        joins: whether `join` takes a single pass.
+    """
+
+    device: torch.device
+    max_rows: int | None = None
+    joins: bool = False
 
     @abstractmethod
     def prefill(
@@ -212,20 +234,6 @@ class Member(Rows):
             fixed: the number of drafted tokens per block; None lets the pace adapt.
         """
         return Pace(fixed)
-
-    def estimate(self, prompts: Sequence[int], decoding: Decoding, drafted: bool) -> str | None:
-        """The price of a task, in one line; None for a member that costs nothing.
-
-        Args:
-            prompts: the number of tokens of each prompt.
-            decoding: the task's settings.
-            drafted: whether another model drafts.
-        """
-        return None
-
-    def spending(self) -> str | None:
-        """The money spent so far, in one line; None for a member that costs nothing."""
-        return None
 
 
 class Group:

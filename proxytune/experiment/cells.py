@@ -215,7 +215,7 @@ class TaskCell(Cell):
         missing = self._lacking(stored)
         members = {role: generator.members[role] for role in generator.roles}
         prompts = render_prompts(missing, members)
-        base = generator.system.members["base"]
+        base = generator.base
         self._log(base.estimate(_lengths(prompts), self.decoding, self._drafted(settings)))
         start = time.perf_counter()
         with JsonlWriter(self.completions_path) as writer:

@@ -12,12 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.config.formulas import formula_of, is_default, members_of
+from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.cells import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.members.api.settings import LOCAL
 from proxytune.roles import ROLES, SYSTEMS
+from proxytune.vllm.settings import OWN, EngineSettings
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,16 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
             not there or may not be read, a triple without one vocabulary.
     """
     _check_config(cfg)
+    engine = engine_settings(cfg)
+    engine.check()
+    if cfg.stage != "score":
+        check_engine(cfg, engine)
     if cfg.tracking.kind == "wandb":
         need("wandb", "track", "tracking=wandb")
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
-    _check_decoding(cfg, tasks)
+    _check_decoding(cfg, tasks, engine)
     for task in tasks.values():
         # generating needs no judge and runs no program; another harness needs its data for it
         if cfg.stage != "generate" or task.runs_itself:
@@ -50,7 +56,9 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     from proxytune.loading.load import check_endpoints, check_triple
 
     specs = _specs_in_use(cfg)
+    check_engine_specs(specs, engine)
     vocab_size = check_triple(specs)
+    check_engine_systems(cfg, specs, engine)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return tasks, specs
@@ -66,6 +74,58 @@ def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -
     api = specs["base"].api
     formula = choose(formula_of(cfg), helpers, api is not None and api.top_logprobs != -1)
     try_out(formula, helpers, alphas_of(formula, cfg.alpha, helpers), vocab_size)
+
+
+def check_engine(cfg: DictConfig, engine: EngineSettings) -> None:
+    """Refuses what an engine other than ours cannot do, whatever the models are.
+
+    Args:
+        cfg: a resolved `RunConfig` or `ServeConfig`.
+        engine: its engine.
+
+    Raises:
+        UserError: vLLM is missing or was not tried; a setting is one of the own engine.
+    """
+    if engine.name == OWN:
+        return
+    from proxytune.vllm.checks import check_settings
+
+    check_settings(engine)
+    if not is_default(cfg):
+        raise UserError(f"formula={cfg.formula._target_}: engine=vllm runs formula=proxy alone")
+    if cfg.machine.cuda_graphs:
+        raise UserError("machine.cuda_graphs is a setting of engine=own; leave it out")
+    speculative = cfg.decoding.speculative if "decoding" in cfg else cfg.speculative
+    if speculative != "auto" and speculative is not False:
+        raise UserError(
+            f"speculative={speculative} is a setting of engine=own; with vLLM, say "
+            "engine.speculative=draft_model (or ngram)"
+        )
+    if "decoding" in cfg and cfg.decoding.trace:
+        raise UserError(
+            "decoding.trace=true: vLLM shows no member's probabilities; decoding=default records "
+            "no trace"
+        )
+
+
+def check_engine_specs(specs: Mapping[str, Any], engine: EngineSettings) -> None:
+    """Refuses models that another engine does not run; see `vllm.checks.check_specs`."""
+    if engine.name == OWN:
+        return
+    from proxytune.vllm.checks import check_specs
+
+    check_specs(specs, engine)
+
+
+def check_engine_systems(cfg: DictConfig, specs: Mapping[str, Any], engine: EngineSettings) -> None:
+    """Refuses systems that another engine does not run; see `vllm.checks.plan_system`."""
+    if engine.name == OWN:
+        return
+    from proxytune.vllm.checks import plan_system
+
+    for system in cfg.systems:
+        members = members_of(cfg, system)
+        plan_system({role: specs[name] for role, name in members.items()}, engine)
 
 
 def _check_config(cfg: DictConfig) -> None:
@@ -123,7 +183,7 @@ def _make_task(name: str, node: DictConfig) -> Any:
         raise UserError(f"task {name}: {reason}; {hint}") from error
 
 
-def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any]) -> None:
+def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any], engine: EngineSettings) -> None:
     """Refuses impossible settings of decoding, and penalties that the base cannot be given."""
     behind_api = any(cfg.triple[role].api is not None for role in _members_in_use(cfg))
     for name, task in tasks.items():
@@ -133,6 +193,10 @@ def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any]) -> None:
             decoding = decoding_of(cfg, task)
         except UserError as error:
             raise UserError(f"task {name}: {error}") from None
+        if engine.name != OWN:
+            from proxytune.vllm.checks import check_decoding
+
+            check_decoding(f"task {name}", decoding, engine)
         if behind_api and decoding.repetition_penalty != 1:
             raise UserError(f"task {name}: {NO_RAW_LOGITS}")
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from proxytune import provenance
 from proxytune.config.formulas import formula_identity, is_default, members_of
 from proxytune.config.schema import to_dict
+from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.files import open_own, read_json, write_json
 from proxytune.records import Decoding
@@ -54,7 +55,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
         identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
         if not is_default(cfg):  # folders of the default formula do not name it
             identity["formula"] = formula_identity(cfg)
-    return identity
+    return identity | engine_settings(cfg).identity()
 
 
 def decoding_identity(decoding: Decoding, seed: int) -> dict[str, Any]:
@@ -114,6 +115,10 @@ def _comparable(
     Scoring needs no model, so it may be done on a machine that does not have them.
     """
     one, other = copy.deepcopy(stored), copy.deepcopy(identity)
+    engines = [each["engine"] for each in (one, other) if isinstance(each.get("engine"), dict)]
+    if not all(engine.get("version") for engine in engines):
+        for engine in engines:
+            engine.pop("version", None)
     for role in one["members"].keys() & other["members"].keys():
         pair = one["members"][role], other["members"][role]
         for fact, name in provenance.FACTS.items():

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxytune.errors import UserError
-from proxytune.experiment.cells import Cell
+from proxytune.experiment.cells import Cell, TaskCell
+from proxytune.experiment.completions import render_prompts
 from proxytune.loading.prompting import (
     Message,
     PromptFormat,
@@ -46,6 +47,33 @@ def check_prompts(cells: Sequence[Cell], specs: Mapping[str, "ModelSpec"]) -> No
                 tokenizers[name] = load_tokenizer(specs[name], name)
             place = f"task {cell.task_name}: {name} ({specs[name].id})"
             _render_all(place, name, cell.conversations(), specs[name].format, tokenizers[name])
+
+
+def check_one_prompt(cells: Sequence[Cell], specs: Mapping[str, "ModelSpec"]) -> None:
+    """Refuses prompts that differ from member to member where vLLM gives all members one.
+
+    Args:
+        cells: of all systems and tasks; a triple's alone have several members.
+        specs: role of the triple -> model.
+
+    Raises:
+        UserError: the first such prompt; see `vllm.checks.check_one_prompt`.
+    """
+    from proxytune.vllm import checks
+    from proxytune.vllm.plan import make_plan
+
+    triples = [cell for cell in cells if len(cell.members) > 1]
+    if checks.uses_v2() or not triples:
+        return
+    members = make_plan({role: specs[n] for role, n in triples[0].members.items()}).models
+    several = any(member.format != members["base"].format for member in members.values())
+    for cell in triples:
+        place = f"task {cell.task_name}"
+        if isinstance(cell, TaskCell):
+            rendered = render_prompts(cell.missing(), members)
+            checks.check_one_prompt((each.token_ids for each in rendered), place)
+        elif several and cell.missing():
+            raise UserError(f"{place}: the members have several formats; {checks.V1_READS_ONE}")
 
 
 def _render_all(

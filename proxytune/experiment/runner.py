@@ -13,7 +13,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from proxytune import provenance
 from proxytune.config.formulas import formula_of, is_default, members_of
 from proxytune.config.schema import to_dict
+from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.experiment.cells import (
     DECODING_OVERRIDES,
@@ -37,15 +38,16 @@ from proxytune.experiment.checks import (
     check_writable,
     serve_local,
 )
-from proxytune.experiment.generate import ModelPool, generate
+from proxytune.experiment.generate import ModelPool, Pool, generate
 from proxytune.experiment.identity import claim, sole_writer
-from proxytune.experiment.prompts import check_prompts
+from proxytune.experiment.prompts import check_one_prompt, check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.hashes import sha256_json
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
 from proxytune.secrets import redacted
+from proxytune.vllm.settings import OWN
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ def _run(
     cells = make_cells(cfg, tasks, output)
     if cfg.stage != "score":
         check_prompts(cells, specs)
+        if cfg.engine.name != OWN:
+            check_one_prompt(cells, specs)
         specs = serve_local(specs)
     for cell in cells:
         claim(cell.folder, cell.identity, cfg.stage)
@@ -110,11 +114,23 @@ def _generate(
         trace=cfg.decoding.trace,
     )
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    graphs = cfg.machine.cuda_graphs
-    members = {system: members_of(cfg, system) for system in systems}
-    pool = ModelPool(specs, members, alpha=cfg.alpha, formula=formula_of(cfg), cuda_graphs=graphs)
-    with pool:
+    with _pool(cfg, specs, systems) as pool:
         return generate(cells, pool, settings)
+
+
+def _pool(
+    cfg: DictConfig, specs: dict[str, Any], systems: Sequence[str]
+) -> AbstractContextManager[Pool]:
+    """The configured engine's pool of systems."""
+    engine = engine_settings(cfg)
+    if engine.name == OWN:
+        graphs = cfg.machine.cuda_graphs
+        members = {system: members_of(cfg, system) for system in systems}
+        formula = formula_of(cfg)
+        return ModelPool(specs, members, alpha=cfg.alpha, formula=formula, cuda_graphs=graphs)
+    from proxytune.vllm.pool import EnginePool
+
+    return EnginePool(specs, alpha=cfg.alpha, settings=engine)
 
 
 def _report(output: Path) -> None:

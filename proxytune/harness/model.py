@@ -16,7 +16,6 @@ from proxytune.api import Generation, Generator, load
 from proxytune.errors import UserError
 from proxytune.harness.arguments import batch_rows, specs_of, usable_device
 from proxytune.loading.prompting import prompt_ids, render_messages
-from proxytune.proxy import ProxyTunedModel
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
@@ -325,11 +324,10 @@ class ProxyTuneLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """The models and alpha, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
-        system = self.generator.system
-        alpha = system.alphas.get("alpha")
+        alpha = self.generator.alphas.get("alpha")
         info = {"proxytune_members": members, "proxytune_alpha": alpha}
-        if isinstance(system, ProxyTunedModel) and system.end is not None:
-            info["proxytune_end_tokens"] = system.end.to_dict()
+        if self.generator.end is not None:
+            info["proxytune_end_tokens"] = self.generator.end.to_dict()
         return info
 
 

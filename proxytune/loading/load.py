@@ -57,7 +57,7 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
         if spec.api is not None and spec.adapter is not None:
             raise UserError(f"{role}: adapter={spec.adapter} needs the model on this machine")
         if spec.api is None:
-            config = _load_config(role, spec)
+            config = load_config(role, spec)
             sizes[role] = config.get_text_config().vocab_size
             if spec.adapter is not None:
                 check_adapter(role, spec, config, _own_tokenizer(spec, role))
@@ -76,14 +76,19 @@ def find_end(specs: Mapping[str, ModelSpec]) -> SharedEnd | None:
     for role, spec in specs.items():
         tokenizers[role], configs = load_tokenizer(spec, role), []
         if spec.api is None:
-            configs = [_load_config(role, spec)]
+            configs = [load_config(role, spec)]
             sizes[role] = configs[0].get_text_config().vocab_size
-        with suppress(OSError):  # many models have none
-            revision = spec.revision or "main"
-            configs.append(GenerationConfig.from_pretrained(spec.id, revision=revision))
+        configs += generation_configs(spec)
         ends[role] = end_ids(tokenizers[role], *configs)
     shared = common_vocabulary(tokenizers, sizes)
     return shared_end(ends, sizes, tokenizers.get("base"), shared)
+
+
+def generation_configs(spec: ModelSpec) -> list[GenerationConfig]:
+    """The generation configuration of a checkpoint; many have none."""
+    with suppress(OSError):
+        return [GenerationConfig.from_pretrained(spec.id, revision=spec.revision or "main")]
+    return []
 
 
 def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:
@@ -175,7 +180,16 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _load_config(role: str, spec: ModelSpec) -> Any:
+def load_config(role: str, spec: ModelSpec) -> Any:
+    """The configuration of a checkpoint.
+
+    Args:
+        role: names the model in the message.
+        spec: the model.
+
+    Raises:
+        UserError: there is none, or it is not that of a causal language model.
+    """
     try:
         config = AutoConfig.from_pretrained(
             spec.id, revision=spec.revision, trust_remote_code=spec.trust_remote_code

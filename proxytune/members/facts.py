@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 TRIED = "5.23.0"  # the transformers that the lists of docs/models.md were made with
 
@@ -13,7 +13,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
     Some rotary embeddings (dynamic NTK, longrope) change for the whole batch once one row exceeds
     a length. That length is then the limit: beyond it, a row would depend on its neighbours.
     """
-    config = model.config.get_text_config()
+    return positions_of(model.config)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """`max_positions` by a model's configuration."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.rows import Finished
 from proxytune.engine.sampling import NOTHING
-from proxytune.engine.score import TokenLogprob
 from proxytune.engine.text import TokenTexts
 from proxytune.server.errors import error_body
 from proxytune.server.prepare import Prepared

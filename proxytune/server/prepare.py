@@ -255,11 +255,11 @@ def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
 
 
 def _alpha(alpha: float | None, generator: Generator) -> float | None:
-    """The request's alpha; refused where the system has none, or several."""
-    known = generator.system.alphas
-    if alpha is not None and len(known) != 1:
-        reason = f"this one has {', '.join(known)}" if known else "this model is a single one"
-        raise ApiError(f"alpha needs a triple; {reason}", param="alpha")
+    """The request's alpha; refused where it cannot have one."""
+    try:
+        generator.check_alpha(alpha)
+    except UserError as error:
+        raise ApiError(str(error), param="alpha") from error
     return alpha
 
 
@@ -296,7 +296,7 @@ def _requests(
         param: the request's field that holds the prompts, for errors.
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    if decoding.repetition_penalty != 1 and not generator.system.members["base"].raw_logits:
+    if decoding.repetition_penalty != 1 and not generator.base.raw_logits:
         raise ApiError(NO_RAW_LOGITS, param="repetition_penalty")
     try:
         requests = generator.requests(ids, decoding, seed=seed)

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.rows import Finished
-from proxytune.engine.score import TokenLogprob
 from proxytune.engine.text import TokenTexts
 from proxytune.server.answers import Answer, Json, LogprobWriter, RatedPrompts, Sample, Samples
 from proxytune.server.errors import error_body

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-
+from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.memory import out_of_memory
-from proxytune.engine.rows import Finished, Request, longest
-from proxytune.engine.score import TokenLogprob, prompt_logprobs, token_logprobs
+from proxytune.engine.rows import Finished, Rating, Request, longest
 from proxytune.engine.system import Prompt
 from proxytune.generator import Generator, Speculative
 
@@ -158,7 +156,7 @@ class Worker:
         self.max_waiting = max_waiting
         self._loop = generator.loop(batch_size, speculative)
         # The same weights with rows of their own: prompts are rated while completions run.
-        self._rater = generator.sibling().system if rate and can_rate(generator) else None
+        self._rater = generator.sibling() if rate and can_rate(generator) else None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, int]] = {}  # the loop's index -> job, place in it
         self._to_rate: deque[tuple[Job, int]] = deque()  # job, the prompt's place in it
@@ -308,7 +306,9 @@ class Worker:
             self._next += 1
             self._jobs[index] = (job, place)
             watch = partial(self._watch, job, place) if job.pieces or job.top is not None else None
-            self._loop.add(replace(request, index=index, alpha=job.alpha, on_token=watch))
+            self._loop.add(
+                replace(request, index=index, alpha=job.alpha, on_token=watch, top=job.top)
+            )
 
     def _cancel(self, job: Job) -> None:
         if job not in self._left:
@@ -335,11 +335,9 @@ class Worker:
             self._loop.resume(self._indices(job))
 
     def _watch(
-        self, job: Job, place: int, sample: int, token: int, text: str, logits: torch.Tensor
+        self, job: Job, place: int, sample: int, token: int, text: str, rating: Rating
     ) -> None:
-        rated = None
-        if job.top is not None and token >= 0:
-            (rated,) = token_logprobs(logits.unsqueeze(0), [token], job.top)
+        rated = None if job.top is None or token < 0 else rating(job.top)
         job._pending.append(Piece(place, sample, token, text, rated))
 
     def _rate(self) -> None:
@@ -356,8 +354,7 @@ class Worker:
             return
         assert self._rater is not None  # without one, `prepare` refuses such requests
         try:
-            rated = prompt_logprobs(
-                self._rater,
+            rated = self._rater.rate(
                 [job.rate[place] for job, place in batch],
                 [job.alpha for job, _ in batch],
                 [job.rate_top for job, _ in batch],

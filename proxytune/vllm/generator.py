@@ -1,0 +1,145 @@
+"""A `Generator` on a vLLM engine: the same calls, the same prompts, the same draws."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from proxytune.engine.logprobs import TokenLogprob
+from proxytune.engine.rows import Request
+from proxytune.engine.system import Prompt
+from proxytune.errors import UserError
+from proxytune.generator import Generator, Prompts, Speculative
+from proxytune.loading.prompting import PromptLike
+from proxytune.records import Decoding, whole_number
+from proxytune.vllm.checks import V1_READS_ONE, check_decoding, check_one_prompt
+from proxytune.vllm.engine import Engine
+from proxytune.vllm.loop import EngineLoop
+from proxytune.vllm.requests import Listed, rating, scoring
+
+_ROUND = 256  # pairs that are scored between two looks at the results
+
+
+class VllmGenerator(Generator):
+    """A system that vLLM runs; see `Generator`, whose calls it has.
+
+    It has no `system`: vLLM keeps the rows. `sibling` is this generator, since vLLM runs rows of
+    several callers; one thread may use them.
+
+    Args:
+        engine: the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        plan = engine.plan
+        self.engine = engine
+        self._describe(plan.models, plan.facts, plan.vocab_size, plan.alphas, plan.end)
+        self.max_positions = plan.positions(engine.settings.max_model_len)
+
+    def sibling(self) -> "VllmGenerator":
+        """This generator: vLLM keeps the rows of several loops apart."""
+        return self
+
+    def requests(
+        self,
+        prompts: Prompts,
+        decoding: Decoding,
+        *,
+        seed: int = 0,
+        sample_keys: Sequence[str] | None = None,
+        record: bool | int | None = None,
+    ) -> list[Request]:
+        """Checks and encodes prompts; see `Generator.requests`.
+
+        Raises:
+            UserError: a prompt cannot be continued, or a setting is none of this engine's.
+        """
+        if record:
+            raise UserError("vLLM records no trace; leave it out, or use engine=own")
+        check_decoding("this call", decoding, self.engine.settings)
+        return super().requests(prompts, decoding, seed=seed, sample_keys=sample_keys)
+
+    def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """A prompt as each member reads it; see `Generator.encode`.
+
+        Raises:
+            UserError: the members read different prompts, and the model runner is V1.
+        """
+        ids = super().encode(prompt)
+        check_one_prompt([ids], "the prompt")
+        return ids
+
+    def check_alpha(self, alpha: float | None) -> None:
+        """Refuses an own alpha where the model runner has one for all; see `Generator`."""
+        super().check_alpha(alpha)
+        if alpha is not None and alpha != self.alphas.get("alpha") and not self.engine.per_request:
+            raise UserError(f"alpha={alpha}: {V1_READS_ONE}")
+
+    def loop(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"
+    ) -> EngineLoop:
+        """A loop on the engine.
+
+        Args:
+            batch_size: rows given to vLLM at once; "auto" is as many as it runs.
+            speculative: unused; `engine.speculative` is set when the engine is made.
+        """
+        if batch_size == "auto":
+            return EngineLoop(self.engine, self.engine.max_rows)
+        name = "batch_size, where it is not 'auto',"
+        return EngineLoop(self.engine, whole_number(name, batch_size, 1))
+
+    def logits(self, token_ids: Sequence[int] | Mapping[str, Sequence[int]]) -> torch.Tensor:
+        """Refused: vLLM shows log-probabilities.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("vLLM shows log-probabilities, no logits; use engine=own for them")
+
+    def loglikelihood(
+        self,
+        pairs: Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations; see `Generator.loglikelihood`."""
+        contexts = [self.encode(context) for context, _ in pairs]
+        for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
+            self._room(index, ids, len(continuation) - 1)
+        asked = [scoring(ids, list(given)) for ids, (_, given) in zip(contexts, pairs, strict=True)]
+        outputs = []
+        for start in range(0, len(asked), _ROUND):
+            outputs += self.engine.finish(asked[start : start + _ROUND])
+        continuations = [list(continuation) for _, continuation in pairs]
+        pairs_of = zip(outputs, continuations, strict=True)
+        return [_scored(*each, self.vocab_size) for each in pairs_of]
+
+    def rate(
+        self,
+        prompts: Sequence[Prompt],
+        alphas: Sequence[float | None],
+        tops: Sequence[int],
+    ) -> list[list[TokenLogprob | None]]:
+        """Rates the tokens of several prompts; see `Generator.rate`."""
+        asked = [rating(*each) for each in zip(prompts, alphas, tops, strict=True)]
+        rated: list[list[TokenLogprob | None]] = []
+        for prompt, top, output in zip(prompts, tops, self.engine.finish(asked), strict=True):
+            ids = list(prompt["base"])
+            places = output.prompt_logprobs[-len(ids) :][1:]
+            listed = [Listed(place, self.vocab_size) for place in places]
+            tokens = zip(listed, ids[1:], strict=True)
+            rated.append([None, *(place.rate(token, top) for place, token in tokens)])
+        return rated
+
+
+def _scored(output: Any, continuation: list[int], vocab_size: int) -> tuple[float, bool]:
+    """The sum of a continuation's log-probabilities, and whether greedy decoding writes it."""
+    last = output.outputs[0]
+    places = output.prompt_logprobs[len(output.prompt_logprobs) - len(continuation) + 1 :]
+    places = [Listed(each, vocab_size) for each in places]
+    read = list(zip(places, continuation[:-1], strict=True))
+    total = sum(place.logprob(token) for place, token in read)
+    total += Listed(last.logprobs[0], vocab_size).logprob(continuation[-1])
+    greedy = last.token_ids[0] == continuation[-1]
+    return total, greedy and all(place.best == token for place, token in read)

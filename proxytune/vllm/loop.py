@@ -1,0 +1,122 @@
+"""A decode loop whose tokens vLLM chooses: what `engine.loop.DecodeLoop` is for our engine."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from proxytune.engine.logprobs import TokenLogprob
+from proxytune.engine.rows import Finished, Request, Row, Shared
+from proxytune.vllm.engine import Engine
+from proxytune.vllm.requests import Listed, completion
+
+
+class EngineLoop:
+    """Continues many prompts with one vLLM engine; several loops may share it.
+
+    Every sample is a request of vLLM's, which schedules them; so a row leaves as soon as it ends.
+
+    Args:
+        engine: the engine.
+        limit: how many rows are given to vLLM at once.
+    """
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        self._engine = engine
+        self._limit = limit
+        self._waiting: deque[Shared] = deque()
+        self._running: dict[str, Row] = {}
+        self._done: list[Finished] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that vLLM has, running or waiting there."""
+        return list(self._running.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits, or has ended and was not handed out."""
+        return bool(self._running or self._waiting or self._done)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
+        """Yields every sample of every request as soon as it ends; see `DecodeLoop.run`."""
+        source = iter(requests)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(self._running) + len(self._waiting) < self._limit:
+                    request = next(source, None)
+                    exhausted = request is None
+                    if request is not None:
+                        self.add(request)
+                if not self.busy:
+                    return
+                yield from self.step()
+        finally:
+            self.clear()
+
+    def add(self, request: Request) -> None:
+        """Queues a request until rows are free."""
+        self._waiting.append(Shared(request))
+
+    def step(self, more: bool = False) -> list[Finished]:
+        """One pass of vLLM.
+
+        Args:
+            more: unused; vLLM schedules.
+
+        Returns:
+            The samples that have ended.
+        """
+        while self._waiting and len(self._running) < self._limit:
+            shared = self._waiting[0]
+            self._submit(Row(shared))
+            if not shared.unstarted:
+                self._waiting.popleft()
+        if self._running and not self._done:
+            self._engine.step()
+        done, self._done = self._done, []
+        return done
+
+    def _submit(self, row: Row) -> None:
+        names: list[str] = []
+        sink = partial(self._take, names, row)
+        names.append(self._engine.submit(completion(row, self._engine.ours), sink))
+        self._running[names[0]] = row
+
+    def _take(self, names: list[str], row: Row, output: Any) -> None:
+        """Writes the tokens of one output of vLLM's to its row."""
+        (name,) = names
+        part = output.outputs[0]
+        if part.finish_reason in ("abort", "error"):
+            raise RuntimeError(f"vLLM has given up a request: {part.finish_reason}")
+        for place, token in enumerate(part.token_ids):
+            row.write(token, partial(self._rate, part.logprobs, place, token))
+            if row.reason is not None:
+                break
+        if row.reason is None:
+            assert not output.finished, "vLLM has ended a row that goes on"
+            return
+        self._engine.abort([name])
+        del self._running[name]
+        self._done.append(row.finished())
+
+    def cancel(self, index: int) -> None:
+        """Drops the requests with this index. Call between steps."""
+        self._waiting = deque(each for each in self._waiting if each.request.index != index)
+        self._drop([n for n, row in self._running.items() if row.request.index == index])
+
+    def clear(self) -> None:
+        """Drops everything that runs or waits."""
+        self._waiting.clear()
+        self._done = []
+        self._drop(list(self._running))
+
+    def _drop(self, names: list[str]) -> None:
+        self._engine.abort(names)
+        for name in names:
+            del self._running[name]
+
+    def _rate(self, listed: Any, place: int, token: int, top: int) -> TokenLogprob:
+        """The rating of one token of an output."""
+        return Listed(listed[place], self._engine.plan.vocab_size).rate(token, top)

@@ -18,6 +18,7 @@ class Info:
     label: str
     higher_is_better: bool = True
     percent: bool = True
+    hide_zeros: bool = False
 
 
 def tokenizer(folder):

@@ -285,7 +285,13 @@ KINDS = {
 SHARED = {"lora", "rslora", "ranks", "all_linear", "regex", "embedding", "untyped"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("lora", "dora", "head")  # one that shares the weights, one that does not, one beside layers
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS],
+)
 def test_an_adapter_that_fits_equals_its_merged_weights(folder, tmp_path, kind):
     adapted = saved(tmp_path, KINDS[kind])
     merged = adapted.merge_and_unload().eval()

@@ -270,6 +270,7 @@ def test_an_annotator_of_ones_own(tmp_path):
         assert judge.annotate(examples(6), ["good"] * 6) == [1.0] * 6
 
 
+@pytest.mark.slow
 def test_a_local_model_judges_through_the_same_annotator(tmp_path, monkeypatch):
     """A random model has no verdicts in gpt-4-0314's form, but next-token probabilities it has."""
     folder = save_tiny(tmp_path / "model", max_position_embeddings=2048)

@@ -176,6 +176,7 @@ def test_solutions_are_run_by_the_rows_own_tests(path: str) -> None:
     assert [v.passed for v in verdicts] == list(cases.values())
 
 
+@pytest.mark.slow
 def test_scores_count_for_their_library(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # seaborn and PIL need not be there for this
     monkeypatch.setitem(LIBRARIES, "Matplotlib", (155, ("matplotlib.pyplot",)))

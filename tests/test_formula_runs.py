@@ -105,7 +105,7 @@ def test_a_formula_of_ones_own_and_its_source_in_the_identity(plain, tmp_path, m
         (["formula=gated", "formula.threshold=2"], "threshold must be a probability"),
         (["formula=dexperts", "formula.top_p=0"], "top_p"),
         (["formula=gated", "formula.treshold=0.5"], "treshold"),
-        (["formula=contrastive", "triple.antiexpert.id=nowhere"], "nowhere"),
+        (["formula=contrastive", "triple.antiexpert.id=/nowhere"], "/nowhere"),
         (["formula._target_=torch.add"], "formula"),
     ],
 )

@@ -401,6 +401,7 @@ def test_a_dataset_that_is_a_script_is_refused_in_one_line(tmp_path, asked, name
     assert ("(of strangers)" in text) == (asked == "strangers") and "\n" not in text
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_says_it_in_one_line_too(tmp_path, folders, monkeypatch, capsys):
     """Fails on 538a493 with datasets' RuntimeError and its traceback."""
     script = tmp_path / "old" / "old.py"

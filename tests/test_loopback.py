@@ -37,9 +37,9 @@ def test_loopback(url, here):
     ("name", "proxy"),
     [
         ("HTTP_PROXY", NOWHERE),
-        ("all_proxy", NOWHERE),
+        pytest.param("all_proxy", NOWHERE, marks=pytest.mark.slow),
         ("ALL_PROXY", "socks5://127.0.0.1:9"),
-        ("https_proxy", "socks5://127.0.0.1:9"),
+        pytest.param("https_proxy", "socks5://127.0.0.1:9", marks=pytest.mark.slow),
     ],
 )
 def test_a_base_on_this_machine_takes_no_proxy(tmp_path, monkeypatch, name, proxy):

@@ -59,6 +59,7 @@ def test_it_keeps_the_stop_strings_that_it_was_begun_with(folder, monkeypatch):
     assert stops == [["Answer the following question", "Question:", "Comment:"]] * 2
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(folder, monkeypatch):
     path = folder / TASKS[0] / "proxy" / "completions.jsonl"
     stored = path.read_text().splitlines()

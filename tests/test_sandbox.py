@@ -147,6 +147,7 @@ def test_many_programs_keep_their_order_and_use_all_workers() -> None:
     assert run_programs([]) == []
 
 
+@pytest.mark.slow
 def test_load_does_not_make_a_time_out() -> None:
     """A program that needs half of its limit ends in time on a machine several times overbooked."""
     work = "import time\nwhile time.process_time() < 0.4: pass"

@@ -180,6 +180,7 @@ def test_inside_there_are_five_devices_and_no_folders_of_others() -> None:
     assert run(make)[0].outcome == "refused"
 
 
+@pytest.mark.slow
 @MODES
 def test_kill_9_of_the_harness_leaves_nothing(isolate: bool) -> None:
     """Fails on 538a493: an empty folder is left for each server."""

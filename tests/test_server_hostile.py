@@ -410,7 +410,7 @@ def test_a_stream_that_nobody_reads_is_paused_and_goes_on_unchanged(monkeypatch,
         wait_until(lambda: served.worker._loop.paused > 0, 30)
         assert served.worker.running == 0 and served.worker.waiting == 0
         (job,) = served.worker._open
-        assert job.unread <= 1000 + 3 * 21
+        assert job.unread <= 1000 + 3 * 21 * 8  # a step writes a drafted block for each row
         # others are served meanwhile
         assert requests.post(f"{url}/completions", json={"prompt": "a"}).ok
         streamed = read_all(client)

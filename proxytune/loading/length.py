@@ -12,9 +12,9 @@ from proxytune.engine.text import BYTE_OF
 
 _PLAIN = 8  # characters per token; a text with fewer is encoded at once
 _UNSURE = 8  # words at the end of a cut text that may be other words in the whole text
-# Unicode's canonical forms shorten a text by this factor at most (three jamo to one syllable; the
-# Kelvin sign to K).
-_CANONICAL = 3
+# Unicode's canonical forms shorten a text by less than this factor: 3.5 (U+1FBE, a diaeresis and an
+# acute are 7 bytes, and the one letter U+0390 two).
+_CANONICAL = 4
 
 
 def exceeds(text: str, tokenizer: Any, most: int) -> bool:

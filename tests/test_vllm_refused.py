@@ -11,7 +11,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from proxytune.config.schema import DEFAULT_FORMULA
 from proxytune.errors import UserError
 from proxytune.experiment import checks as experiment_checks
 from proxytune.loading.spec import ModelSpec
@@ -237,13 +239,10 @@ def test_the_sampler_of_vllm_bans_nothing(name):
 
 def run_config(**changes: Any) -> Any:
     """The parts of a `RunConfig` that `check_engine` reads."""
-    machine = SimpleNamespace(cuda_graphs=changes.pop("cuda_graphs", False))
-    decoding = SimpleNamespace(**({"speculative": "auto", "trace": False} | changes))
-
-    class Config(dict):
-        __getattr__ = dict.__getitem__
-
-    return Config(machine=machine, decoding=decoding)
+    machine = {"cuda_graphs": changes.pop("cuda_graphs", False)}
+    formula = changes.pop("formula", DEFAULT_FORMULA)
+    decoding = {"speculative": "auto", "trace": False} | changes
+    return OmegaConf.create({"machine": machine, "decoding": decoding, "formula": formula})
 
 
 @pytest.mark.parametrize(
@@ -252,6 +251,7 @@ def run_config(**changes: Any) -> Any:
         ({"trace": True}, "decoding.trace=true: .*decoding=default"),
         ({"speculative": 4}, "speculative=4"),
         ({"cuda_graphs": True}, "machine.cuda_graphs"),
+        ({"formula": {"_target_": "proxytune.formula.gated"}}, "formula=.*engine=vllm runs"),
     ],
 )
 def test_settings_of_our_own_engine(changes, words):

@@ -18,7 +18,6 @@ from typing import Any
 
 import proxytune
 from proxytune.generator import make_decoding
-from proxytune.vllm.pool import load_engine
 from proxytune.vllm.settings import EngineSettings
 from tests.tiny import save_tiny
 
@@ -185,6 +184,8 @@ def main(folder: str, settings: str, names: str) -> None:
     if not (place / "odd").exists():
         family(place)
     own = proxytune.load(**specs(place, *members))
+    from proxytune.vllm.pool import load_engine  # the file is imported where vLLM is missing, too
+
     theirs = load_engine(specs(place, *members), EngineSettings(name="vllm", **given))
     kinds: dict[str, Callable[[], list[Any]]] = {"one": one_prompt_each, "own": own_prompts}
     results = {}

@@ -218,7 +218,7 @@ def _load(size: Size, contender: str, models: Path) -> Any:
     roles = ("base", "expert", "antiexpert") if contender in ("own", "vllm") else ("base",)
     specs = {role: proxytune.ModelSpec(str(models / role), dtype=size.dtype) for role in roles}
     if contender == "own":
-        return proxytune.load(**specs)
+        return proxytune.load(specs["base"], specs["expert"], specs["antiexpert"])
     from proxytune.vllm.pool import load_engine
     from proxytune.vllm.settings import EngineSettings
 

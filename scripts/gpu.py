@@ -106,7 +106,8 @@ def _differences(family: str, dtype: str, device: str) -> str:
         ]
         for member in members:
             member.config._name_or_path = ""
-        generator = proxytune.load(*members, cuda_graphs=graphs)
+        base, expert, antiexpert = members
+        generator = proxytune.load(base, expert, antiexpert, cuda_graphs=graphs)
         prompts = [[1, 5 + row, 9, 3 + 2 * row] for row in range(12)]
         found = generator.generate(prompts, max_new_tokens=24, speculative=speculative)
         return [each.token_ids for each in found]

@@ -95,12 +95,14 @@ def choose_from(
     asked: set[int] = set()
     while places := _undecided(chosen, rows, guesses, asked):
         asked.update(places)
-        among = [[each[place] for place in places] for each in (owners, offsets, drafted)]
+        theirs = [owners[place] for place in places]
+        offset = [offsets[place] for place in places]
+        guess = [drafted[place] for place in places]
         before = [
-            [*row.request.context, *row.tokens, *guess[:offset]]
-            for row, offset, guess in zip(*among, strict=True)
+            [*row.request.context, *row.tokens, *guess[i][: offset[i]]]
+            for i, row in enumerate(theirs)
         ]
-        known = _ask(chosen, places, _by_sampler(*among), before)
+        known = _ask(chosen, places, _by_sampler(theirs, offset, guess), before)
         if known is not None:
             chosen = _choose(known, width, groups)
     return chosen

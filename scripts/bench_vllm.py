@@ -216,7 +216,9 @@ def _load(size: Size, contender: str, models: Path) -> Any:
     import proxytune
 
     roles = ("base", "expert", "antiexpert") if contender in ("own", "vllm") else ("base",)
-    specs = {role: proxytune.ModelSpec(str(models / role), dtype=size.dtype) for role in roles}
+    specs: dict[str, Any] = {
+        role: proxytune.ModelSpec(str(models / role), dtype=size.dtype) for role in roles
+    }
     if contender == "own":
         return proxytune.load(specs["base"], specs["expert"], specs["antiexpert"])
     from proxytune.vllm.pool import load_engine

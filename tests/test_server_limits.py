@@ -340,7 +340,7 @@ def test_prompts_are_rated_in_smaller_passes_when_memory_runs_out(monkeypatch):
             raise MemoryError
         return prompt_logprobs(system, prompts, alphas, tops)
 
-    monkeypatch.setattr("proxytune.server.worker.prompt_logprobs", limited)
+    monkeypatch.setattr("proxytune.engine.score.prompt_logprobs", limited)
     served.worker._rated_tokens = 40
     body = {"prompt": [[5, 6, 7]] * 12, "max_tokens": 0, "prompt_logprobs": 0}
     with running(app) as url:

@@ -5,7 +5,7 @@ and tells vLLM a name alone.
 """
 
 # vLLM is in an environment of its own.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 KEY = "proxytune"  # of vLLM's `additional_config`, and of a request's `extra_args`

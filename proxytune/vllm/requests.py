@@ -1,7 +1,7 @@
 """Our requests as vLLM's, and vLLM's log-probabilities as ours."""
 
 # vLLM is in an environment of its own.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
 import math

@@ -50,7 +50,7 @@ def dexperts(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> torch.Tensor:
-    """DExperts (Liu et al. 2021, section 2.2): the base's filter, then the shift.
+    """DExperts (Liu et al. 2021): the base's filter, then the shift.
 
     Only tokens that the base alone would keep can be chosen.
 
@@ -60,7 +60,7 @@ def dexperts(
         antiexpert: the paper's z_t^-.
         alpha: the paper's alpha.
         top_k: keeps so many tokens of the base; 0 keeps all.
-        top_p: keeps the fewest tokens whose probabilities sum to so much (the paper's 0.9).
+        top_p: keeps the fewest tokens whose probabilities sum to so much.
     """
     if not (isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1):
         raise UserError(f"dexperts: top_k={top_k!r}, top_p={top_p!r}; top_p is in 0..1, top_k >= 0")
@@ -80,7 +80,7 @@ def dexperts(
 def contrastive(
     base: torch.Tensor, antiexpert: torch.Tensor, alpha: Alpha, *, plausibility: float = 0.1
 ) -> torch.Tensor:
-    """Contrastive decoding (Li et al. 2023, section 3): log p_base - alpha * log p_antiexpert.
+    """Contrastive decoding (Li et al. 2023): log p_base - alpha * log p_antiexpert.
 
     Only tokens are allowed that the base gives at least the share `plausibility` of its likeliest
     token's probability.

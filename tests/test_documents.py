@@ -203,6 +203,7 @@ RULES = [
     Rule(r"vllm.md: engine(\.\w+)*=\S+", composes),
     Rule(r"vllm.md: decoding(\.trace)?=\S+", composes),
     Rule(r"vllm.md: VLLM_USE_V2_MODEL_RUNNER=0", skip, "a switch of vLLM's"),
+    Rule(r"developing.md: engine=vllm", composes),
     Rule(r"vllm.md: python run\.py engine=vllm decoding=default", composes),
     Rule(r"vllm.md: pip install -e .*", skip, "vLLM's environment; `make vllm-env` makes it"),
     Rule(r"vllm.md: vllm serve BASE .*", skip, "the form of what `vllm-command` prints"),

@@ -57,6 +57,7 @@ class HumanEval(Task):
         allow_code_execution: must be set, because scoring runs programs that a model wrote.
         timeout_s: seconds that a program may run.
         workers: programs that run at once; None for one per core.
+        headline: the metric that stands first in tables; the paper's is pass@10.
         paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
@@ -73,6 +74,7 @@ class HumanEval(Task):
     allow_code_execution: bool = False
     timeout_s: float = 3.0
     workers: int | None = None
+    headline: str = "pass@10"
     paper_dataset: bool = True
     decoding: Decoding = Decoding(
         max_new_tokens=512,
@@ -82,6 +84,15 @@ class HumanEval(Task):
         stop=STOPS,
         banned=("pass", "..."),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = type(self).metrics
+        if self.headline not in known:
+            raise UserError(
+                f"task.{self.name}.headline={self.headline} is none of {', '.join(known)}"
+            )
+        object.__setattr__(self, "metrics", {self.headline: known[self.headline]} | known)
 
     def check(self) -> None:
         """Refuses a run in which programs may not be executed.

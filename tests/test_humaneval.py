@@ -225,3 +225,15 @@ def test_no_completion_breaks_the_scorer(texts: list[str]) -> None:
     task = HumanEval(allow_code_execution=True, workers=1)
     score = task.score(example, texts)
     assert score.values["pass@1"] == 0.0
+
+
+def test_the_headline_stands_first_and_an_unknown_one_is_refused():
+    """Fails on 538a493: pass@10 was every HumanEval's headline."""
+    assert next(iter(HumanEval().metrics)) == "pass@10"
+    for headline in ("pass@1", "human_eval_pass@1"):
+        task = HumanEval(name="mine", headline=headline)
+        assert next(iter(task.metrics)) == headline
+        assert set(task.metrics) == set(HumanEval.metrics)
+    for wrong in ("pass@5", "", "Pass@1"):
+        with pytest.raises(ValueError, match=r"task\.mine\.headline=.* is none of pass@10, pass@1"):
+            HumanEval(name="mine", headline=wrong)

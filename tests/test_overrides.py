@@ -72,7 +72,9 @@ def test_the_walk_finds_them_all():
     members = ("base", "expert", "antiexpert", "tuned")
     parts = PARTS["config"].keys()
     assert parts == {"triple.tuned", "paper", "machine.devices", "engine.options"} | {
-        f"triple.{member}.{part}" for member in members for part in ("api", "quantization")
+        f"triple.{member}.{part}"
+        for member in members
+        for part in ("api", "quantization", "format.template_kwargs")
     }
     assert {"limit", "decoding.n", "triple.base.api.max_requests"} <= found.keys() - parts
     assert "task" not in found  # its names come from files

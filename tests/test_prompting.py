@@ -7,6 +7,7 @@ import pytest
 from release import task_of
 from tiny import tiny_tokenizer
 
+from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat, encode, render, render_messages
 from proxytune.records import Prompt
 from tasks.alpaca_eval import AlpacaEval
@@ -76,6 +77,37 @@ def test_own_template_and_its_white_space(tokenizer):
 def test_system_turn_can_be_dropped(tokenizer):
     fmt = PromptFormat("chat", "llama2", use_system=False)
     assert render(PROMPT, fmt, tokenizer).text == "<s>[INST] Q [/INST] A:"
+
+
+THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinks %}<think>{% endif %}"
+
+
+@pytest.mark.parametrize(("given", "end"), [({"thinks": True}, "<think>"), ({}, ""), (None, "")])
+def test_variables_of_a_template_are_given_to_it(tokenizer, given, end):
+    tokenizer.chat_template = THINKS
+    fmt = PromptFormat("chat", template_kwargs=given)
+    assert render(Prompt(raw="Q", user="Q"), fmt, tokenizer).text == f"Q{end}"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"thinking": True}, "does not read format.template_kwargs.thinking"),
+        ({"think": True}, "does not read format.template_kwargs.think"),  # a part of a word
+        ({"tokenize": True}, "no variable of a template's own"),
+        ({"add_generation_prompt": False}, "no variable of a template's own"),
+    ],
+)
+def test_variables_that_a_template_ignores_are_refused(tokenizer, given, words):
+    tokenizer.chat_template = THINKS
+    fmt = PromptFormat("chat", template_kwargs=given)
+    with pytest.raises(UserError, match=words):
+        render(Prompt(raw="Q", user="Q"), fmt, tokenizer)
+
+
+def test_variables_need_a_template():
+    with pytest.raises(UserError, match=r"give format\.kind=chat"):
+        PromptFormat("raw", template_kwargs={"thinks": True})
 
 
 def test_no_prefix_no_space(tokenizer):

@@ -49,6 +49,8 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
                 member[key] = Path(member[key]).name
         if member["api"]:  # its address and its prices change no answer
             member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
+        if not member["format"]["template_kwargs"]:  # older folders do not know it
+            del member["format"]["template_kwargs"]
         members[role] = member
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":

@@ -6,10 +6,12 @@ decides that (`PromptFormat`), never its name.
 
 import logging
 import operator
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,15 +36,20 @@ class PromptFormat:
         chat_template: None takes the tokenizer's own; otherwise the name of a template in
             proxytune/loading/templates ("llama2") or the path of a Jinja file.
         use_system: False drops system turns, for templates that do not accept them.
+        template_kwargs: variables of the template's own ({"enable_thinking": False}).
     """
 
     kind: str = "raw"
     chat_template: str | None = None
     use_system: bool = True
+    template_kwargs: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in ("raw", "chat"):
             raise UserError(f"prompt format kind={self.kind!r} is neither raw nor chat")
+        self.template_kwargs = self.template_kwargs or {}
+        if self.template_kwargs and self.kind == "raw":
+            raise UserError("format.template_kwargs needs a chat template: give format.kind=chat")
         if self.kind == "chat" and self.chat_template is not None:
             read_template(self.chat_template)
 
@@ -119,7 +126,10 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
     prefix = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not turns:
         raise UserError("a conversation needs a turn of the user before the assistant's")
-    text = apply_template(turns, tokenizer, _template_of(fmt, tokenizer))
+    template = _template_of(fmt, tokenizer)
+    variables = fmt.template_kwargs or {}
+    _check_variables(variables, template, tokenizer)
+    text = apply_template(turns, tokenizer, template, variables=variables)
     if prefix and not text[-1:].isspace():
         text += " "
     return Rendered(text + prefix, add_special_tokens=False)
@@ -130,6 +140,7 @@ def apply_template(
     tokenizer: Any,
     template: str | None = None,
     add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders turns through a chat template.
 
@@ -138,6 +149,7 @@ def apply_template(
         tokenizer: gives the template its special tokens.
         template: None takes the tokenizer's own.
         add_generation_prompt: whether the text ends where the assistant's turn begins.
+        variables: of the template's own.
 
     Raises:
         UserError: the template refuses them; the message repeats its reason.
@@ -150,6 +162,7 @@ def apply_template(
             chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
         )
     # A template is foreign code: it refuses by TemplateError, and may fail by any of the others.
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -161,6 +174,25 @@ def apply_template(
             "false), give another template (format.chat_template=...), or format.kind=raw",
             reason,
         ) from error
+
+
+def _check_variables(variables: Mapping[str, Any], template: str | None, tokenizer: Any) -> None:
+    """Refuses variables that a template does not read: it would ignore them without a word.
+
+    Raises:
+        UserError: one of them is not in the template's text, or is one that we set.
+    """
+    if not variables:
+        return
+    text = template or tokenizer.get_chat_template()
+    for name in variables:
+        if name in signature(tokenizer.apply_chat_template).parameters:
+            raise UserError(f"format.template_kwargs.{name} is no variable of a template's own")
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            raise UserError(
+                f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} "
+                f"does not read format.template_kwargs.{name}"
+            )
 
 
 def encode(rendered: Rendered, tokenizer: Any, most: int | None = None) -> list[int]:

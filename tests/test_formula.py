@@ -198,7 +198,10 @@ def half_of_both(base, expert, antiexpert, alpha):
 
 def test_a_formula_of_ones_own():
     members = models("llama", 3)
-    generator = proxytune.load(*members, alpha=1.4, formula=half_of_both, tokenizer=TOKENIZER)
+    base, expert, antiexpert = members
+    generator = proxytune.load(
+        base, expert, antiexpert, alpha=1.4, formula=half_of_both, tokenizer=TOKENIZER
+    )
     want = [slow(slow_proxy, members, [ids] * 3, 16) for ids in PROMPTS]
     got = generator.generate(PROMPTS, max_new_tokens=16)
     assert [each.token_ids for each in got] == want
@@ -311,5 +314,6 @@ def over_rows(base, expert, antiexpert, alpha):
     ],
 )
 def test_a_function_that_is_no_formula_is_refused(formula, words):
+    base, expert, antiexpert = models("llama", 3)
     with pytest.raises(UserError, match=words):
-        proxytune.load(*models("llama", 3), formula=formula, tokenizer=TOKENIZER)
+        proxytune.load(base, expert, antiexpert, formula=formula, tokenizer=TOKENIZER)

@@ -22,6 +22,9 @@ from proxytune.records import Prompt
 
 log = logging.getLogger(__name__)
 
+_TAGS = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)  # what a Jinja template computes
+_LITERALS = re.compile(r"'[^']*'|\"[^\"]*\"")
+
 TEMPLATES = Path(__file__).parent / "templates"
 Message = Mapping[str, str]
 PromptLike = str | Sequence[int] | Sequence[Message]
@@ -184,11 +187,12 @@ def _check_variables(variables: Mapping[str, Any], template: str | None, tokeniz
     """
     if not variables:
         return
-    text = template or tokenizer.get_chat_template()
+    code = "".join(_TAGS.findall(template or tokenizer.get_chat_template()))
+    read = set(re.findall(r"\w+", _LITERALS.sub("", code)))
     for name in variables:
         if name in signature(tokenizer.apply_chat_template).parameters:
             raise UserError(f"format.template_kwargs.{name} is no variable of a template's own")
-        if not re.search(rf"\b{re.escape(name)}\b", text):
+        if name not in read:
             raise UserError(
                 f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} "
                 f"does not read format.template_kwargs.{name}"

@@ -78,19 +78,18 @@ def load(
     if base is None:
         raise UserError("load needs a base: a path, a hub id, a ModelSpec or a model")
     helpers = _helpers(base, expert, antiexpert, formula, pairs)
-    if helpers:
-        formula = choose(formula, list(helpers))
-        alphas = alphas_of(formula, alpha, list(helpers))
-        if draft is not None:
-            raise UserError("draft is for a single model; a triple's own expert drafts for it")
+    if helpers and draft is not None:
+        raise UserError("draft is for a single model; a triple's own expert drafts for it")
     given = {"base": base, **helpers} | ({} if draft is None else {"draft": draft})
     sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
-    if specs:
-        vocab_size = check_triple(specs)
-        if helpers:
-            try_out(formula, list(helpers), alphas, vocab_size)
-        check_endpoints(specs)
+    vocab_size = check_triple(specs) if specs else None
+    if helpers:
+        chosen = choose(formula, list(helpers))
+        alphas = alphas_of(chosen, alpha, list(helpers))
+        if vocab_size is not None:  # else `build` tries the formula, for these models are loaded
+            try_out(chosen, list(helpers), alphas, vocab_size)
+    check_endpoints(specs)
     members = _load_all(sources, tokenizer)
     rebuild = partial(build, members, alpha, formula=formula)
     system = rebuild(cuda_graphs=cuda_graphs)

@@ -84,7 +84,7 @@ def load(
     sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     vocab_size = check_triple(specs) if specs else None
-    if helpers:
+    if helpers or formula is not None:
         chosen = choose(formula, list(helpers))
         alphas = alphas_of(chosen, alpha, list(helpers))
         if vocab_size is not None:  # else `build` tries the formula, for these models are loaded

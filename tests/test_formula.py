@@ -263,6 +263,11 @@ def test_a_formula_that_cannot_be_used_is_refused_by_name(name):
         choose(formula, helpers)
 
 
+def test_a_formula_of_several_models_is_refused_for_one():
+    with pytest.raises(UserError, match="combines the base with antiexpert; given: nothing"):
+        proxytune.load(models("llama", 1)[0], formula=contrastive, tokenizer=TOKENIZER)
+
+
 def test_alphas_are_checked_against_the_pairs():
     helpers = ["math_expert", "math_antiexpert", "chat_expert", "chat_antiexpert"]
     assert alphas_of(sum_of_pairs, 0.5, helpers) == {"math_alpha": 0.5, "chat_alpha": 0.5}

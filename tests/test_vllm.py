@@ -38,7 +38,7 @@ ROWS = {"max_num_seqs": 16}
 CHUNKED = ROWS | {"max_num_batched_tokens": 48}
 TIGHT = CHUNKED | {"num_gpu_blocks_override": 20, "block_size": 32}
 EVERY = ("greedy", "sampled", "penalised", "lists", "filters", "context_ends", "texts")
-EVERY += ("cancelled", "likelihoods", "ratings", "listed")
+EVERY += ("cancelled", "paused", "likelihoods", "ratings", "listed")
 SHORT = ("greedy", "sampled")
 OWN = [["own", case] for case in ("greedy", "sampled", "penalised", "alphas", "likelihoods")]
 

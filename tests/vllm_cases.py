@@ -135,6 +135,22 @@ class Cases:
             found += loop.step()
         return sorted(found, key=lambda each: each.index)
 
+    def paused(self, g: Any) -> Any:
+        """Some requests are set aside; the others end meanwhile, and all write the same."""
+        loop, found = g.loop(batch_size=4), []
+        for request in g.requests(self.prompts, make_decoding(max_new_tokens=10)):
+            loop.add(request)
+        loop.step()
+        loop.pause([0, 1, 9])
+        counts = [loop.paused]
+        while loop.busy:
+            found += loop.step()
+        counts.append(len(found))
+        loop.resume([0, 1, 9])
+        while loop.busy:
+            found += loop.step()
+        return [counts, loop.paused, sorted(found, key=lambda each: each.index)]
+
     def likelihoods(self, g: Any) -> Any:
         pairs = [(p, [5 + i, 7, 9][: 1 + i % 3]) for i, p in enumerate(self.prompts)]
         greedy = [each.token_ids for each in g.generate(self.prompts, max_new_tokens=4)]

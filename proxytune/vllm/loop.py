@@ -26,17 +26,52 @@ class EngineLoop:
         self._limit = limit
         self._waiting: deque[Shared] = deque()
         self._running: dict[str, Row] = {}
+        self._aside: set[int] = set()  # indices of requests that `pause` has set aside
+        self._unread: deque[Shared] = deque()  # of these: what vLLM has not got
+        self._held: dict[str, list[Any]] = {}  # and outputs of those that it has
         self._done: list[Finished] = []
 
     @property
     def rows(self) -> list[Row]:
-        """The rows that vLLM has, running or waiting there."""
-        return list(self._running.values())
+        """The rows that vLLM has, running or waiting there, but for those set aside."""
+        return [row for row in self._running.values() if row.request.index not in self._aside]
 
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits, or has ended and was not handed out."""
-        return bool(self._running or self._waiting or self._done)
+        return bool(self._at_work or self._waiting or self._done)
+
+    @property
+    def _at_work(self) -> int:
+        """How many rows vLLM goes on with; of those set aside it may have ended some."""
+        return len(self._running) - sum(held[-1].finished for held in self._held.values())
+
+    @property
+    def paused(self) -> int:
+        """How many samples are set aside, those that have not begun included."""
+        begun = len(self._running) - len(self.rows)
+        return begun + sum(shared.unstarted for shared in self._unread)
+
+    def pause(self, indices: Iterable[int]) -> None:
+        """Sets the requests with these indices aside until `resume`. Call between steps.
+
+        vLLM cannot pause: it goes on with the rows that it has. Their tokens are kept, at most
+        `max_new_tokens` of each, and are written after `resume`.
+        """
+        self._aside |= set(indices)
+        self._unread += [each for each in self._waiting if each.request.index in self._aside]
+        self._waiting = deque(s for s in self._waiting if s.request.index not in self._aside)
+
+    def resume(self, indices: Iterable[int]) -> None:
+        """Lets requests that `pause` has set aside go on, and writes their tokens since then."""
+        self._aside -= set(indices)
+        self._waiting += [s for s in self._unread if s.request.index not in self._aside]
+        self._unread = deque(s for s in self._unread if s.request.index in self._aside)
+        back = [n for n in self._held if self._running[n].request.index not in self._aside]
+        for name in back:
+            for output in self._held.pop(name, ()):
+                if name in self._running:  # the row may have ended before vLLM's request
+                    self._take([name], self._running[name], output)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
         """Yields every sample of every request as soon as it ends; see `DecodeLoop.run`."""
@@ -44,7 +79,7 @@ class EngineLoop:
         exhausted = False
         try:
             while True:
-                while not exhausted and len(self._running) + len(self._waiting) < self._limit:
+                while not exhausted and self._at_work + len(self._waiting) < self._limit:
                     request = next(source, None)
                     exhausted = request is None
                     if request is not None:
@@ -68,12 +103,12 @@ class EngineLoop:
         Returns:
             The samples that have ended.
         """
-        while self._waiting and len(self._running) < self._limit:
+        while self._waiting and self._at_work < self._limit:
             shared = self._waiting[0]
             self._submit(Row(shared))
             if not shared.unstarted:
                 self._waiting.popleft()
-        if self._running and not self._done:
+        if self._at_work and not self._done:
             self._engine.step()
         done, self._done = self._done, []
         return done
@@ -87,6 +122,9 @@ class EngineLoop:
     def _take(self, names: list[str], row: Row, output: Any) -> None:
         """Writes the tokens of one output of vLLM's to its row."""
         (name,) = names
+        if row.request.index in self._aside:
+            self._held.setdefault(name, []).append(output)
+            return
         part = output.outputs[0]
         if part.finish_reason in ("abort", "error"):
             raise RuntimeError(f"vLLM has given up a request: {part.finish_reason}")
@@ -104,18 +142,23 @@ class EngineLoop:
     def cancel(self, index: int) -> None:
         """Drops the requests with this index. Call between steps."""
         self._waiting = deque(each for each in self._waiting if each.request.index != index)
+        self._unread = deque(each for each in self._unread if each.request.index != index)
         self._drop([n for n, row in self._running.items() if row.request.index == index])
+        self._aside.discard(index)
 
     def clear(self) -> None:
         """Drops everything that runs or waits."""
         self._waiting.clear()
+        self._unread.clear()
         self._done = []
         self._drop(list(self._running))
+        self._aside.clear()
 
     def _drop(self, names: list[str]) -> None:
         self._engine.abort(names)
         for name in names:
             del self._running[name]
+            self._held.pop(name, None)
 
     def _rate(self, listed: Any, place: int, token: int, top: int) -> TokenLogprob:
         """The rating of one token of an output."""

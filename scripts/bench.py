@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proxytune.cli.guard import guarded
 from proxytune.errors import UserError
 from proxytune.files import write_json
 
@@ -158,5 +157,10 @@ def _show(key: str, value: Any, indent: str = "  ") -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, again="with --json, what was measured is kept")
+    try:
+        from proxytune.cli.guard import guarded
+    except ModuleNotFoundError:  # a machine with torch, transformers and numpy alone
+        main()
+    else:
+        guarded(main, again="with --json, what was measured is kept")
     sys.exit(0)

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxytune.cli.guard import guarded
 from proxytune.errors import UserError
 from proxytune.files import ROOT, write_json
 
@@ -142,4 +141,9 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    guarded(main, again="")
+    try:
+        from proxytune.cli.guard import guarded
+    except ModuleNotFoundError:  # a machine with torch, transformers and numpy alone
+        main()
+    else:
+        guarded(main, again="")

@@ -210,7 +210,8 @@ def _noise_for(
 
     generator = torch.Generator().manual_seed(4)
     prompts = torch.randint(expert.config.vocab_size, (8, 8), generator=generator)
-    text = torch.cat([prompts, lockstep([expert], prompts.tolist(), 120)], dim=1)
+    written = lockstep([expert], prompts.tolist(), 120)
+    text = torch.cat([prompts.to(written.device), written], dim=1)
     expert_logits = expert(text).logits[:, 8:]
     states = antiexpert.model(text).last_hidden_state[:, 8:]
     shift = states @ noise.T

@@ -22,7 +22,7 @@ from proxytune.errors import UserError
 from proxytune.files import ROOT, write_json
 
 # part -> seconds that it may take; together at most ten minutes
-PARTS = {"exact": 120, "decode": 150, "speculative": 120, "mixed": 130, "memory": 70}
+PARTS = {"exact": 80, "decode": 140, "speculative": 120, "mixed": 130, "memory": 120}
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack
 import torch
 
 from proxytune.engine import score
+from proxytune.engine.base_loop import Loop
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
@@ -26,6 +27,7 @@ from proxytune.proxy import ProxyTunedModel, SharedEnd
 from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
+Pairs = Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
 
 _LISTS = [each.name for each in fields(Decoding) if isinstance(each.default, tuple)]
@@ -243,11 +245,8 @@ class Generator:
             raise UserError(f"{len(sample_keys)} sample_keys for {len(prompts)} prompts")
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise UserError(f"seed must be a whole number, not {seed!r}")
-        if decoding.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
-        if decoding.repetition_penalty != 1 and not self.base.raw_logits:
-            raise UserError(NO_RAW_LOGITS)
         top = 5 if record is True else whole_number("record", record or 0, 0)
+        self._check_call(decoding, top)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
         requests = []
@@ -280,7 +279,7 @@ class Generator:
 
     def loop(
         self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"
-    ) -> DecodeLoop:
+    ) -> Loop:
         """A new decode loop on this system, for callers that add requests themselves (a server).
 
         Only one loop may run on a generator at a time.
@@ -311,7 +310,7 @@ class Generator:
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]],
+        pairs: Pairs,
         *,
         batch_size: int | Literal["auto"] = "auto",
     ) -> list[tuple[float, bool]]:
@@ -330,9 +329,7 @@ class Generator:
                 long.
         """
         self._refuse_partial()
-        contexts = [self.encode(context) for context, _ in pairs]
-        for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
-            self._room(index, ids, len(continuation) - 1)
+        contexts = self._contexts(pairs)
         continuations = [list(continuation) for _, continuation in pairs]
         rows = row_budget(self.system.members.values(), batch_size)
         return score.loglikelihoods(self.system, contexts, continuations, rows)
@@ -393,6 +390,29 @@ class Generator:
             known = ", ".join(self.alphas)
             reason = f"this one has {known}" if known else "this model is a single one"
             raise UserError(f"alpha needs a triple; {reason}")
+
+    def _check_call(self, decoding: Decoding, record: int) -> None:
+        """Refuses settings that this system cannot serve.
+
+        Args:
+            decoding: the settings.
+            record: how many tokens a trace lists; 0 for no trace.
+        """
+        if decoding.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
+        if decoding.repetition_penalty != 1 and not self.base.raw_logits:
+            raise UserError(NO_RAW_LOGITS)
+
+    def _contexts(self, pairs: Pairs) -> list[dict[str, list[int]]]:
+        """The encoded contexts of pairs, each with room for its continuation.
+
+        Raises:
+            UserError: a context cannot be read, or a pair is too long.
+        """
+        contexts = [self.encode(context) for context, _ in pairs]
+        for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
+            self._room(index, ids, len(continuation) - 1)
+        return contexts
 
     def _refuse_partial(self) -> None:
         """Raises a ValueError if the base does not give the logit of every token."""

@@ -429,7 +429,8 @@ def test_a_loop_goes_on_with_the_same_tokens_after_a_pause():
 
     def run(pauses: bool) -> dict:
         generator = triple()
-        loop: DecodeLoop = generator.loop(3)
+        loop = generator.loop(3)
+        assert isinstance(loop, DecodeLoop)
         settings = {"max_new_tokens": 12, "temperature": 1.0, "n": 3}
         from proxytune.generator import make_decoding
 

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
+from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.speculation import MAX_WIDTH, Pace
 
 TOKENIZER = tiny_tokenizer()
@@ -61,7 +62,9 @@ def test_a_single_model_with_a_draft_model_writes_its_own_text():
 
 @pytest.mark.parametrize(("speculative", "fixed"), [("auto", None), (True, None), (1, 1), (4, 4)])
 def test_one_drafted_token_is_a_number_like_any_other(speculative, fixed):
-    pace = proxytune.load(AGREEING[0], draft=AGREEING[1]).loop(1, speculative).pace
+    loop = proxytune.load(AGREEING[0], draft=AGREEING[1]).loop(1, speculative)
+    assert isinstance(loop, DecodeLoop)
+    pace = loop.pace
     assert pace is not None and pace.fixed == fixed
 
 

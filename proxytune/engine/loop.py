@@ -16,10 +16,11 @@ so no row waits for a longer one; all samples of a prompt share one pass over it
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from proxytune.engine.base_loop import Loop
 from proxytune.engine.choice import choose_from, pick_tokens
 from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import Finished, Request, Row, Shared
@@ -29,7 +30,7 @@ from proxytune.engine.system import DraftingSystem, Pass, System
 log = logging.getLogger(__name__)
 
 
-class DecodeLoop:
+class DecodeLoop(Loop):
     """Continues many prompts with one system.
 
     Args:
@@ -51,31 +52,14 @@ class DecodeLoop:
         self._paused: list[Row | Request] = []  # set aside until `resume`
         self._done: list[Finished] = []
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
-        """Yields every sample of every request as soon as it ends.
-
-        Args:
-            requests: taken one by one, as rows become free.
-        """
-        source = iter(requests)
-        exhausted = False
-        try:
-            while True:
-                wanted = self._limit()
-                while not exhausted and len(self._waiting) < wanted:
-                    request = next(source, None)
-                    exhausted = request is None
-                    if request is not None:
-                        self.add(request)
-                if not self.busy:
-                    return
-                yield from self.step(more=not exhausted)
-        finally:
-            self.clear()
-
     def add(self, request: Request) -> None:
         """Queues a request until rows are free."""
         self._waiting.append(request)
+
+    @property
+    def running(self) -> int:
+        """How many rows run."""
+        return len(self.rows)
 
     @property
     def busy(self) -> bool:
@@ -158,6 +142,9 @@ class DecodeLoop:
         self.system.clear()
 
     # -- schedule --------------------
+
+    def _wanted(self) -> int:
+        return self._limit() - len(self._waiting)
 
     def _limit(self) -> int:
         """How many rows may run, given the longest that runs or waits."""

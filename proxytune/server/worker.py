@@ -180,7 +180,7 @@ class Worker:
     @property
     def running(self) -> int:
         """How many rows decode."""
-        return len(self._loop.rows)
+        return self._loop.running
 
     @property
     def waiting(self) -> int:

@@ -6,10 +6,9 @@ from typing import Any, Literal
 import torch
 
 from proxytune.engine.logprobs import TokenLogprob
-from proxytune.engine.rows import Request
 from proxytune.engine.system import Prompt
 from proxytune.errors import UserError
-from proxytune.generator import Generator, Prompts, Speculative
+from proxytune.generator import Generator, Pairs, Speculative
 from proxytune.loading.prompting import PromptLike
 from proxytune.records import Decoding, whole_number
 from proxytune.vllm.checks import V1_READS_ONE, check_decoding, check_one_prompt
@@ -40,25 +39,6 @@ class VllmGenerator(Generator):
         """This generator: vLLM keeps the rows of several loops apart."""
         return self
 
-    def requests(
-        self,
-        prompts: Prompts,
-        decoding: Decoding,
-        *,
-        seed: int = 0,
-        sample_keys: Sequence[str] | None = None,
-        record: bool | int | None = None,
-    ) -> list[Request]:
-        """Checks and encodes prompts; see `Generator.requests`.
-
-        Raises:
-            UserError: a prompt cannot be continued, or a setting is none of this engine's.
-        """
-        if record:
-            raise UserError("vLLM records no trace; leave it out, or use engine=own")
-        check_decoding("this call", decoding, self.engine.settings)
-        return super().requests(prompts, decoding, seed=seed, sample_keys=sample_keys)
-
     def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """A prompt as each member reads it; see `Generator.encode`.
 
@@ -69,13 +49,20 @@ class VllmGenerator(Generator):
         check_one_prompt([ids], "the prompt")
         return ids
 
+    def _check_call(self, decoding: Decoding, record: int) -> None:
+        """Refuses what vLLM cannot do, too; see `Generator`."""
+        if record:
+            raise UserError("vLLM records no trace; leave it out, or use engine=own")
+        check_decoding("this call", decoding, self.engine.settings)
+        super()._check_call(decoding, record)
+
     def check_alpha(self, alpha: float | None) -> None:
         """Refuses an own alpha where the model runner has one for all; see `Generator`."""
         super().check_alpha(alpha)
         if alpha is not None and alpha != self.alphas.get("alpha") and not self.engine.per_request:
             raise UserError(f"alpha={alpha}: {V1_READS_ONE}")
 
-    def loop(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def loop(
         self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"
     ) -> EngineLoop:
         """A loop on the engine.
@@ -99,14 +86,12 @@ class VllmGenerator(Generator):
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]],
+        pairs: Pairs,
         *,
         batch_size: int | Literal["auto"] = "auto",
     ) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations; see `Generator.loglikelihood`."""
-        contexts = [self.encode(context) for context, _ in pairs]
-        for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
-            self._room(index, ids, len(continuation) - 1)
+        contexts = self._contexts(pairs)
         asked = [scoring(ids, list(given)) for ids, (_, given) in zip(contexts, pairs, strict=True)]
         outputs = []
         for start in range(0, len(asked), _ROUND):

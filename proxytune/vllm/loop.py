@@ -1,17 +1,18 @@
-"""A decode loop whose tokens vLLM chooses: what `engine.loop.DecodeLoop` is for our engine."""
+"""A decode loop whose tokens vLLM chooses."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from proxytune.engine.base_loop import Loop
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.rows import Finished, Request, Row, Shared
 from proxytune.vllm.engine import Engine
 from proxytune.vllm.requests import Listed, completion
 
 
-class EngineLoop:
+class EngineLoop(Loop):
     """Continues many prompts with one vLLM engine; several loops may share it.
 
     Every sample is a request of vLLM's, which schedules them; so a row leaves as soon as it ends.
@@ -32,9 +33,9 @@ class EngineLoop:
         self._done: list[Finished] = []
 
     @property
-    def rows(self) -> list[Row]:
-        """The rows that vLLM has, running or waiting there, but for those set aside."""
-        return [row for row in self._running.values() if row.request.index not in self._aside]
+    def running(self) -> int:
+        """How many rows vLLM has, running or waiting there, but for those set aside."""
+        return sum(row.request.index not in self._aside for row in self._running.values())
 
     @property
     def busy(self) -> bool:
@@ -49,7 +50,7 @@ class EngineLoop:
     @property
     def paused(self) -> int:
         """How many samples are set aside, those that have not begun included."""
-        begun = len(self._running) - len(self.rows)
+        begun = len(self._running) - self.running
         return begun + sum(shared.unstarted for shared in self._unread)
 
     def pause(self, indices: Iterable[int]) -> None:
@@ -73,22 +74,8 @@ class EngineLoop:
                 if name in self._running:  # the row may have ended before vLLM's request
                     self._take([name], self._running[name], output)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Finished]:
-        """Yields every sample of every request as soon as it ends; see `DecodeLoop.run`."""
-        source = iter(requests)
-        exhausted = False
-        try:
-            while True:
-                while not exhausted and self._at_work + len(self._waiting) < self._limit:
-                    request = next(source, None)
-                    exhausted = request is None
-                    if request is not None:
-                        self.add(request)
-                if not self.busy:
-                    return
-                yield from self.step()
-        finally:
-            self.clear()
+    def _wanted(self) -> int:
+        return self._limit - self._at_work - len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queues a request until rows are free."""

@@ -17,14 +17,16 @@ import torch
 from transformers import PreTrainedModel
 
 from proxytune.errors import UserError
-from proxytune.formula import alphas_of, choose, guidance, try_out
+from proxytune.formula import guidance
 from proxytune.generator import Generation, Generator, make_decoding
-from proxytune.loading.build import build, same_checkpoint
+from proxytune.loading.build import build, weights_of
 from proxytune.loading.ends import in_words
+from proxytune.loading.formulas import Alphas, lists_few, settle
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.proxy import Formula, ProxyTunedModel
+from proxytune.records import finite
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def load(
     base: Source,
     expert: Source | None = None,
     antiexpert: Source | None = None,
-    alpha: float | Mapping[str, float] = 1.0,
+    alpha: Alphas = 1.0,
     *,
     formula: Formula | None = None,
     pairs: Mapping[str, tuple[Source, Source]] | None = None,
@@ -84,11 +86,10 @@ def load(
     sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     vocab_size = check_triple(specs) if specs else None
-    if helpers or formula is not None:
-        chosen = choose(formula, list(helpers))
-        alphas = alphas_of(chosen, alpha, list(helpers))
-        if vocab_size is not None:  # else `build` tries the formula, for these models are loaded
-            try_out(chosen, list(helpers), alphas, vocab_size)
+    if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
+        settle(formula, alpha, list(helpers), few=lists_few(specs), vocab_size=vocab_size)
+    elif not isinstance(alpha, Mapping):
+        finite("alpha", alpha)
     check_endpoints(specs)
     members = _load_all(sources, tokenizer)
     rebuild = partial(build, members, alpha, formula=formula)
@@ -114,7 +115,7 @@ def _helpers(
     helpers = {role: each for role, each in given.items() if each is not None}
     if formula is None and len(helpers) == 1:
         raise UserError("a triple needs both an expert and an antiexpert (or neither)")
-    if formula is guidance and not helpers:
+    if formula is guidance and not helpers and not pairs:
         return {"antiexpert": base}
     for name, pair in (pairs or {}).items():
         if not re.fullmatch(r"[a-z][a-z0-9]*", name):
@@ -134,18 +135,11 @@ def _load_all(sources: Mapping[str, Any], tokenizer: Any | None) -> dict[str, Lo
         tokenizer: of models that the caller has loaded.
     """
     members: dict[str, LoadedModel] = {}
-    adapters = any(isinstance(s, ModelSpec) and s.adapter for s in sources.values())
+    specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     for role in sorted(sources, key=lambda role: (role == "base", not role.endswith("antiexpert"))):
-        antiexpert = members.get(role.removesuffix("expert") + "antiexpert")
-        # An adapter changes the weights that it is put on: then only its own pair shares them.
-        twins = [] if adapters else [m for m in members.values() if _same(m, sources[role])]
-        members[role] = _loaded(sources[role], next(iter(twins), antiexpert), tokenizer)
+        share = weights_of(role, specs, members) if role in specs else None
+        members[role] = _loaded(sources[role], share, tokenizer)
     return {role: members[role] for role in sources}
-
-
-def _same(member: LoadedModel, source: Any) -> bool:
-    """Whether a source names the checkpoint that a member has loaded, in the same way."""
-    return isinstance(source, ModelSpec) and same_checkpoint(source, member.spec)
 
 
 def _named(source: Source, dtype: str, device: str | None) -> Any:

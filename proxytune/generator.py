@@ -20,10 +20,9 @@ from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
 from proxytune.errors import UserError
-from proxytune.formula import traits_of
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, token_ids
-from proxytune.proxy import ProxyTunedModel, SharedEnd
+from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
 from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]

@@ -9,18 +9,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
 from proxytune.errors import UserError
-from proxytune.formula import (
-    alphas_of,
-    choose,
-    contrastive,
-    dexperts,
-    gated,
-    guidance,
-    sum_of_pairs,
-    traits_of,
-    try_out,
-)
-from proxytune.proxy import combine_logits
+from proxytune.formula import contrastive, dexperts, gated, guidance, sum_of_pairs
+from proxytune.loading.formulas import alphas_of, choose, try_out
+from proxytune.proxy import combine_logits, traits_of
 
 TOKENIZER = tiny_tokenizer()
 EOS = 2
@@ -287,10 +278,10 @@ def test_impossible_settings_of_a_formula_are_refused(bad):
 
 def test_a_base_that_lists_few_tokens_takes_formulas_that_rise_with_it():
     assert traits_of(combine_logits).rises
-    choose(contrastive, ["antiexpert"], lists_few=True)
+    choose(contrastive, ["antiexpert"], few=True)
     for formula in (partial(gated, threshold=0.5), partial(dexperts, top_k=3), half_of_both):
         with pytest.raises(UserError, match="needs every logit of the base"):
-            choose(formula, ["expert", "antiexpert"], lists_few=True)
+            choose(formula, ["expert", "antiexpert"], few=True)
 
 
 def narrow(base, expert, antiexpert, alpha):

@@ -52,7 +52,7 @@ def members_of(cfg: DictConfig, system: str) -> dict[str, str]:
     """
     if system != "proxy" or is_default(cfg):
         return dict(MEMBERS[system])
-    from proxytune.formula import needs_of
+    from proxytune.loading.formulas import needs_of
 
     formula = formula_of(cfg)
     assert formula is not None
@@ -72,7 +72,7 @@ def gates(cfg: DictConfig) -> bool:
     """Whether runs count the tokens that the formula touches."""
     if is_default(cfg):
         return False
-    from proxytune.formula import traits_of
+    from proxytune.proxy import traits_of
 
     formula = formula_of(cfg)
     return formula is not None and traits_of(formula).gates

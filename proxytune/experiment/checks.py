@@ -68,12 +68,11 @@ def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -
     """Tries the formula out on random logits, and refuses one that its base cannot serve."""
     if is_default(cfg) or "proxy" not in cfg.systems:
         return
-    from proxytune.formula import alphas_of, choose, try_out
+    from proxytune.loading.formulas import lists_few, settle
 
     helpers = [role for role in members_of(cfg, "proxy") if role != "base"]
-    api = specs["base"].api
-    formula = choose(formula_of(cfg), helpers, api is not None and api.top_logprobs != -1)
-    try_out(formula, helpers, alphas_of(formula, cfg.alpha, helpers), vocab_size)
+    few = lists_few(specs)
+    settle(formula_of(cfg), cfg.alpha, helpers, few=few, vocab_size=vocab_size)
 
 
 def check_engine(cfg: DictConfig, engine: EngineSettings) -> None:

@@ -125,13 +125,10 @@ class ModelPool:
         return load(**members, **(how if len(roles) > 1 else {}), cuda_graphs=self._cuda_graphs)
 
     def _load(self, name: str, system: str) -> "LoadedModel":
-        from proxytune.loading.build import same_checkpoint
+        from proxytune.loading.build import weights_of
         from proxytune.loading.load import load_member
 
-        share = self._models.get("antiexpert") if system == "proxy" else None
-        if not any(spec.adapter for spec in self._specs.values()):  # it would change the weights
-            twins = [m for m in self._models.values() if same_checkpoint(self._specs[name], m.spec)]
-            share = next(iter(twins), share)
+        share = weights_of(name, self._specs, self._models) if system == "proxy" else None
         return load_member(self._specs[name], share=share)
 
     def _free(self, names: set[str]) -> None:

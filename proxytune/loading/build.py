@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from proxytune.engine.system import Group, Member, System
 from proxytune.errors import UserError
-from proxytune.formula import alphas_of, choose, experts_of, name_of, try_out
 from proxytune.loading.adapters import leaves_weights
 from proxytune.loading.ends import shared_end
+from proxytune.loading.formulas import Alphas, experts_of, settle
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
@@ -15,8 +15,6 @@ from proxytune.members.choose import can_cache, make_member
 from proxytune.members.halves import HalvedModel, Halves
 from proxytune.proxy import Formula, ProxyTunedModel
 from proxytune.single import DraftedModel, Single
-
-Alphas = float | Mapping[str, float]
 
 
 def build(
@@ -42,17 +40,19 @@ def build(
     vocab_size = common_vocabulary(tokenizers, sizes)
     ends = {role: model.eos_ids for role, model in models.items()}
     helpers = [role for role in models if role not in ("base", "draft")]
-    if helpers:
+    if helpers or formula is not None:
         member = models["base"].member
-        formula = choose(formula, helpers, member is not None and not member.complete)
         end = shared_end(ends, sizes, tokenizers["base"], vocab_size)
         widths = {role: end.width(role) if end else vocab_size for role in models}
+        combine, scales = settle(
+            formula,
+            alpha,
+            helpers,
+            few=member is not None and not member.complete,
+            vocab_size=end.vocab_size if end else vocab_size,
+        )
         groups = _groups(models, widths, cuda_graphs)
-        scales = alphas_of(formula, alpha, helpers)
-        try_out(formula, helpers, scales, end.vocab_size if end else vocab_size)
-        return ProxyTunedModel(groups, scales, end, formula, _drafter(models))
-    if formula is not None:
-        raise UserError(f"formula={name_of(formula)} needs more models than the base")
+        return ProxyTunedModel(groups, scales, end, combine, _drafter(models))
     base = _wrap(models["base"], vocab_size, cuda_graphs)
     if "draft" in models:
         lost = [token for token in ends["base"] if vocab_size <= token < sizes.get("base", 0)]
@@ -133,6 +133,23 @@ def shares_weights(spec: ModelSpec, other: ModelSpec | None) -> bool:
     if spec.adapter is None or other is None or other.adapter is not None:
         return False
     return _same_weights(spec, other) and leaves_weights(spec)
+
+
+def weights_of(
+    role: str, specs: Mapping[str, ModelSpec], loaded: Mapping[str, LoadedModel]
+) -> LoadedModel | None:
+    """The loaded model whose weights a member of a system can use; None for none.
+
+    Args:
+        role: the member's.
+        specs: of the whole system.
+        loaded: the models that are loaded by now, by role.
+    """
+    if any(spec.adapter for spec in specs.values()):
+        # An adapter changes the weights that it is put on: only its own pair shares them.
+        return loaded.get(role.removesuffix("expert") + "antiexpert")
+    found = (each for each in loaded.values() if same_checkpoint(specs[role], each.spec))
+    return next(found, None)
 
 
 def same_checkpoint(spec: ModelSpec, other: ModelSpec | None) -> bool:

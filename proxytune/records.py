@@ -223,6 +223,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class MetricInfo:
+    """How a metric is shown.
+
+    Attributes:
+        label: its name in a table.
+        higher_is_better: False for a toxicity rate.
+        percent: True when values lie in 0..1 and are shown times 100.
+        hide_zeros: True for what seldom happens: people see no row that is 0 for every system.
+    """
+
+    label: str
+    higher_is_better: bool = True
+    percent: bool = True
+    hide_zeros: bool = False
+
+
+@dataclass(frozen=True)
 class Metric:
     """One number of one system on one task, with its uncertainty.
 

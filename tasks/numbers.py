@@ -42,11 +42,9 @@ _LATEX = (
     (re.compile(r"\\!|\\(?:left|right)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[,;: ]|\\(?:thin|med|thick)space(?![a-zA-Z])|(?<=\d)~(?=\d)"), _THIN),
     (re.compile(r"\\(?=[$%#&_€£])"), ""),
-    *(
-        (re.compile(rf"{after}\\[dtc]?frac *{parts}"), rf"{space}\1/\2")
-        for after, space in ((r"(?<=[-+])", ""), ("", " "))  # -\frac12 keeps its sign
-        for parts in (r"\{ *(\d+) *\} *\{ *(\d+) *\}", r"(\d) *(\d)")
-    ),
+    (re.compile(r"(?<![-+])(?=\\[dtc]?frac)"), " "),  # 1\frac12 is 1 1/2; -\frac12 keeps its sign
+    (re.compile(r"\\[dtc]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}"), r"\1/\2"),
+    (re.compile(r"\\[dtc]?frac *(\d) *(\d)"), r"\1/\2"),
 )
 # 3/4 and 1 1/2, but no date (1/2/2020) and no division by zero
 _FRACTION = r"""

@@ -2,23 +2,14 @@
 
 import json
 import random
-from dataclasses import dataclass
 
 from proxytune.files import write_jsonl
-from proxytune.records import Completion, Example, Prompt, Score
+from proxytune.records import Completion, Example, MetricInfo, Prompt, Score
 from proxytune.results import stats
 from proxytune.results.folder import build_table
 
 WORDS = ["Here", "is", "the", "answer", ":", "3", "+", "4", "=", "7", "apples", ".", "There", "are"]
 RIGHT = {"base": 0.2, "expert": 0.5, "proxy": 0.6, "tuned": 0.7}
-
-
-@dataclass(frozen=True)
-class Info:
-    label: str
-    higher_is_better: bool = True
-    percent: bool = True
-    hide_zeros: bool = False
 
 
 def tokenizer(folder):
@@ -51,7 +42,10 @@ def make(folder, examples=30, tokens=12, limit=None, tasks=2):
     generator = random.Random(0)
     tokenizer(folder / "tokenizer")
     metrics, infos = [], {}
-    plan = {"gsm8k": ("acc", Info("accuracy")), "toxigen": ("toxicity", Info("toxic", False))}
+    plan = {
+        "gsm8k": ("acc", MetricInfo("accuracy")),
+        "toxigen": ("toxicity", MetricInfo("toxic", False)),
+    }
     plan = dict(list(plan.items())[:tasks])
     # entries are drawn from a pool, so that a large folder is made in seconds
     pool = [entry(2 + i % len(WORDS), generator) for i in range(50 * len(WORDS))]

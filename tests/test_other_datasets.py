@@ -9,12 +9,11 @@ import pytest
 
 from proxytune import cli
 from proxytune.files import ROOT
-from proxytune.records import Metric
+from proxytune.records import Metric, MetricInfo
 from proxytune.results import tables
 from proxytune.results.comparison import caveat
 from proxytune.results.folder import build_table, read_csv
 from proxytune.results.report import write_report
-from tasks.base import MetricInfo
 from tasks.ds1000 import DS1000
 from tasks.gsm8k import GSM8K
 from tasks.realtimeqa import RealTimeQA

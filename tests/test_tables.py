@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import StringIO
 
 import pandas as pd
@@ -6,24 +6,21 @@ import pytest
 from rich.console import Console
 
 from proxytune.files import write_jsonl
-from proxytune.records import Metric, Score
+from proxytune.records import Metric, MetricInfo, Score
 from proxytune.results import paper, stats, tables
 from proxytune.results.comparison import AVERAGE, caveat, comparison
 from proxytune.results.folder import build_table, read_csv, to_csv
 
-
-@dataclass(frozen=True)
-class Info:
-    label: str
-    higher_is_better: bool = True
-    percent: bool = True
-    hide_zeros: bool = False
-
-
 INFOS = {
-    "gsm8k": {"acc": Info("accuracy"), "acc_numeric": Info("accuracy, parsed as numbers")},
-    "toxigen": {"toxicity": Info("toxic", False), "toxicity/women": Info("toxic, women", False)},
-    "alpaca_eval": {"avg_length": Info("length (characters)", percent=False)},
+    "gsm8k": {
+        "acc": MetricInfo("accuracy"),
+        "acc_numeric": MetricInfo("accuracy, parsed as numbers"),
+    },
+    "toxigen": {
+        "toxicity": MetricInfo("toxic", False),
+        "toxicity/women": MetricInfo("toxic, women", False),
+    },
+    "alpaca_eval": {"avg_length": MetricInfo("length (characters)", percent=False)},
 }
 
 
@@ -43,7 +40,7 @@ def shares(*shares, n=100, metric="acc", unparsed=0):
 
 
 def test_names_stay_whole_in_the_terminal():
-    names = {"pocket_truthfulqa_open": {"info_true": Info("informative and true")}}
+    names = {"pocket_truthfulqa_open": {"info_true": MetricInfo("informative and true")}}
     found = shares(0.0, 0.1, 1.0, 1.0, metric="info_true")
     of = {("pocket_truthfulqa_open", s): r for s, r in found.items()}
     made = [m for (task, s), r in of.items() for m in stats.metrics(task, s, r)]
@@ -71,7 +68,12 @@ def table(metrics, scores):
 @pytest.mark.parametrize(("share", "seen"), [(0.0, False), (0.02, True)])
 def test_a_row_of_zeros_that_says_nothing_is_not_shown(tmp_path, share, seen):
     """Fails on 538a493; also for a later run of another task in the same folder."""
-    infos = {"humaneval": {"acc": Info("pass@1"), "refused": Info("refused", hide_zeros=True)}}
+    infos = {
+        "humaneval": {
+            "acc": MetricInfo("pass@1"),
+            "refused": MetricInfo("refused", hide_zeros=True),
+        }
+    }
     names = ("base", "expert", "proxy", "tuned")
     shares = dict.fromkeys(names, 0.0) | {"expert": share}
     found = {
@@ -190,7 +192,7 @@ def test_a_system_whose_metric_is_missing_leaves_a_dash(metrics):
 
 
 def test_html_escapes_and_marks_numbers(metrics):
-    table = comparison(metrics, {"gsm8k": {"acc": Info("<b>acc</b>")}})
+    table = comparison(metrics, {"gsm8k": {"acc": MetricInfo("<b>acc</b>")}})
     text = tables.to_html(table)
     assert "&lt;b&gt;acc" in text and "<b>acc" not in text
     assert 'class="num">25.0<span class="ci">' in text

@@ -204,8 +204,7 @@ class Sampler:
             positions: as for `choose`.
             histories: as for `choose`.
         """
-        known = self._allowed(logits, positions, histories) > -torch.inf
-        scores, noisy = self._at_most(ceiling, streams, positions, histories)
+        known, scores, noisy = self._bounds(logits, ceiling, streams, positions, histories)
         certain = _best(noisy) == chosen
         highest_unknown = scores.masked_fill(known, -torch.inf).amax(-1)
         if self.temperature and self._filters:
@@ -231,8 +230,7 @@ class Sampler:
             How likely each may be to win, [rows, vocab]: its greatest score, noise included; minus
             infinity for known tokens, and for those that could not change the choice.
         """
-        known = self._allowed(logits, positions, histories) > -torch.inf
-        scores, noisy = self._at_most(ceiling, streams, positions, histories)
+        known, scores, noisy = self._bounds(logits, ceiling, streams, positions, histories)
         place = chosen.clamp(min=0).unsqueeze(-1)
         nothing = (chosen == NOTHING).unsqueeze(-1)
         could = (noisy >= noisy.gather(-1, place)) | nothing
@@ -240,20 +238,25 @@ class Sampler:
             could |= scores > scores.gather(-1, place)
         return noisy.masked_fill(known | ~could, -torch.inf)
 
-    def _at_most(
+    def _bounds(
         self,
+        logits: torch.Tensor,
         ceiling: torch.Tensor,
         streams: Sequence[int],
         positions: Sequence[int],
         histories: Sequence[History],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The greatest scores that tokens may have, [rows, vocab], without noise and with it."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which logits are known, and the greatest scores that tokens may have, [rows, vocab] each.
+
+        The scores come without noise and with it.
+        """
+        known = self._allowed(logits, positions, histories) > -torch.inf
         scores = self._allowed(ceiling, positions, histories)
         if not self.temperature:
-            return scores, scores
+            return known, scores, scores
         scores = scores.float() / self.temperature
         noise_streams = self._noise_streams(scores, streams, positions)
-        return scores, self._with_noise(scores.clone(), noise_streams)
+        return known, scores, self._with_noise(scores.clone(), noise_streams)
 
     @property
     def _filters(self) -> bool:

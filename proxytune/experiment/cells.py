@@ -26,9 +26,8 @@ from proxytune.experiment.completions import (
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
 from proxytune.files import JsonlWriter, read_json, write_jsonl
-from proxytune.records import Completion, Decoding, Example, Metric, Score
+from proxytune.records import Completion, Decoding, Example, Metric, MetricInfo, Score
 from proxytune.results import stats
-from proxytune.results.folder import Shown
 from proxytune.roles import MEMBERS, ORDER
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
@@ -62,7 +61,7 @@ class GenerationSettings:
 
 
 _TOUCHED = "touched_tokens"
-_TOUCHED_INFO = Shown("tokens that the formula touched", higher_is_better=True, percent=True)
+_TOUCHED_INFO = MetricInfo("tokens that the formula touched")
 
 
 @dataclasses.dataclass(frozen=True)

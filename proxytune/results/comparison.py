@@ -35,7 +35,7 @@ def comparison(
 
     Args:
         metrics: rows of `stats.metrics`, of any number of tasks and systems.
-        infos: task -> metric -> how it is shown (`tasks.base.MetricInfo`); the first metric of a
+        infos: task -> metric -> how it is shown (`records.MetricInfo`); the first metric of a
             task is its headline. A metric without an entry is shown under its own name.
         scores: (task, system) -> scores. The intervals of differences are computed from them;
             without scores, gaps closed have no interval and there are no differences.
@@ -244,10 +244,15 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
+def hides_zeros(row: Mapping[str, Any]) -> bool:
+    """Whether a row's metric asks for no row of zeros; most tables have no such column."""
+    return row.get("hide_zeros") in (True,)  # and not not-a-number, which is an empty cell
+
+
 def _hidden(row: Mapping[str, Any]) -> bool:
     """Whether a metric asks for no row of zeros, and this is one."""
     values = (row.get(system) for system in SYSTEMS)
-    return row.get("hide_zeros") in (True,) and not any(is_number(v) and v for v in values)
+    return hides_zeros(row) and not any(is_number(v) and v for v in values)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ import pandas as pd
 
 from proxytune.errors import UserError
 from proxytune.files import read_jsonl, replace_file, set_aside
-from proxytune.records import Metric, Score
+from proxytune.records import Metric, MetricInfo, Score
 from proxytune.results import tables
 from proxytune.results.comparison import (
     AVERAGE,
     comparison,
+    hides_zeros,
     other_dataset_text,
     records,
     unfinished_text,
@@ -91,21 +92,11 @@ def _of_rows(table: pd.DataFrame, of_task: Mapping[str, Any], nothing: Any) -> l
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How a table shows a metric that is no task's own, or an earlier run's."""
-
-    label: str
-    higher_is_better: bool
-    percent: bool
-    hide_zeros: bool = False
-
-
-@dataclass(frozen=True)
 class _Earlier:
     """The results of earlier runs in a folder, by task."""
 
     metrics: list[Metric]
-    infos: dict[str, dict[str, Shown]]
+    infos: dict[str, dict[str, MetricInfo]]
     limits: dict[str, int | None]
     unfinished: dict[str, str]
     other_datasets: dict[str, str]
@@ -119,8 +110,9 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
         for row in _rows_or_none(path):
             task = str(row["task"])
             if task != AVERAGE:
-                hide_zeros = row.get("hide_zeros") in (True,)  # else it is missing
-                shown = Shown(row["label"], row["higher_is_better"], row["percent"], hide_zeros)
+                shown = MetricInfo(
+                    row["label"], row["higher_is_better"], row["percent"], hides_zeros(row)
+                )
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
                 found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
                 found.unfinished[task] = unfinished_text(row)

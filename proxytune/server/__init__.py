@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server for any system: `proxytune serve`; docs/serving.md.
 
 protocol.py  the JSON of requests and answers, as pydantic models
+limits.py    how much a request may have
 neutral.py   fields of requests that change nothing
 prepare.py   a client's request -> a job: prompts encoded, settings checked
 worker.py    one thread per system that runs the jobs of all clients in one decode loop

@@ -11,14 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from proxytune.errors import Unanswered, UpstreamError
+from proxytune.server.limits import MOST_STOPS, STOP_LENGTH
 from proxytune.server.neutral import Strict, way_out
-from proxytune.server.protocol import (
-    MOST_STOPS,
-    STOP_LENGTH,
-    ChatRequest,
-    CompletionRequest,
-    ResponsesRequest,
-)
+from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
 from proxytune.server.worker import BusyError, EndingError, WorkerError
 
 ENDING = "the server is shutting down; ask again when it is back"

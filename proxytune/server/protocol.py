@@ -6,9 +6,20 @@ docstrings and descriptions are in the OpenAPI document.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field
 
+from proxytune.server.limits import (
+    MOST_BIASES,
+    MOST_STOPS,
+    MOST_TURNS,
+    Bias,
+    Count,
+    Penalty,
+    Prompts,
+    Stop,
+    Text,
+    at_most,
+)
 from proxytune.server.neutral import (
     BOOKKEEPING,
     CHAT,
@@ -17,82 +28,7 @@ from proxytune.server.neutral import (
     RESPONSE_TEXT,
     RESPONSES,
     Strict,
-    too_many,
 )
-
-# What a request may have. Each stop string is looked for after each token, so that very many slow
-# everybody down; the other limits keep one body from minutes of checking.
-MOST_STOPS = 128
-STOP_LENGTH = 1024  # characters
-MOST_BIASES = 4096
-MOST_TURNS = 4096  # and parts of one turn
-MOST_PROMPTS = 65_536
-
-TEXT_LENGTH = 10_000_000
-Text = Annotated[str, Field(max_length=TEXT_LENGTH)]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-def _at_most(most: int, things: str) -> BeforeValidator:
-    """Refuses a longer list or object before its items are looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > most:
-            raise too_many(len(value), things, most)
-        return value
-
-    return BeforeValidator(check)
-
-
-def _check_prompt(prompt: Any) -> Any:
-    """The types of `CompletionRequest.prompt`, in a fraction of the time that a union takes.
-
-    A union of four types tries all of them on each of a million token ids.
-    """
-    if isinstance(prompt, list) and set(map(type, prompt)) in ({str}, {list}):
-        if len(prompt) > MOST_PROMPTS:
-            raise too_many(len(prompt), "prompts", MOST_PROMPTS)
-        right = all(map(_is_text if isinstance(prompt[0], str) else _are_ids, prompt))
-    else:
-        right = _is_text(prompt) if isinstance(prompt, str) else _are_ids(prompt)
-    if not right:
-        raise PydanticCustomError("prompt", "no prompt")
-    return prompt
-
-
-def _is_text(prompt: str) -> bool:
-    # encode() fails on a lone surrogate, which no tokenizer reads
-    try:
-        return len(prompt.encode()) <= TEXT_LENGTH
-    except UnicodeEncodeError:
-        return False
-
-
-def _are_ids(prompt: Any) -> bool:
-    if not isinstance(prompt, list) or not set(map(type, prompt)) <= {int}:
-        return False
-    return not prompt or (min(prompt) >= 0 and max(prompt) < 2**31)
-
-
-_TEXT_SCHEMA = {"type": "string", "maxLength": TEXT_LENGTH}
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-Prompts = Annotated[
-    str | list[str] | list[int] | list[list[int]],
-    PlainValidator(_check_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                _TEXT_SCHEMA,
-                {"type": "array", "items": _TEXT_SCHEMA},
-                _IDS_SCHEMA,
-                {"type": "array", "items": _IDS_SCHEMA},
-            ]
-        }
-    ),
-]
 
 
 class StreamOptions(Strict):
@@ -137,11 +73,11 @@ class _Choosing(Strict):
     )
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None,
-        _at_most(MOST_STOPS, "stop strings"),
+        at_most(MOST_STOPS, "stop strings"),
     ] = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None,
-        _at_most(MOST_BIASES, "tokens"),
+        at_most(MOST_BIASES, "tokens"),
     ] = Field(None, description="token id -> what is added to its logit")
     stream: bool | None = None
     alpha: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = Field(
@@ -202,7 +138,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Text | Annotated[list[TextPart], Field(min_length=1)],
-        _at_most(MOST_TURNS, "parts"),
+        at_most(MOST_TURNS, "parts"),
     ]
     name: str | None = Field(None, description="not looked at")
 
@@ -212,7 +148,7 @@ class ChatRequest(_Sampling):
 
     neutral = CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1), _at_most(MOST_TURNS, "messages")]
+    messages: Annotated[list[Message], Field(min_length=1), at_most(MOST_TURNS, "messages")]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
         None, description="OpenAI's newer name of max_tokens"
@@ -246,7 +182,7 @@ class InputMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Text | Annotated[list[InputPart], Field(min_length=1)],
-        _at_most(MOST_TURNS, "parts"),
+        at_most(MOST_TURNS, "parts"),
     ]
 
 
@@ -282,11 +218,11 @@ class ResponsesRequest(_Choosing):
 
     input: Annotated[
         Text | Annotated[list[InputMessage], Field(min_length=1)],
-        _at_most(MOST_TURNS, "messages"),
+        at_most(MOST_TURNS, "messages"),
     ]
     instructions: Text | None = Field(None, description="a system turn before the input")
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    include: Annotated[list[Includable] | None, _at_most(MOST_TURNS, "names")] = None
+    include: Annotated[list[Includable] | None, at_most(MOST_TURNS, "names")] = None
     top_logprobs: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description=f"needs include={[OUTPUT_LOGPROBS]}"
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from proxytune.errors import UserError
 from proxytune.formula import guidance
-from proxytune.generator import Generation, Generator, make_decoding
+from proxytune.generator import Generation, Generator
 from proxytune.loading.build import build, weights_of
 from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle
@@ -26,7 +26,7 @@ from proxytune.loading.load import check_endpoints, check_triple, load_member, l
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
 from proxytune.proxy import Formula, ProxyTunedModel
-from proxytune.records import finite
+from proxytune.records import finite, make_decoding
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, Unpack
 
@@ -23,13 +23,17 @@ from proxytune.errors import UserError
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, token_ids
 from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
-from proxytune.records import Decoding, DecodingSettings, FinishReason, whole_number
+from proxytune.records import (
+    Decoding,
+    DecodingSettings,
+    FinishReason,
+    make_decoding,
+    whole_number,
+)
 
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Pairs = Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
-
-_LISTS = [each.name for each in fields(Decoding) if isinstance(each.default, tuple)]
 
 
 @dataclass(frozen=True)
@@ -468,28 +472,6 @@ class Generator:
                 return None
             self._paces[fixed] = pace
         return self._paces[fixed]
-
-
-def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:
-    """A `Decoding` from the keywords of `generate`; lists and single strings become tuples.
-
-    Raises:
-        UserError: an unknown setting, or an impossible value.
-    """
-    unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
-    if unknown:
-        raise UserError(f"unknown setting {sorted(unknown)[0]!r}")
-    arguments: dict[str, Any] = {"max_new_tokens": 256, **settings}
-    for name in _LISTS:
-        given = arguments.get(name)
-        arguments[name] = (given,) if isinstance(given, str) else _strings(name, given)
-    return Decoding(**arguments)
-
-
-def _strings(name: str, given: Any) -> tuple[Any, ...]:
-    if given is not None and not isinstance(given, Iterable):
-        raise UserError(f"{name} must be a string or a list of them, not {given!r}")
-    return tuple(given or ())
 
 
 def _generation(finished: Finished) -> Generation:

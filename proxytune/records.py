@@ -4,10 +4,10 @@ All are plain data; they know no model, no task and no configuration.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 from proxytune.errors import UserError
 
@@ -59,6 +59,9 @@ _BOUNDS = {
     "presence_penalty": (-2.0, 2.0, 0.0),
     "frequency_penalty": (-2.0, 2.0, 0.0),
 }
+
+
+_LISTS = ("stop", "banned", "banned_first", "choices")  # settings of `Decoding` that are strings
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Decoding:
                 )
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
-        for name in ("stop", "banned", "banned_first", "choices"):
+        for name in _LISTS:
             strings = getattr(self, name)
             if isinstance(strings, str) or not all(isinstance(each, str) for each in strings):
                 raise UserError(f"{name} must be strings in a list, not {strings!r}")
@@ -141,6 +144,28 @@ class DecodingSettings(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     ignore_eos: bool
+
+
+def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:
+    """A `Decoding` from the keywords of `generate`; lists and single strings become tuples.
+
+    Raises:
+        UserError: an unknown setting, or an impossible value.
+    """
+    unknown = settings.keys() - Decoding.__dataclass_fields__.keys()
+    if unknown:
+        raise UserError(f"unknown setting {sorted(unknown)[0]!r}")
+    arguments: dict[str, Any] = {"max_new_tokens": 256, **settings}
+    for name in _LISTS:
+        given = arguments.get(name)
+        arguments[name] = (given,) if isinstance(given, str) else _strings(name, given)
+    return Decoding(**arguments)
+
+
+def _strings(name: str, given: Any) -> tuple[Any, ...]:
+    if given is not None and not isinstance(given, Iterable):
+        raise UserError(f"{name} must be a string or a list of them, not {given!r}")
+    return tuple(given or ())
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

@@ -232,7 +232,7 @@ def _run(size: Size, generator: Any) -> list[list[int]]:
     """The workload: every prompt with its own number of tokens."""
     from dataclasses import replace
 
-    from proxytune.generator import make_decoding
+    from proxytune.records import make_decoding
 
     jobs = size.jobs()
     decoding = make_decoding(max_new_tokens=1, ignore_eos=True)

@@ -16,7 +16,7 @@ from proxytune.engine.rows import Request
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.system import Pass
 from proxytune.engine.text import GrowingText
-from proxytune.generator import make_decoding
+from proxytune.records import make_decoding
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model("llama", 1)

@@ -24,8 +24,7 @@ from proxytune.engine.penalties import History
 from proxytune.engine.sampling import Sampler, gumbel_noise, position_stream, sample_stream
 from proxytune.errors import UserError
 from proxytune.experiment.identity import decoding_identity
-from proxytune.generator import make_decoding
-from proxytune.records import Decoding
+from proxytune.records import Decoding, make_decoding
 
 VOCAB = 16
 PROMPTS = [[1, 5, 3], [4, 4, 9, 10], [7], [2, 11, 12, 13, 14, 3]]

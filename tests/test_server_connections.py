@@ -251,7 +251,7 @@ def test_a_loop_goes_on_with_the_same_tokens_after_a_pause():
         loop = generator.loop(3)
         assert isinstance(loop, DecodeLoop)
         settings = {"max_new_tokens": 12, "temperature": 1.0, "n": 3}
-        from proxytune.generator import make_decoding
+        from proxytune.records import make_decoding
 
         for request in generator.requests(["a", "b c", "d"], make_decoding(**settings), seed=5):
             loop.add(request)

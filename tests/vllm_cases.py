@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import proxytune
-from proxytune.generator import make_decoding
+from proxytune.records import make_decoding
 from proxytune.vllm.settings import EngineSettings
 from tests.tiny import save_tiny
 

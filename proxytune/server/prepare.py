@@ -13,9 +13,9 @@ from proxytune.engine.rows import Request, longest
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
 from proxytune.errors import UserError
-from proxytune.generator import Generator, make_decoding
+from proxytune.generator import Generator
 from proxytune.loading.prompting import prompt_ids
-from proxytune.records import Decoding
+from proxytune.records import Decoding, make_decoding
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import (
     OUTPUT_LOGPROBS,

@@ -72,8 +72,8 @@ class ProxyTunedForCausalLM(nn.Module):
             self._widths.append(model_config.get_hidden_size())
         self.per_request = vllm_config.use_v2_model_runner and len(self.roles) > 1
         if self.per_request:
-            # The alpha of a token stands behind its hidden states, bit for bit: 16-bit types
-            # would round it.
+            # The last columns of a token's hidden states hold its alpha, bit for bit, because
+            # 16-bit types would round it.
             self._widths.append(4 // vllm_config.model_config.dtype.itemsize)
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
 

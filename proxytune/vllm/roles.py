@@ -4,7 +4,7 @@ vLLM counts one prompt per request. Where the members read prompts of their own,
 long as the longest member's: the base's ids with filler before them. A member whose prompt is
 shorter by d skips the first d of these tokens: its own ids stand at its positions 0, 1, ... and in
 the slots that the request's block table gives to these positions. What a member skips in a pass
-comes behind its real tokens as dummies, whose keys and values the tokens of later passes overwrite.
+comes after its real tokens as dummies, whose keys and values the tokens of later passes overwrite.
 
 A request says so in `SamplingParams.extra_args["proxytune"]` (`requests.py`).
 """

@@ -40,6 +40,9 @@ def a_vllm_on_a_cpu(monkeypatch):
     for module in (attention, platforms, triton):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(metadata, "version", lambda name: "0.32.0")
+    plugin = metadata.EntryPoint("proxytune", "proxytune.vllm.plugin:register", "")
+    known = metadata.EntryPoints([plugin])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: known)
     monkeypatch.delenv(checks.SWITCH, raising=False)
 
 
@@ -93,6 +96,13 @@ def test_a_vllm_that_was_not_tried_is_refused_with_the_install_line(monkeypatch,
 def test_a_vllm_that_was_tried_is_taken(monkeypatch, found):
     monkeypatch.setattr(metadata, "version", lambda name: found)
     checks.check_settings(VLLM)
+
+
+def test_an_installation_without_the_plugin_is_refused(monkeypatch):
+    """That of an older proxytune: vLLM would say which 300 architectures it supports."""
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints())
+    with pytest.raises(UserError, match="does not find proxytune's plugin"):
+        checks.check_settings(VLLM)
 
 
 def test_without_vllm_the_install_line_is_said(monkeypatch):

@@ -135,7 +135,7 @@ def check_version() -> None:
     """Refuses a vLLM that was not tried.
 
     Raises:
-        UserError: none is installed, or its version is outside of the range.
+        UserError: none is installed, its version is outside of the range, or it does not know of us.
     """
     found = installed()
     if found is None:
@@ -145,3 +145,9 @@ def check_version() -> None:
     if not first <= parts < end:
         low, high = (".".join(map(str, each)) for each in TRIED)
         raise UserError(f"engine=vllm needs vllm>={low},<{high}, and {found} is here: {INSTALL}")
+    plugins = metadata.entry_points(group="vllm.general_plugins")
+    if "proxytune" not in plugins.names:  # of an installation that is older than the sources
+        raise UserError(
+            "engine=vllm: vLLM does not find proxytune's plugin in this environment; install "
+            f"proxytune again ({INSTALL})"
+        )

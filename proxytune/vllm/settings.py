@@ -135,7 +135,7 @@ def check_version() -> None:
     """Refuses a vLLM that was not tried.
 
     Raises:
-        UserError: none is installed, its version is outside of the range, or it does not know of us.
+        UserError: none is installed, its version is out of range, or it does not know of us.
     """
     found = installed()
     if found is None:

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--clock cpu needs a CPU size and --threads 1")
     if options.scale:
         size = replace(size, scale=options.scale)
+    if options.acceptance:
+        size = replace(size, acceptances=tuple(options.acceptance))
     if options.clock == "cpu":
         # The engine must choose its blocks by the same clock that measures it.
         time.perf_counter = time.process_time
@@ -133,6 +135,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="default: the machine's")
     parser.add_argument("--rounds", type=int, default=3, help="each ratio is their median")
     parser.add_argument("--scale", type=float, help="of the lengths of the mixed workloads")
+    parser.add_argument(
+        "--acceptance", action="append", type=float, help="of drafts; may be repeated"
+    )
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument(
         "--clock",

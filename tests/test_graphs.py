@@ -142,3 +142,30 @@ def test_cuda_graphs_write_the_same_text():
     assert texts(generator, speculative=False) == want
     assert texts(generator, speculative=3) == want
     assert all(member.recorded.usable for member in generator.system.members.values())
+
+
+def test_a_recording_after_all_others_are_dropped_gets_a_new_pool(monkeypatch):
+    """torch frees a pool with its last graph, and a capture into it fails (seen on an H200)."""
+    from contextlib import nullcontext
+
+    class Graph:
+        def replay(self):
+            pass
+
+    handles = iter(range(9))
+    used = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, pool, *_, **__: used.append(pool) or nullcontext()
+    )
+    recorder = graphs.CudaRecorder(torch.device("cuda:0"))
+    first = recorder(lambda: torch.zeros(1))
+    second = recorder(lambda: torch.ones(1))
+    assert used[0] == used[1]
+    assert second() == 1
+    del first, second
+    recorder(lambda: torch.zeros(1))
+    assert used[2] not in used[:2]

@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
@@ -169,6 +170,7 @@ class CudaRecorder:
         # A stream of its own: cuBLAS has one workspace per stream, and members run at once.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Run) -> Run:
         """Records a pass.
@@ -176,12 +178,15 @@ class CudaRecorder:
         Returns:
             Its replay. The next replay of any pass overwrites the result.
         """
+        if not self._graphs:  # torch frees a pool with its last graph, and takes it no more
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
             result = run()
+        self._graphs.add(graph)
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -383,6 +383,11 @@ class Generator:
                 )
         return ids
 
+    @property
+    def shows_members(self) -> bool:
+        """Whether each member's log-probabilities of a chosen token can be asked for."""
+        return len(self.roles) > 1 and all(each.member is None for each in self.members.values())
+
     def check_alpha(self, alpha: float | None) -> None:
         """Refuses an alpha of a request's own where it cannot have one; None is always taken.
 

@@ -171,7 +171,7 @@ class Cases:
         (request,) = g.requests(self.prompts[:1], make_decoding(max_new_tokens=6))
 
         def watch(sample: int, token: int, text: str, rating: Any) -> None:
-            rated = rating(3)
+            rated = rating.of(3)
             found.append([sample, token, text, rated.logprob, rated.rank, rated.top])
 
         loop = g.loop()

@@ -46,7 +46,7 @@ class Chosen:
         Args:
             index: the row's index among those of `choose_from`.
             row: the row.
-            count: at most `width`.
+            count: at most `width`; all but the last one had been drafted.
         """
         first = index * self.width
         for place in range(first, first + count):
@@ -54,8 +54,9 @@ class Chosen:
                 self.tokens[place],
                 self.seen,
                 place,
-                self.certain[place] if self.certain else True,
-                self.unseen[place] if self.unseen else 0.0,
+                certain=self.certain[place] if self.certain else True,
+                unseen=self.unseen[place] if self.unseen else 0.0,
+                drafted=place < first + count - 1,
             )
             if row.reason is not None:
                 return

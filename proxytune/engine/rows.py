@@ -21,7 +21,19 @@ from proxytune.records import Decoding, FinishReason
 FULL = BROKEN - 1  # chosen where the server's context has no room for another token
 
 
-Rating = Callable[[int], TokenLogprob]  # how many tokens to list -> the rating of one token
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """The log-probabilities of a token that was chosen, while the pass it came from is in memory.
+
+    Attributes:
+        of: how many of the likeliest tokens to list -> the token's log-probability.
+        of_members: the same, by the members' roles; empty unless `Request.shows_members`.
+        drafted: whether the small model had guessed the token.
+    """
+
+    of: Callable[[int], TokenLogprob]
+    of_members: Callable[[int], dict[str, TokenLogprob]] = lambda top: {}
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,10 @@ class Request:
         count_touched: whether to count the tokens whose logits are not the base's own.
         on_token: called with every chosen token, also the one that ends the completion:
             (sample, token, the text that is now certain, its rating). The texts of a sample make
-            up `Finished.text`: no later token takes any of it away. The rating is a function: how
-            many of the likeliest tokens to list -> the token's log-probability; of a real token.
+            up `Finished.text`: no later token takes any of it away. Only a real token can be
+            rated.
         top: the most tokens that `on_token` will have listed; None for no ratings.
+        shows_members: whether `on_token` will ask for the members' log-probabilities.
     """
 
     index: int
@@ -65,6 +78,7 @@ class Request:
     count_touched: bool = False
     on_token: Callable[[int, int, str, Rating], None] | None = None
     top: int | None = None
+    shows_members: bool = False
 
     @cached_property
     def room(self) -> int:
@@ -142,7 +156,8 @@ class Row:
     @property
     def reads_members(self) -> bool:
         """Whether `take` reads the members' logits beside the system's."""
-        return self.trace is not None or self.touched is not None
+        recorded = self.trace is not None or self.touched is not None
+        return recorded or self.request.shows_members
 
     def prompt(self) -> Prompt:
         """The prompt and the tokens written after it: role -> token ids."""
@@ -173,7 +188,16 @@ class Row:
             self.reason = "stop"
         return text
 
-    def take(self, token: int, seen: Pass, place: int, certain: bool, unseen: float) -> None:
+    def take(
+        self,
+        token: int,
+        seen: Pass,
+        place: int,
+        *,
+        certain: bool = True,
+        unseen: float = 0.0,
+        drafted: bool = False,
+    ) -> None:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
@@ -182,6 +206,7 @@ class Row:
             place: its row in `seen`.
             certain: False where tokens that an API did not list could have changed the choice.
             unseen: the probability of the tokens that the API did not list.
+            drafted: whether the small model had guessed the token.
         """
         if self.trace is not None and token != FULL:
             each_role = {"system": seen.logits[place]}
@@ -194,7 +219,12 @@ class Row:
                 self.truncation.add(certain, unseen)
         if self.touched is not None:
             self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
-        self.write(token, partial(_rate, seen.logits[place], token))
+        rating = Rating(
+            partial(_rate, seen.logits[place], token),
+            partial(_rate_members, seen, place, token),
+            drafted,
+        )
+        self.write(token, rating)
 
     def write(self, token: int, rating: Rating) -> None:
         """Appends a token that was chosen, and tells whoever watches.
@@ -227,6 +257,11 @@ def _rate(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
     """The rating of one token among logits, [vocab]."""
     (rated,) = token_logprobs(logits.unsqueeze(0), [token], top)
     return rated
+
+
+def _rate_members(seen: Pass, place: int, token: int, top: int) -> dict[str, TokenLogprob]:
+    """The members' ratings of one token at one place of a flat pass, by role."""
+    return {role: _rate(logits[place], token, top) for role, logits in seen.members.items()}
 
 
 def longest(prompt: Prompt) -> int:

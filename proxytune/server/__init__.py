@@ -6,6 +6,7 @@ neutral.py   fields of requests that change nothing
 prepare.py   a client's request -> a job: prompts encoded, settings checked
 worker.py    one thread per system that runs the jobs of all clients in one decode loop
 answers.py   the worker's events -> OpenAI's JSON
+logprobs.py  log-probabilities in it
 responses.py the same for /v1/responses
 app.py       the routes
 connections.py  the listening socket, limits on connections, and the server's end

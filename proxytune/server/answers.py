@@ -12,6 +12,7 @@ from proxytune.engine.rows import Finished
 from proxytune.engine.sampling import NOTHING
 from proxytune.engine.text import TokenTexts
 from proxytune.server.errors import error_body
+from proxytune.server.logprobs import LogprobWriter
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import ChatRequest, CompletionRequest
 from proxytune.server.worker import Piece
@@ -20,92 +21,6 @@ from proxytune.server.worker import Piece
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "nothing": "stop"}
 
 RatedPrompts = Mapping[int, Sequence[TokenLogprob | None]]  # by the prompt's place
-
-
-class LogprobWriter:
-    """Log-probabilities as the JSON of each endpoint.
-
-    Args:
-        texts: the text of each token.
-        as_ids: names tokens "token_id:<int>" instead of by their text, which several may share.
-    """
-
-    def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
-        self.texts = texts
-        self._as_ids = as_ids
-
-    def name(self, token: int) -> str:
-        """A token's name in lists of tokens."""
-        return f"token_id:{token}" if self._as_ids else self.texts.text(token)
-
-    def completion(
-        self, ids: Sequence[int], rated: Sequence[TokenLogprob | None], top: int, offset: int
-    ) -> dict[str, Any]:
-        """`choice.logprobs` of a completion.
-
-        Args:
-            ids: the tokens.
-            rated: their log-probabilities; None for a prompt's first token.
-            top: tokens listed at each position besides the chosen one; -1 is all.
-            offset: where the first token's text begins in the choice's text, in characters.
-        """
-        offsets = []
-        for token in ids:
-            offsets.append(offset)
-            offset += len(self.texts.shown(token))
-        return {
-            "tokens": [self.name(token) for token in ids],
-            "token_logprobs": [None if each is None else each.logprob for each in rated],
-            "top_logprobs": [None if each is None else self._top(each, top) for each in rated],
-            "text_offset": offsets,
-        }
-
-    def length(self, ids: Sequence[int]) -> int:
-        """How many characters the tokens add to a completion."""
-        return sum(len(self.texts.shown(token)) for token in ids)
-
-    def chat(self, rated: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
-        """`choice.logprobs` of a chat completion."""
-        return {
-            "content": [
-                self._chat_token(each.id, each.logprob)
-                | {"top_logprobs": [self._chat_token(*best) for best in _first(each, top)]}
-                for each in rated
-            ]
-        }
-
-    def prompt(self, rated: Sequence[TokenLogprob | None], top: int) -> list[Any]:
-        """`choice.prompt_logprobs`: at each position token id -> log-probability, rank and text.
-
-        The prompt's own token is always among them.
-        """
-        return [None if each is None else self._by_id(each, top) for each in rated]
-
-    def _by_id(self, rated: TokenLogprob, top: int) -> dict[str, Any]:
-        entries = {rated.id: (rated.logprob, rated.rank)}
-        for rank, (token, logprob) in enumerate(_first(rated, top), start=1):
-            entries.setdefault(token, (logprob, rank))
-        return {
-            str(token): {
-                "logprob": logprob,
-                "rank": rank,
-                "decoded_token": self.texts.text(token),
-            }
-            for token, (logprob, rank) in entries.items()
-        }
-
-    def _top(self, rated: TokenLogprob, top: int) -> dict[str, float]:
-        named: dict[str, float] = {}
-        for token, logprob in [*_first(rated, top), (rated.id, rated.logprob)]:
-            named.setdefault(self.name(token), logprob)  # of two of one name, the likelier
-        return named
-
-    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.name(token), "logprob": logprob, "bytes": self.texts.bytes(token)}
-
-
-def _first(rated: TokenLogprob, top: int) -> list[tuple[int, float]]:
-    return rated.top if top < 0 else rated.top[:top]
 
 
 def generated_tokens(finished: Finished) -> int:
@@ -128,6 +43,7 @@ class Sample:
 
     tokens: list[TokenLogprob] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)  # those with the members' log-probabilities
     finished: Finished | None = None
 
     def add(self, piece: Piece) -> None:
@@ -135,6 +51,8 @@ class Sample:
         self.ids += _ids(piece)
         if piece.token is not None:
             self.tokens.append(piece.token)
+        if piece.members is not None:
+            self.pieces.append(piece)
 
 
 Samples = Mapping[tuple[int, int], Sample]  # by the prompt's place and the sample's number
@@ -182,9 +100,14 @@ class _Chunks(Answer):
     """A stream of chunks that each hold one choice: completions and chat completions."""
 
     def __init__(
-        self, body: CompletionRequest | ChatRequest, prepared: Prepared, head: Json
+        self,
+        body: CompletionRequest | ChatRequest,
+        prepared: Prepared,
+        head: Json,
+        texts: TokenTexts,
     ) -> None:
         self._prepared = prepared
+        self._writer = LogprobWriter(texts, bool(body.return_tokens_as_token_ids))
         self._ids = bool(body.return_token_ids)
         self._chunk_head = head
         options = body.stream_options
@@ -218,11 +141,14 @@ class _Chunks(Answer):
 
     def piece(self, piece: Piece, used: Json) -> list[Json]:
         """A chunk, unless the token adds nothing that was asked for."""
-        if not piece.text and piece.token is None and not (self._ids and _ids(piece)):
+        members = self._writer.members([piece])
+        rated = piece.token is not None or bool(members)
+        if not piece.text and not rated and not (self._ids and _ids(piece)):
             return []
         tokens = [] if piece.token is None else [piece.token]
         at = piece.prompt, piece.sample
-        return [self._chunk([self._delta(at, piece.text, tokens, _ids(piece), None)], used)]
+        choice = self._delta(at, piece.text, tokens, _ids(piece), None)
+        return [self._chunk([choice | members], used)]
 
     def ended(self, prompt: int, finished: Finished, used: Json) -> list[Json]:
         """The chunk with the reason."""
@@ -251,9 +177,8 @@ class CompletionAnswer(_Chunks):
         self, body: CompletionRequest, prepared: Prepared, texts: TokenTexts, model: str
     ) -> None:
         self._head = _head("cmpl", "text_completion", model)
-        super().__init__(body, prepared, self._head)
+        super().__init__(body, prepared, self._head, texts)
         self._body = body
-        self._writer = LogprobWriter(texts, bool(body.return_tokens_as_token_ids))
         self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
 
     def whole(self, samples: Samples, rated: RatedPrompts, used: Json) -> Json:
@@ -271,6 +196,7 @@ class CompletionAnswer(_Chunks):
                 choice["prompt_logprobs"] = self._writer.prompt(
                     rated[prompt], self._body.prompt_logprobs
                 )
+            choice |= self._writer.members(sample.pieces)
             choices.append(self._with_prompt(self._with_ids(choice, sample.ids), prompt))
         return self._head | {"choices": choices, "usage": used}
 
@@ -336,9 +262,8 @@ class ChatAnswer(_Chunks):
         self, body: ChatRequest, prepared: Prepared, texts: TokenTexts, model: str
     ) -> None:
         self._head = _head("chatcmpl", "chat.completion", model)
-        super().__init__(body, prepared, self._head | {"object": "chat.completion.chunk"})
+        super().__init__(body, prepared, self._head | {"object": "chat.completion.chunk"}, texts)
         self._body = body
-        self._writer = LogprobWriter(texts, bool(body.return_tokens_as_token_ids))
 
     def whole(self, samples: Samples, rated: RatedPrompts, used: Json) -> Json:
         """The answer as one JSON object."""
@@ -349,6 +274,7 @@ class ChatAnswer(_Chunks):
             message = {"role": "assistant", "content": sample.finished.text}
             reason = sample.finished.finish_reason
             choice = self._choice(number, "message", message, sample.tokens, reason)
+            choice |= self._writer.members(sample.pieces)
             choices.append(self._with_ids(choice, sample.ids))
         return self._with_prompt(self._head | {"choices": choices, "usage": used})
 

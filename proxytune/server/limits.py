@@ -66,8 +66,15 @@ def _are_ids(prompt: Any) -> bool:
     return not prompt or (min(prompt) >= 0 and max(prompt) < 2**31)
 
 
+def _check_ids(ids: Any) -> Any:
+    if not _are_ids(ids):
+        raise PydanticCustomError("token_ids", "no list of token ids")
+    return ids
+
+
 _TEXT = {"type": "string", "maxLength": TEXT_LENGTH}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+BeginIds = Annotated[list[int], PlainValidator(_check_ids), WithJsonSchema(_IDS)]
 Prompts = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_check_prompt),

@@ -78,8 +78,10 @@ def prepare_completion(
     _refuse_completion(body, max_tokens, n, generator, settings)
     tops = _prompt_tops(body)
     ids = [_encode(prompt, body.add_special_tokens is not False, generator) for prompt in prompts]
+    ids = [_begun(each, body, generator) for each in ids]
     job = Job(
         top=body.logprobs,
+        members_top=body.member_logprobs,
         rate_top=-1 if -1 in tops else max(tops, default=0),
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
@@ -107,6 +109,9 @@ def _refuse_completion(
         raise ApiError(f"best_of must equal n={n}", param="best_of")
     _check_top("logprobs", body.logprobs, settings)
     _check_top("prompt_logprobs", body.prompt_logprobs, settings)
+    _check_members(body, generator, settings)
+    if body.begin_token_ids and (body.echo or body.prompt_logprobs is not None):
+        raise ApiError("begin_token_ids come without echo and prompt_logprobs", param="echo")
     if body.prompt_logprobs is not None and body.stream:
         raise ApiError("prompt_logprobs come without stream", param="prompt_logprobs")
     if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
@@ -138,13 +143,15 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
     _check_top("top_logprobs", body.top_logprobs, settings)
+    _check_members(body, generator, settings)
     _check_continuation(body)
-    ids = _conversation(body.messages, generator, "messages")
+    ids = _begun(_conversation(body.messages, generator, "messages"), body, generator)
     asked = body.max_completion_tokens or body.max_tokens
     decoding = _decoding(body, asked or _longest_answer(generator, settings), settings)
     job = Job(
         requests=_requests([ids], decoding, body, generator, "messages"),
         top=(body.top_logprobs or 0) if body.logprobs else None,
+        members_top=body.member_logprobs,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream or body.return_token_ids),
         streams=bool(body.stream),
@@ -252,6 +259,35 @@ def _check_top(name: str, top: int | None, settings: ServerSettings) -> None:
             f"{name}={top} is more than this server gives (max_logprobs={settings.max_logprobs})",
             param=name,
         )
+
+
+def _check_members(
+    body: CompletionRequest | ChatRequest, generator: Generator, settings: ServerSettings
+) -> None:
+    """Refuses the members' log-probabilities where the system does not show them."""
+    if body.member_logprobs is None:
+        return
+    if not generator.shows_members:
+        raise ApiError(
+            "this system shows no members' log-probabilities; a triple whose models all run in "
+            "engine=own does",
+            param="member_logprobs",
+        )
+    _check_top("member_logprobs", body.member_logprobs, settings)
+
+
+def _begun(
+    ids: dict[str, list[int]], body: CompletionRequest | ChatRequest, generator: Generator
+) -> dict[str, list[int]]:
+    """A prompt, role -> token ids, with the tokens that are to begin its answer."""
+    begin = body.begin_token_ids or []
+    odd = next((token for token in begin if token >= generator.vocab_size), None)
+    if odd is not None:
+        raise ApiError(
+            f"token {odd} is outside the vocabulary of {generator.vocab_size}",
+            param="begin_token_ids",
+        )
+    return {role: [*own, *begin] for role, own in ids.items()}
 
 
 def _alpha(alpha: float | None, generator: Generator) -> float | None:

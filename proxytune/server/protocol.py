@@ -12,6 +12,7 @@ from proxytune.server.limits import (
     MOST_BIASES,
     MOST_STOPS,
     MOST_TURNS,
+    BeginIds,
     Bias,
     Count,
     Penalty,
@@ -95,6 +96,12 @@ class _Sampling(_Choosing):
     )
     return_token_ids: bool | None = Field(
         None, description="the answer brings token_ids and prompt_token_ids (of the base)"
+    )
+    member_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description="for each token, every member's log-probability and k likeliest tokens"
+    )
+    begin_token_ids: BeginIds | None = Field(
+        None, description="tokens that begin every answer; the completion comes after them"
     )
 
 
@@ -269,6 +276,31 @@ class PromptLogprob(BaseModel):
     decoded_token: str
 
 
+class ListedToken(BaseModel):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    token_id: int
+    logprob: float
+
+
+class MemberLogprob(BaseModel):
+    """A token's log-probability under one member, and that member's likeliest tokens."""
+
+    logprob: float
+    rank: int
+    top: list[ListedToken]
+
+
+class MemberToken(BaseModel):
+    """A generated token under every member; "system" is the whole system."""
+
+    token: str
+    token_id: int
+    drafted: bool
+    members: dict[str, MemberLogprob]
+
+
 class CompletionChoice(BaseModel):
     """One sample of one prompt; its index is prompt * n + sample."""
 
@@ -278,6 +310,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     token_ids: list[int] | None = None
+    member_logprobs: list[MemberToken] | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -327,6 +360,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     token_ids: list[int] | None = None
+    member_logprobs: list[MemberToken] | None = None
 
 
 class ChatResponse(BaseModel):

@@ -12,8 +12,9 @@ from typing import Any
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.rows import Finished
 from proxytune.engine.text import TokenTexts
-from proxytune.server.answers import Answer, Json, LogprobWriter, RatedPrompts, Sample, Samples
+from proxytune.server.answers import Answer, Json, RatedPrompts, Sample, Samples
 from proxytune.server.errors import error_body
+from proxytune.server.logprobs import LogprobWriter
 from proxytune.server.prepare import Prepared
 from proxytune.server.protocol import OUTPUT_LOGPROBS, ResponsesRequest
 from proxytune.server.worker import Piece

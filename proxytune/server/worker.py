@@ -51,6 +51,9 @@ class Piece:
         id: the token; `NOTHING` where none could be chosen.
         text: the text that became certain by the token; see `engine.rows.Request.on_token`.
         token: its log-probability; None where the job asks for none.
+        members: the system's and the members' log-probabilities of it by role ("system" is the
+            whole system); None where the job asks for none.
+        drafted: whether the small model had guessed it.
     """
 
     prompt: int
@@ -58,6 +61,8 @@ class Piece:
     id: int
     text: str
     token: TokenLogprob | None
+    members: dict[str, TokenLogprob] | None = None
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Job:
         requests: prompts to be continued; their `index` is their place in this list.
         rate: prompts whose tokens get their log-probabilities, each role -> token ids.
         top: tokens listed per generated token; None asks for no log-probabilities.
+        members_top: the same for each member; None asks for no log-probabilities of members.
         rate_top: tokens listed per token of a rated prompt.
         alpha: scale on (expert - antiexpert) for this job; None is the system's.
         pieces: whether `Piece` events are wanted although no log-probabilities are.
@@ -108,6 +114,7 @@ class Job:
     requests: list[Request] = field(default_factory=list)
     rate: list[Prompt] = field(default_factory=list)
     top: int | None = None
+    members_top: int | None = None
     rate_top: int = 0
     alpha: float | None = None
     pieces: bool = False
@@ -206,7 +213,8 @@ class Worker:
         if self.waiting >= self.max_waiting:
             raise BusyError(f"{self.waiting} completions are waiting already")
         job._home = asyncio.get_running_loop()
-        job._each += self.generator.vocab_size if job.top == -1 else job.top or 0
+        for top, lists in ((job.top, 1), (job.members_top, 1 + len(self.generator.roles))):
+            job._each += lists * (self.generator.vocab_size if top == -1 else top or 0)
         self._open.add(job)
         self._count(job.left)
         self._commands.put(partial(self._add, job))
@@ -305,9 +313,16 @@ class Worker:
             index = self._next
             self._next += 1
             self._jobs[index] = (job, place)
-            watch = partial(self._watch, job, place) if job.pieces or job.top is not None else None
+            watched = job.pieces or job.top is not None or job.members_top is not None
             self._loop.add(
-                replace(request, index=index, alpha=job.alpha, on_token=watch, top=job.top)
+                replace(
+                    request,
+                    index=index,
+                    alpha=job.alpha,
+                    on_token=partial(self._watch, job, place) if watched else None,
+                    top=job.top,
+                    shows_members=job.members_top is not None,
+                )
             )
 
     def _cancel(self, job: Job) -> None:
@@ -337,8 +352,13 @@ class Worker:
     def _watch(
         self, job: Job, place: int, sample: int, token: int, text: str, rating: Rating
     ) -> None:
-        rated = None if job.top is None or token < 0 else rating(job.top)
-        job._pending.append(Piece(place, sample, token, text, rated))
+        rated = members = None
+        if job.top is not None and token >= 0:
+            rated = rating.of(job.top)
+        if job.members_top is not None and token >= 0:
+            members = {"system": rating.of(job.members_top), **rating.of_members(job.members_top)}
+        piece = Piece(place, sample, token, text, rated, members, rating.drafted)
+        job._pending.append(piece)
 
     def _rate(self) -> None:
         """Rates as many waiting prompts as fit into one pass."""

@@ -35,6 +35,11 @@ class VllmGenerator(Generator):
         self._describe(plan.models, plan.facts, plan.vocab_size, plan.alphas, plan.end)
         self.max_positions = plan.positions(engine.settings.max_model_len)
 
+    @property
+    def shows_members(self) -> bool:
+        """False: vLLM gives the triple's log-probabilities alone."""
+        return False
+
     def sibling(self) -> "VllmGenerator":
         """This generator: vLLM keeps the rows of several loops apart."""
         return self

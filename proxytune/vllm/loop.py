@@ -7,7 +7,7 @@ from typing import Any
 
 from proxytune.engine.base_loop import Loop
 from proxytune.engine.logprobs import TokenLogprob
-from proxytune.engine.rows import Finished, Request, Row, Shared
+from proxytune.engine.rows import Finished, Rating, Request, Row, Shared
 from proxytune.vllm.engine import Engine
 from proxytune.vllm.requests import Listed, completion
 
@@ -116,7 +116,7 @@ class EngineLoop(Loop):
         if part.finish_reason in ("abort", "error"):
             raise RuntimeError(f"vLLM has given up a request: {part.finish_reason}")
         for place, token in enumerate(part.token_ids):
-            row.write(token, partial(self._rate, part.logprobs, place, token))
+            row.write(token, Rating(partial(self._rate, part.logprobs, place, token)))
             if row.reason is not None:
                 break
         if row.reason is None:

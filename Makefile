@@ -92,6 +92,12 @@ rescore-published: install ## score a release of stored completions again: DIR=.
 bench: install ## ratios of the decode engine, measured in one run
 	$(BIN)/python scripts/bench.py
 
+TRIPLE ?= pocket
+playground: install ## base, expert, proxy and tuned answers side by side in a browser (TRIPLE=...)
+	$(BIN)/proxytune serve triple=$(TRIPLE) playground=true $(ARGS)
+
+.PHONY: playground
+
 # No `install`: a machine with a GPU has its own torch, and perhaps no network.
 GPU_PYTHON ?= $(PYTHON)
 gpu: ## what a GPU shows, in ten minutes (GPU_PYTHON: one with torch and transformers)

@@ -6,10 +6,13 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +203,34 @@ def serves(snippet: Snippet, more: str, place: Place) -> None:
     key = {"Authorization": "Bearer secret"}
     models = requests.get(f"{url}/v1/models", headers=key, timeout=20).json()
     assert [model["id"] for model in models["data"]] == ["pocket-proxy"]
+
+
+@contextmanager
+def started_server(*words: str) -> Iterator[str]:
+    """Starts the console script on a free port; what it says once it can be reached."""
+    start = [sys.executable, "-c", "from proxytune.cli import main; main()", *words, "port=0"]
+    environment = os.environ | {"PROXYTUNE_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def serves_the_page(snippet: Snippet, more: str, place: Place) -> None:
+    """The page is there, and is told the triple's systems and prompts of its tasks."""
+    _, *words = shlex.split(snippet.text)
+    with started_server(*words) as said:
+        home = re.findall(r"http://[\d.]+:\d+", said)[0]
+        assert "proxytune playground" in requests.get(home, timeout=20).text
+        key = {"Authorization": "Bearer secret"}
+        told = requests.get(f"{home}/v1/playground", headers=key, timeout=20).json()
+    assert [each["model"] for each in told["systems"]] == [
+        f"pocket-{system}" for system in ("base", "expert", "proxy", "tuned")
+    ]
+    assert told["examples"]
 
 
 def announces(snippet: Snippet, more: str, place: Place) -> None:

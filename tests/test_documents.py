@@ -5,11 +5,7 @@ what stands in for what. A command that is new in a document needs a rule, and a
 nothing any more has to go.
 """
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,7 +34,9 @@ from tests.document_actions import (
     run,
     run_outside,
     serves,
+    serves_the_page,
     skip,
+    started_server,
     yaml_file,
 )
 from tests.documents import SNIPPETS, Snippet, snippets
@@ -210,6 +208,7 @@ RULES = [
     Rule(r"vllm.md: proxytune (serve|vllm-command) .*", skip, "tests/test_vllm.py runs them"),
     # the server and its clients
     Rule(ANY + r"proxytune serve triple=pocket port=8000", serves),
+    Rule(r"serving.md: proxytune serve triple=pocket playground=true", serves_the_page),
     Rule(ANY + r"proxytune serve( triple=\.\.\. key=value \.\.\.)?", skip, "its name and form"),
     Rule(r"serving.md: serving pocket-proxy on .*", announces),
     Rule(r"serving.md: curl .*", run_outside),
@@ -326,15 +325,8 @@ def place(tmp_path, monkeypatch, request, capsys) -> Place:
 @pytest.fixture(scope="module")
 def server_said() -> Iterator[str]:
     """Starts the server of docs/serving.md on a free port; what it says once it can be reached."""
-    start = [sys.executable, "-c", "from proxytune.cli import main; main()", *SERVE[1:], "port=0"]
-    environment = os.environ | {"PROXYTUNE_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+    with started_server(*SERVE[1:]) as said:
+        yield said
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 import base64
 import gzip
 import json
-import os
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import report_folder
 
 from proxytune.results.folder import read_csv, to_csv
 from proxytune.results.report import write_report
+from tests.browsing import click, picture, resize, wait
 
 
 @pytest.fixture(scope="module")
@@ -109,45 +108,11 @@ def test_the_headline_names_models_not_this_machines_folders(tmp_path):
 # -- in a real browser --------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    service = webdriver.ChromeService(executable_path=driver)
-    with webdriver.Chrome(options=options, service=service) as browser:
-        yield browser
-
-
 def show(browser, page, width=1280, height=900, ready=True):
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(browser, width, height)
     browser.get(page.as_uri())
     if ready:
         wait(browser, "return document.documentElement.dataset.ready === 'yes'")
-
-
-def wait(browser, script, seconds=20):
-    end = time.monotonic() + seconds
-    while not browser.execute_script(script):
-        assert time.monotonic() < end, f"never true: {script}"
-        time.sleep(0.02)
-
-
-def picture(browser, name):
-    folder = os.environ.get("PROXYTUNE_SCREENSHOTS")
-    if folder:
-        Path(folder, name).write_bytes(browser.get_screenshot_as_png())
-
-
-def click(browser, selector):
-    browser.execute_script(f"document.querySelector('{selector}').click()")
 
 
 def count(browser):

@@ -97,8 +97,8 @@ def turn(role: str, text: str) -> dict[str, str]:
 
 def test_confirmed_drafts_are_marked():
     """An expert that is a copy of base and antiexpert guesses every token."""
-    copies = [tiny_model(seed=1, hidden=16) for _ in range(3)]
-    same = api.load(*copies, tokenizer=tiny_tokenizer())
+    base, expert, antiexpert = (tiny_model(seed=1, hidden=16) for _ in range(3))
+    same = api.load(base, expert, antiexpert, tokenizer=tiny_tokenizer())
     with running(create_app({"tiny": same}, speculative=3)) as own:
         _, answer = post(own, prompt=PROMPT, max_tokens=9)
     drafted = [each["drafted"] for each in answer["choices"][0]["member_logprobs"]]
@@ -111,9 +111,7 @@ def test_answers_begin_with_given_tokens(url):
     _, answer = post(url, prompt=PROMPT, max_tokens=8, return_token_ids=True)
     (choice,) = answer["choices"]
     ids = choice["token_ids"]
-    _, rest = post(
-        url, prompt=PROMPT, max_tokens=4, begin_token_ids=ids[:4], return_token_ids=True
-    )
+    _, rest = post(url, prompt=PROMPT, max_tokens=4, begin_token_ids=ids[:4], return_token_ids=True)
     assert rest["choices"][0]["token_ids"] == ids[4:]
     assert choice["text"].endswith(rest["choices"][0]["text"])
     assert rest["choices"][0]["prompt_token_ids"] == [*choice["prompt_token_ids"], *ids[:4]]

@@ -34,12 +34,16 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
     own = OmegaConf.masked_copy(cfg, [each.name for each in fields(ServerSettings)])
     settings = ServerSettings(**to_dict(own))
     name = _name(cfg, triple)
+    if cfg.playground:
+        from proxytune.cli.playground import check_playground
+
+        check_playground(cfg)
     # Bind first: a taken port must fail before models load.
     with _bind(cfg.host, cfg.port) as listener:
         host, port = listener.getsockname()[:2]
         if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
             log.warning("%s: others can reach this server, and it asks for no api_key", host)
-        app = _load(cfg, name, settings)
+        app = _load(cfg, name, triple, settings)
         from proxytune.server.connections import Server  # imports torch
 
         shown = f"[{host}]" if ":" in host else host
@@ -49,6 +53,8 @@ def serve(cfg: DictConfig, triple: str | None) -> None:
         gc.freeze()
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # a line per write to who has left
         place = f"serving {name} on http://{shown}:{port}/v1  (Ctrl-C ends it)"
+        if cfg.playground:
+            place = f"playground of {name} on http://{shown}:{port}/  (Ctrl-C ends it)"
         server = Server(app, listener, place)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(signal.SIGHUP, server.handle_exit)
@@ -119,7 +125,7 @@ def _asked(cfg: DictConfig) -> dict[str, Any]:
     return {role: specs[each] for role, each in roles.items()}
 
 
-def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
+def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettings) -> Any:
     """Loads the system's models; the app that serves them.
 
     Raises:
@@ -140,6 +146,8 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
         torch.set_num_threads(cfg.machine.threads)
     # No warning about a prompt that is too long: the client gets an error.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if cfg.playground:
+        return _load_playground(cfg, name, triple, settings)
     asked = _asked(cfg)
     if cfg.engine.name == OWN:
         members: dict[str, Any] = check_models(asked)
@@ -155,6 +163,36 @@ def _load(cfg: DictConfig, name: str, settings: ServerSettings) -> Any:
         generator = load_engine(asked, engine, cfg.alpha)
     return create_app(
         {name: generator}, settings, batch_size=cfg.batch_size, speculative=cfg.speculative
+    )
+
+
+def _load_playground(
+    cfg: DictConfig, name: str, triple: str | None, settings: ServerSettings
+) -> Any:
+    """Loads every system of the triple; the app that serves them and the page.
+
+    Raises:
+        UserError: the triple lacks one of the proxy's models, or the models do not fit.
+    """
+    from proxytune.cli.playground import asked_systems, load_systems, playground_of
+    from proxytune.experiment.checks import check_models
+    from proxytune.server.app import create_app
+
+    _asked(cfg)
+    systems = asked_systems(cfg)
+    specs = model_specs(cfg)
+    used = {member for roles in systems.values() for member in roles.values()}
+    members = check_models({role: spec for role, spec in specs.items() if role in used})
+    generators = load_systems(cfg, members, systems)
+    names = {each: name if each == "proxy" else f"{triple or 'triple'}-{each}" for each in systems}
+    # the proxy first: it answers requests that name no model
+    served = {names[each]: generators[each] for each in ("proxy", *systems)}
+    return create_app(
+        served,
+        settings,
+        batch_size=cfg.batch_size,
+        speculative=cfg.speculative,
+        playground=playground_of(cfg, triple, names),
     )
 
 

@@ -162,6 +162,7 @@ class ServeConfig(ServerSettings):
         port: 0 takes any free one.
         batch_size: rows decoded at once; "auto" follows the device's memory.
         speculative: "auto", false, or a fixed number of drafted tokens.
+        playground: serves every system of the triple, and a page at / that shows them side by side.
     """
 
     root: str = str(ROOT)
@@ -178,6 +179,7 @@ class ServeConfig(ServerSettings):
     port: int = 8000
     batch_size: Any = "auto"
     speculative: Any = "auto"
+    playground: bool = False
 
 
 def to_dict(node: DictConfig) -> dict[str, Any]:

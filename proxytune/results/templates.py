@@ -1,4 +1,4 @@
-"""The jinja templates of report_assets. They escape every value that is not `Markup` already."""
+"""The jinja templates of page_assets. They escape every value that is not `Markup` already."""
 
 from functools import cache
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-_ASSETS = Path(__file__).resolve().parent / "report_assets"
+_ASSETS = Path(__file__).resolve().parent / "page_assets"
 
 
 def render(name: str, **values: Any) -> Markup:
     """Fills a template.
 
     Args:
-        name: its file in report_assets.
+        name: its file in page_assets.
         values: its variables; the template fails on one that is missing.
     """
     return Markup(_environment().get_template(name).render(values))
 
 
 def asset(name: str) -> Markup:
-    """The text of a file in report_assets that belongs in a page as it is (style, script)."""
+    """The text of a file in page_assets that belongs in a page as it is (style, script)."""
     return Markup((_ASSETS / name).read_text(encoding="utf-8"))
 
 

@@ -5,10 +5,12 @@ limits.py    how much a request may have
 neutral.py   fields of requests that change nothing
 prepare.py   a client's request -> a job: prompts encoded, settings checked
 worker.py    one thread per system that runs the jobs of all clients in one decode loop
+turns.py     workers whose systems share models decode one at a time
 answers.py   the worker's events -> OpenAI's JSON
 logprobs.py  log-probabilities in it
 responses.py the same for /v1/responses
 app.py       the routes
+playground.py  the page at /, which shows a triple's systems side by side
 connections.py  the listening socket, limits on connections, and the server's end
 gate.py      names, the API key, limits and counters, before a request is read
 hosts.py     which names a server answers to

@@ -30,6 +30,7 @@ from proxytune.server.answers import (
 )
 from proxytune.server.errors import ApiError, PlainJson, explain, handle_errors, short
 from proxytune.server.gate import Gate, Metrics
+from proxytune.server.playground import Playground, page
 from proxytune.server.prepare import (
     Prepared,
     prepare_chat,
@@ -39,11 +40,12 @@ from proxytune.server.prepare import (
 from proxytune.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
 from proxytune.server.responses import ResponsesAnswer
 from proxytune.server.settings import ServerSettings
+from proxytune.server.turns import Turns, share_models
 from proxytune.server.worker import Ended, Piece, Rated, Worker, WorkerError
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 LONG_BYTES = 64 * 2**10  # bodies above it are encoded by a thread of their own
-PATHS = frozenset(["/v1/models", *_GENERATING, "/health", "/metrics"])
+PATHS = frozenset(["/v1/models", *_GENERATING, "/health", "/metrics", "/", "/v1/playground"])
 Body = TypeVar("Body", CompletionRequest, ChatRequest, ResponsesRequest)
 _ERRORS = {
     400: "The request cannot be served as it is",
@@ -100,14 +102,17 @@ def create_app(
     *,
     batch_size: Any = "auto",
     speculative: Any = "auto",
+    playground: Playground | None = None,
 ) -> FastAPI:
     """The server as an ASGI app; its workers run from now on.
 
     Args:
-        generators: one system, or name -> system. Nobody else may decode with them meanwhile.
+        generators: one system, or name -> system; they may share models. Nobody else may decode
+            with them meanwhile.
         settings: limits on requests.
         batch_size: rows decoded at once, per system; "auto" goes by the free memory.
         speculative: as for `Generator.generate`.
+        playground: the page at /; None for none.
 
     Raises:
         UserError: a system has no tokenizer.
@@ -115,6 +120,7 @@ def create_app(
     settings = settings or ServerSettings()
     if isinstance(generators, Generator):
         generators = {"proxytune": generators}
+    turns = Turns() if share_models(generators.values()) else None
     models = {
         name: Served(
             name,
@@ -123,6 +129,7 @@ def create_app(
             batch_size=batch_size,
             speculative=speculative,
             rate=settings.prompt_logprobs and not settings.chat_only,
+            turns=turns,
         )
         for name, generator in generators.items()
     }
@@ -130,7 +137,7 @@ def create_app(
     for name, served in models.items():
         metrics.watch(name, served.worker)
     closing = threading.Event()
-    routes = _Routes(models, settings, metrics)
+    routes = _Routes(models, settings, metrics, playground)
     app = _App(title="proxytune", lifespan=routes.lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes.router())
     app.add_middleware(
@@ -166,14 +173,20 @@ class _Routes:
         models: by the names that clients use; the first one answers requests without a name.
         settings: limits on requests.
         metrics: counts tokens.
+        playground: what the page at / is told.
     """
 
     def __init__(
-        self, models: Mapping[str, Served], settings: ServerSettings, metrics: Metrics
+        self,
+        models: Mapping[str, Served],
+        settings: ServerSettings,
+        metrics: Metrics,
+        playground: Playground | None,
     ) -> None:
         self._models = models
         self._settings = settings
         self._metrics = metrics
+        self._playground = playground
         # Prompts are encoded outside of the event loop, and long ones must not keep short ones
         # waiting: each kind has a thread.
         self._short = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -197,6 +210,10 @@ class _Routes:
         router.get("/metrics", response_class=PlainTextResponse, responses=_errors(*_ALWAYS))(
             self.prometheus
         )
+        if self._playground is not None:
+            # not for programs: the OpenAPI document leaves them out
+            router.get("/", include_in_schema=False)(self.page)
+            router.get("/v1/playground", include_in_schema=False)(self.about)
         return router
 
     @asynccontextmanager
@@ -236,6 +253,16 @@ class _Routes:
     async def prometheus(self) -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self) -> Response:
+        """The playground."""
+        return page()
+
+    async def about(self) -> Response:
+        """What the playground's page shows besides answers."""
+        assert self._playground is not None  # else there is no such route
+        proxy = self._models[self._playground.systems["proxy"]].generator
+        return PlainJson(self._playground.to_dict(proxy))
 
     async def _answer(
         self,

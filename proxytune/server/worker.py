@@ -20,6 +20,7 @@ from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import Finished, Rating, Request, longest
 from proxytune.engine.system import Prompt
 from proxytune.generator import Generator, Speculative
+from proxytune.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class Worker:
         batch_size: rows at once; "auto" goes by the free memory.
         speculative: as for `Generator.generate`.
         rate: whether jobs may have prompts rated.
+        turns: held during each pass; workers whose systems share models share it.
     """
 
     def __init__(
@@ -158,8 +160,10 @@ class Worker:
         batch_size: Any = "auto",
         speculative: Speculative = "auto",
         rate: bool = True,
+        turns: Turns | None = None,
     ) -> None:
         self.generator = generator
+        self._turns = turns or Turns()
         self.max_waiting = max_waiting
         self._loop = generator.loop(batch_size, speculative)
         # The same weights with rows of their own: prompts are rated while completions run.
@@ -270,11 +274,12 @@ class Worker:
                     self._fail(EndingError("the server is shutting down"))
                     self._send()
                     return
-                self._rate()
-                if self._loop.busy:
-                    for finished in self._loop.step():
-                        job, place = self._jobs[finished.index]
-                        self._report(job, Ended(place, finished))
+                with self._turns:
+                    self._rate()
+                    ended = self._loop.step() if self._loop.busy else []
+                for finished in ended:
+                    job, place = self._jobs[finished.index]
+                    self._report(job, Ended(place, finished))
             except Exception as error:  # any bug fails the jobs it met, and the server lives on
                 log.exception("the engine failed; its %d jobs are lost", len(self._left))
                 self._fail(error)

@@ -1,15 +1,8 @@
 // The browser of examples. It draws the examples of the current page only. All texts are in one
 // packed block; the traces are in blocks of a few examples, each unpacked when it is needed.
-"use strict";
 (async () => {
   const PAGE = 10;
-  const at = (id) => document.getElementById(id);
-  const make = (tag, text, name) => {
-    const node = document.createElement(tag);
-    if (text !== undefined) node.textContent = text;
-    if (name) node.className = name;
-    return node;
-  };
+  const { at, make, percent, visible } = page;
   async function unpack(id) {
     const packed = Uint8Array.from(atob(at(id).textContent), (c) => c.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -82,28 +75,20 @@
     body.trace = trace;
     tokens.forEach((piece, i) => {
       const span = make("span", data.pieces[piece]);
-      const rise = Math.max(0, proxy[i] - base[i]) / 1000;
-      if (rise > 0.005) span.style.backgroundColor = `rgb(31 95 168 / ${(0.6 * rise).toFixed(3)})`;
       const top = trace[3].base;
-      if (top && top[i] && top[i][0] !== piece) span.className = "changed";
+      const changed = Boolean(top && top[i] && top[i][0] !== piece);
+      page.shade(span, Math.max(0, proxy[i] - base[i]) / 1000, changed);
       body.append(span);
     });
   }
   const tip = at("tip");
-  const percent = (thousandths) => (thousandths / 10).toFixed(1) + " %";
-  const visible = (text) => JSON.stringify(text).slice(1, -1).replace(/ /g, "·");
-  let current = null;
-  function show(span) {
-    hide();
-    current = span;
-    span.classList.add("current");
+  function explain(span) {
     const body = span.parentElement;
     const i = [...body.children].indexOf(span);
     const [tokens, proxy, base, tops] = body.trace;
-    tip.textContent = "";
     const line = make("div");
     line.append(make("code", visible(data.pieces[tokens[i]])),
-      ` proxy ${percent(proxy[i])}, base ${percent(base[i])} (${proxy[i] >= base[i] ? "+" : ""}${((proxy[i] - base[i]) / 10).toFixed(1)})`);
+      ` proxy ${percent(proxy[i] / 1000)}, base ${percent(base[i] / 1000)} (${proxy[i] >= base[i] ? "+" : ""}${((proxy[i] - base[i]) / 10).toFixed(1)})`);
     tip.append(line);
     const table = make("table");
     for (const [role, lists] of Object.entries(tops)) {
@@ -112,42 +97,18 @@
       const list = lists[i];
       for (let k = 0; k < list.length; k += 2) {
         const cell = make("td");
-        cell.append(make("code", visible(data.pieces[list[k]])), " " + percent(list[k + 1]));
+        cell.append(make("code", visible(data.pieces[list[k]])), " " + percent(list[k + 1] / 1000));
         row.append(cell);
       }
       table.append(row);
     }
     tip.append(table);
-    tip.hidden = false;
-    const place = span.getClientRects()[0] || body.getBoundingClientRect();
-    const left = Math.min(place.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
-    const below = place.bottom + 6 + tip.offsetHeight < innerHeight;
-    tip.style.left = Math.max(8, left) + scrollX + "px";
-    tip.style.top = (below ? place.bottom + 6 : place.top - 6 - tip.offsetHeight) + scrollY + "px";
-  }
-  function hide() {
-    if (current) current.classList.remove("current");
-    current = null;
-    tip.hidden = true;
   }
   const list = at("examples");
-  const token = (event) => event.target.closest(".tokens > span");
-  list.addEventListener("mouseover", (event) => { const s = token(event); if (s) show(s); else hide(); });
-  list.addEventListener("mouseleave", hide);
-  list.addEventListener("click", (event) => { const s = token(event); if (s) show(s); else hide(); });
-  list.addEventListener("keydown", (event) => {
-    const body = event.target.closest(".tokens");
-    if (!body || !["ArrowLeft", "ArrowRight", "Escape"].includes(event.key)) return;
-    event.preventDefault();
-    if (event.key === "Escape") return hide();
-    const here = current && current.parentElement === body ? current : null;
-    const next = event.key === "ArrowRight" ? (here ? here.nextElementSibling : body.firstElementChild)
-      : here && here.previousElementSibling;
-    if (next) { next.scrollIntoView({ block: "nearest" }); show(next); }
-  });
+  const card = page.card(list, tip, explain);
 
   function render() {
-    hide();
+    card.hide();
     const found = matching();
     const pages = Math.max(1, Math.ceil(found.length / PAGE));
     state.page = Math.min(state.page, pages - 1);

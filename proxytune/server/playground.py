@@ -1,0 +1,83 @@
+"""The playground: a page at / that shows a triple's systems side by side.
+
+The page itself holds no text of the server's. What it shows comes from the API of the same server,
+so an API key guards it.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from starlette.responses import HTMLResponse, Response
+
+from proxytune.generator import Generator
+from proxytune.results.templates import asset, render
+
+# Nothing comes from elsewhere, and no other page may frame this one.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A prompt that the page offers.
+
+    Attributes:
+        label: what it is called.
+        form: "chat", a turn that each member reads in its own format, or "text", the same text for
+            every member.
+        prompt: the turn, or the text.
+        prefix: what the answer begins with.
+        system: the system turn; None for none.
+        max_tokens: the longest answer.
+        stop: strings that end the answer.
+    """
+
+    label: str
+    form: Literal["chat", "text"]
+    prompt: str
+    prefix: str = ""
+    system: str | None = None
+    max_tokens: int = 64
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Playground:
+    """What the page is told besides the API.
+
+    Attributes:
+        about: one line about the models.
+        systems: system -> the model's name in the API, in the order of the page.
+        alpha: where the slider begins.
+        suggestions: prompts to begin with.
+    """
+
+    about: str
+    systems: dict[str, str]
+    alpha: float = 1.0
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    def to_dict(self, proxy: Generator) -> dict[str, Any]:
+        """For JSON; `proxy` is the system that the page explains."""
+        return {
+            "about": self.about,
+            "systems": [{"system": each, "model": name} for each, name in self.systems.items()],
+            "alpha": self.alpha,
+            "members": proxy.shows_members,
+            "own_alpha": len(proxy.alphas) == 1,
+            "ends": sorted(proxy.eos_ids),
+            "examples": [asdict(each) for each in self.suggestions],
+        }
+
+
+def page() -> Response:
+    """The page."""
+    text = render(
+        "playground.html",
+        css=asset("page.css") + asset("playground.css"),
+        js=asset("page.js") + asset("playground.js"),
+    )
+    headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(text, headers=headers)

@@ -257,6 +257,14 @@ def accelerate_takes(snippet: Snippet, more: str, place: Place) -> None:
     composes(Snippet(snippet.document, "command", settings), "train", place)
 
 
+def collected(snippet: Snippet, more: str, place: Place) -> None:
+    """The tests are there; they run with the others."""
+    words = shlex.split(snippet.text)[1:]
+    files = [word for word in words if word.startswith("tests/")]
+    assert files and all("def test_" in (ROOT / file).read_text() for file in files)
+    assert [word for word in words if word not in files] in ([], ["-m", "slow"])
+
+
 def extra_exists(snippet: Snippet, more: str, place: Place) -> None:
     """pip is not run; the extra that it is to install has to be there."""
     import tomllib

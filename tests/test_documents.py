@@ -22,6 +22,7 @@ from tests.document_actions import (
     announces,
     capitals,
     capitals_module,
+    collected,
     composes,
     extra_exists,
     json_part,
@@ -195,6 +196,7 @@ RULES = [
         run_outside,
         slow=True,
     ),
+    Rule(r"README.md: pytest .*", collected),
     Rule(r"models.md: pytest .* tests/test_families\.py", skip, "a test; `make test-slow` runs it"),
     # vLLM's environment; tests/test_vllm.py runs it
     Rule(r"performance.md: python scripts/bench_vllm\.py", skip, "needs vLLM's environment"),

@@ -235,6 +235,21 @@ def test_min_p_keeps_what_transformers_keeps(min_p, more):
         assert set(chosen.tolist()) == {7, 8}
 
 
+def test_a_checkpoints_own_penalty_is_not_applied_unasked():
+    """transformers' `generate` would apply it (Qwen2.5-Instruct has 1.05), to one member alone."""
+    plain = [tiny_model("llama", seed) for seed in range(3)]
+    own = [tiny_model("llama", seed) for seed in range(3)]
+    for model in own:
+        model.generation_config.repetition_penalty = 1.8
+    texts = [
+        [each.token_ids for each in proxytune.load(*models).generate([[1, 40]], max_new_tokens=24)]
+        for models in (plain, own)
+    ]
+    assert texts[0] == texts[1]
+    (asked,) = proxytune.load(*own).generate([[1, 40]], max_new_tokens=24, repetition_penalty=1.8)
+    assert [asked.token_ids] != texts[0]
+
+
 def test_ignore_eos_goes_on():
     """The end token is then written like any other, and only the length ends the completion."""
     base = tiny_model("llama", 0)

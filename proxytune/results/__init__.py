@@ -10,5 +10,6 @@ paper_tables_other.py  the paper's other tables: tokens, speed, training time
 analysis.py            what proxy-tuning did, token by token
 figures.py             the paper's figures, and the bars of the gap closed
 report.py              the page of an experiment
+picture.py             one example's answers as a picture
 templates.py           the jinja templates, the style and the script of page_assets/
 """

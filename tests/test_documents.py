@@ -197,6 +197,7 @@ RULES = [
         slow=True,
     ),
     Rule(r"README.md: pytest .*", collected),
+    Rule(ANY + r"proxytune doctor", skip, "it asks the network; tests/test_help.py runs it"),
     Rule(r"models.md: pytest .* tests/test_families\.py", skip, "a test; `make test-slow` runs it"),
     # vLLM's environment; tests/test_vllm.py runs it
     Rule(r"performance.md: python scripts/bench_vllm\.py", skip, "needs vLLM's environment"),

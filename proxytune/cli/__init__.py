@@ -1,8 +1,10 @@
-"""The commands: `python run.py` (also `proxytune run`), `proxytune serve` and `vllm-command`.
+"""The commands: `python run.py` (also `proxytune run`), `serve`, `vllm-command` and `doctor`.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
 serve.py       `proxytune serve`, and the line that serves the same by plain vLLM
+helping.py     what --help prints
+doctor.py      `proxytune doctor`: what an issue needs to know of a machine
 interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does
 
 This module imports nothing, so that a missing package is explained by `main`.
@@ -19,10 +21,17 @@ COMMANDS = {"run": "experiments", "serve": "serve", "vllm-command": "serve"}
 def main() -> None:
     """Entry of the console script `proxytune`."""
     command = next(iter(sys.argv[1:]), "")
+    if command == "doctor":
+        from proxytune.cli.doctor import doctor
+
+        doctor(sys.argv[2:])
+        return
     if command not in COMMANDS:
-        for name in COMMANDS:
-            print(f"usage: proxytune {name} [key=value ...]", file=sys.stderr)
-        raise SystemExit(2)
+        from proxytune.cli.helping import overview
+
+        asked = command in ("--help", "-h")
+        print(overview(), file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
     del sys.argv[1]
     _start(command)
 
@@ -35,9 +44,12 @@ def run() -> None:
 def _start(command: str) -> None:
     try:
         with extra(COMMANDS[command], f"proxytune {command}"):
-            from proxytune.cli import composed
+            from proxytune.cli import composed, helping
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    if helping.wants_help(sys.argv[1:]):
+        print(helping.page(command))
+        return
     entries = {"run": composed.run, "serve": composed.serve}
     entries.get(command, composed.print_command)()

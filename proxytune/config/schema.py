@@ -115,7 +115,7 @@ class RunConfig:
     Attributes:
         name: the experiment's name; nothing parses it.
         root: the repository's folder, for data that it ships.
-        systems: which rows the table gets, out of `SYSTEMS`.
+        systems: which rows the table gets, out of base, expert, antiexpert, proxy and tuned.
         alpha: scale on (expert - antiexpert).
         formula: combines the members' logits: `_target_` names the function, the other keys are
             its settings (proxytune/formula.py).
@@ -154,7 +154,7 @@ class ServeConfig(ServerSettings):
         triple: the models.
         machine: where they run.
         engine: what runs them.
-        system: which of them answers, out of `SYSTEMS`.
+        system: what answers: proxy, base, expert, antiexpert or tuned.
         alpha: scale on (expert - antiexpert); a request may bring its own.
         formula: as in `RunConfig`.
         model: the name that clients use; null is the triple's name and the system's.

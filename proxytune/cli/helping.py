@@ -1,0 +1,117 @@
+"""What `--help` prints: the groups of conf/ with a line each, what may be set, and examples.
+
+Hydra's own page lists all composed values, which `--cfg job` prints, too. This module reads names
+of files and docstrings alone, so that help comes at once.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from textwrap import fill
+
+from proxytune.files import shipped
+
+COMMANDS = {
+    "run": "runs the systems of an experiment on its tasks (also `python run.py`)",
+    "serve": "serves a triple by OpenAI's HTTP protocol, with a playground if you like",
+    "vllm-command": "prints the line that serves a triple by plain vLLM",
+    "doctor": "prints versions, devices, memory and what can be reached, for an issue",
+}
+# group -> what is chosen by it
+GROUPS = {
+    "experiment": "a whole comparison: triple, tasks, machine",
+    "triple": "the models; a file anywhere is triple=/path/mine.yaml",
+    "task": "what is asked: task=[gsm8k,toxigen]; any task of lm-eval is task=[lm_eval/NAME]",
+    "formula": "how the members' logits are combined",
+    "decoding": "speed, seed, and settings that override every task's",
+    "machine": "devices and threads",
+    "engine": "what runs the models",
+    "tracking": "where a run is logged",
+}
+_SERVED = ("triple", "formula", "machine", "engine")
+_EXAMPLES = {
+    "run": (
+        ("python run.py", "the pocket experiment, offline"),
+        ("python run.py experiment=qwen25_7b_chat limit=20", "a smoke run of a real triple"),
+        ("python run.py triple=/path/mine.yaml task=[gsm8k] experiment=none name=mine", "yours"),
+        ("python run.py -m alpha=0.5,1.0,1.5", "a sweep"),
+        ("python run.py stage=score", "score stored completions again, without a model"),
+    ),
+    "serve": (
+        ("proxytune serve triple=pocket", "the OpenAI protocol on port 8000"),
+        ("proxytune serve triple=pocket playground=true", "and a page that explains tokens"),
+        ("proxytune serve triple=/path/mine.yaml port=0", "any free port"),
+        ("proxytune serve triple=pocket system=base", "one model alone"),
+        ("proxytune serve triple=pocket engine=vllm", "by vLLM, in its environment"),
+    ),
+    "vllm-command": (("proxytune vllm-command triple=qwen25_7b", "a line to paste"),),
+}
+_WIDTH = 96
+
+
+def wants_help(words: list[str]) -> bool:
+    """Whether a command line asks for help."""
+    return any(word in ("--help", "-h") for word in words)
+
+
+def overview() -> str:
+    """The page of `proxytune --help`."""
+    lines = ["usage: proxytune COMMAND [key=value ...]", ""]
+    lines += [f"  {name:14}{about}" for name, about in COMMANDS.items()]
+    lines += ["", "proxytune COMMAND --help has its settings and examples."]
+    return "\n".join(lines)
+
+
+def page(command: str) -> str:
+    """The page of one command.
+
+    Args:
+        command: run, serve or vllm-command.
+    """
+    program = "python run.py" if command == "run" else f"proxytune {command}"
+    groups = GROUPS if command == "run" else _SERVED
+    lines = [f"usage: {program} [group=option ...] [key=value ...]", "", COMMANDS[command], ""]
+    lines += ["Groups (group=option):", ""]
+    for group in groups:
+        lines.append(f"  {group:12}{GROUPS[group]}")
+        lines.append(fill(", ".join(_options(group)), _WIDTH, **_indented(14)))
+    lines += ["", "Settings (key=value; every key of a group, too: machine.device=cuda:1):", ""]
+    for name, about in _settings(command):
+        indent = {"initial_indent": "  ", "subsequent_indent": " " * 22}
+        lines.append(fill(f"{name:<20}{about}", _WIDTH, **indent))
+    lines += ["", "Examples:", ""]
+    lines += [f"  {line}\n      {about}" for line, about in _EXAMPLES[command]]
+    lines += ["", f"{program} ... --cfg job prints every value that is composed."]
+    if command == "run":
+        lines.append('eval "$(python run.py -sc install=bash)" lets Tab complete groups and keys.')
+    return "\n".join(lines)
+
+
+def _indented(columns: int) -> dict[str, str]:
+    return {"initial_indent": " " * columns, "subsequent_indent": " " * columns}
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (shipped("conf") / group).glob("*.yaml"))
+
+
+def _settings(command: str) -> Iterator[tuple[str, str]]:
+    """The keys of a command's schema that are no groups, with what their docstring says."""
+    from proxytune.config import schema
+    from proxytune.server.settings import ServerSettings
+
+    kinds = [schema.RunConfig] if command == "run" else [schema.ServeConfig, ServerSettings]
+    for kind in kinds:
+        assert is_dataclass(kind)
+        for name, about in attributes(kind.__doc__ or ""):
+            if name not in GROUPS and name != "root":
+                yield name, about
+
+
+def attributes(docstring: str) -> Iterator[tuple[str, str]]:
+    """The names and texts under "Attributes:" of a docstring."""
+    _, _, part = docstring.partition("Attributes:\n")
+    for entry in re.split(r"\n(?= {8}\S)", part.rstrip()):
+        names, _, about = entry.strip().partition(":")
+        if about:
+            yield names, " ".join(about.split())

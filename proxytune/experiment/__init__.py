@@ -7,6 +7,7 @@ generate.py     opens one system after the other and lets its cells generate
 completions.py  the prompts of a cell, and its file of answers
 checks.py       refuses mistakes before a model is loaded
 prompts.py      renders every prompt before a model is loaded, for templates refuse some
-progress.py     progress bars
+progress.py     bars on a terminal, else a line a minute
+forecast.py     how long the rest of a run will take
 tracking.py     Weights & Biases
 """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from proxytune.experiment.cells import Cell, GenerationSettings
-from proxytune.experiment.progress import CellProgress, generation_progress
+from proxytune.experiment.progress import CellProgress, RunProgress, generation_progress
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
     from proxytune.generator import Generator
@@ -43,20 +43,22 @@ def generate(
         "system/task" -> tokens and seconds of this session, for cells that count them.
     """
     throughput: dict[str, dict[str, float]] = {}
-    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as bars:
+    with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as run:
         todo: dict[str, list[tuple[Cell, CellProgress]]] = {}
-        for cell, progress in zip(cells, bars, strict=True):
+        for cell, progress in zip(cells, run.cells, strict=True):
             missing = len(cell.missing())
             progress.done(cell.total - missing)
             if missing:
                 todo.setdefault(cell.system, []).append((cell, progress))
         for system, of_system in todo.items():
-            throughput |= _generate_system(pool.open(system), of_system, settings)
+            throughput |= _generate_system(run, pool, system, of_system, settings)
     return throughput
 
 
 def _generate_system(
-    generator: "Generator",
+    run: RunProgress,
+    pool: Pool,
+    system: str,
     todo: Sequence[tuple[Cell, CellProgress]],
     settings: GenerationSettings,
 ) -> dict[str, dict[str, float]]:
@@ -65,8 +67,11 @@ def _generate_system(
     The generator lives no longer than this call: were it still referenced when the next system is
     opened, its models would stay in memory beside the next ones.
     """
+    with run.loading(system):
+        generator = pool.open(system)
     throughput = {}
     for cell, progress in todo:
+        progress.begin()
         spent = cell.generate(generator, settings, progress)
         if spent is not None:
             throughput[f"{cell.system}/{cell.task_name}"] = spent

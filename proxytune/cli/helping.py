@@ -74,11 +74,10 @@ def page(command: str) -> str:
     lines += ["Groups (group=option):", ""]
     for group in groups:
         lines.append(f"  {group:12}{GROUPS[group]}")
-        lines.append(fill(", ".join(_options(group)), _WIDTH, **_indented(14)))
+        lines.append(_wrapped(", ".join(_options(group)), 14, 14))
     lines += ["", "Settings (key=value; every key of a group, too: machine.device=cuda:1):", ""]
     for name, about in _settings(command):
-        indent = {"initial_indent": "  ", "subsequent_indent": " " * 22}
-        lines.append(fill(f"{name:<20}{about}", _WIDTH, **indent))
+        lines.append(_wrapped(f"{name:<20}{about}", 2, 22))
     lines += ["", "Examples:", ""]
     lines += [f"  {line}\n      {about}" for line, about in _EXAMPLES[command]]
     lines += ["", f"{program} ... --cfg job prints every value that is composed."]
@@ -87,8 +86,9 @@ def page(command: str) -> str:
     return "\n".join(lines)
 
 
-def _indented(columns: int) -> dict[str, str]:
-    return {"initial_indent": " " * columns, "subsequent_indent": " " * columns}
+def _wrapped(text: str, first: int, others: int) -> str:
+    """A text in lines, the first and the others indented by so many columns."""
+    return fill(text, _WIDTH, initial_indent=" " * first, subsequent_indent=" " * others)
 
 
 def _options(group: str) -> list[str]:

@@ -22,7 +22,7 @@ from proxytune.errors import UserError
 from proxytune.files import write_json
 
 # as in bench_cases, which imports torch: what --help says should not wait for it
-ONLY = ("decode", "mixed", "speculative", "table12", "memory", "pocket")
+ONLY = ("decode", "mixed", "speculative", "table12", "memory", "pocket", "parts")
 SIZES = ("tiny", "cpu", "gpu")
 RATIOS = (
     "lockstep_over_sum",
@@ -41,6 +41,10 @@ RATIOS = (
     "table12_paper",
     "peak_memory_over_sum",
     "pocket_acceptance",
+    "gain_of_packed_passes",
+    "gain_of_narrow_products",
+    "gain_of_adapted_drafts",
+    "gain_of_probing",
 )
 BARS = {
     ("lockstep_over_sum", ""): "at most 1.10 (1.05 on a GPU)",

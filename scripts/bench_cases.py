@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import bench_without
 import torch
 from bench_models import (
     LLAMA_1B,
@@ -412,6 +413,11 @@ def pocket(size: Size, rounds: int) -> Results:
     return {"pocket_acceptance": bench_pocket.acceptance()}
 
 
+def parts(size: Size, rounds: int) -> Results:
+    """The engine without each of its parts for speed, over the engine with it."""
+    return bench_without.gains(size, rounds, _load, _generate)
+
+
 CASES: dict[str, Callable[[Size, int], Results]] = {
     "decode": decode,
     "mixed": mixed,
@@ -419,4 +425,5 @@ CASES: dict[str, Callable[[Size, int], Results]] = {
     "table12": table12,
     "memory": memory,
     "pocket": pocket,
+    "parts": parts,
 }

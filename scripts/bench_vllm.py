@@ -5,9 +5,10 @@
     python scripts/bench_vllm.py --size tiny --rounds 1      a check that the code works
 
 It runs in vLLM's environment (docs/vllm.md). The models are random, and every contender writes the
-same number of tokens, so the outputs are compared, too: in float32 they have to be equal.
-Contenders run in turn, each in a process of its own that loads once per round. On a CPU processor
-seconds are counted, on a GPU seconds by the clock.
+same number of tokens, so the outputs are compared, too: in float32 they have to be equal. The base
+alone stands for a directly tuned model, which has its size. Contenders run in turn, each in a
+process of its own that loads once per round. On a CPU processor seconds are counted, on a GPU
+seconds by the clock. Beside the JSON file stands the same as a table.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +29,9 @@ from typing import Any
 from proxytune.cli.guard import guarded
 from proxytune.files import write_json
 
-CONTENDERS = ("own", "vllm", "vllm_base", "vllm_tuned")
+CONTENDERS = ("own", "vllm", "vllm_base", "own_base")
+PAIRS = (("vllm", "vllm_base"), ("vllm", "own"), ("own", "vllm_base"), ("own_base", "vllm_base"))
+ROLES = ("base", "expert", "antiexpert")
 MARK = "MEASURED "
 
 
@@ -47,7 +51,7 @@ class Size:
     """A workload: a base, two helpers, and how many prompts of which lengths.
 
     Attributes:
-        base: its shape; the tuned model that vLLM runs alone has it, too.
+        base: its shape.
         helper: the shape of expert and antiexpert.
         vocab: entries of the vocabulary.
         dtype: of all weights.
@@ -119,14 +123,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(options.models or folder)
         _make_models(SIZES[options.size], models)
-        rounds = [
-            {each: _child(options.size, each, models) for each in options.only or CONTENDERS}
-            for _ in range(options.rounds)
-        ]
-    report = _report(options.size, rounds)
-    print("\n".join(_lines(report)))
+        weights = {role: _weight_bytes(models / role) for role in ROLES}
+        loads = [os.getloadavg()[0]]
+        rounds = []
+        for _ in range(options.rounds):
+            turn = {}
+            for each in options.only or CONTENDERS:
+                turn[each] = _child(options.size, each, models)
+                loads.append(os.getloadavg()[0])
+                print(f"{each}: {turn[each]['seconds']:.1f}", flush=True)
+            rounds.append(turn)
+    report = _report(options.size, rounds, weights) | {"load_averages": loads}
+    text = _markdown(report)
+    print(text)
     if options.json:
-        write_json(Path(options.json), report)
+        write_json(options.json, report)
+        options.json.with_suffix(".md").write_text(text)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -135,7 +147,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="of the contenders")
     parser.add_argument("--models", help="a folder for the random models; kept, and used again")
-    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -145,7 +157,7 @@ def _make_models(size: Size, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    for seed, role in enumerate(("base", "expert", "antiexpert")):
+    for seed, role in enumerate(ROLES):
         if (folder / role / "config.json").exists():
             continue
         shape = size.base if role == "base" else size.helper
@@ -194,7 +206,7 @@ def _child(size: str, contender: str, models: Path) -> dict[str, Any]:
 
 
 def _measure(size: Size, contender: str, models: Path) -> None:
-    """Loads a contender, runs the workload twice, and prints the second run's time."""
+    """Loads a contender, runs a part of the workload and then all of it, and prints its time."""
     import torch
 
     if size.threads:
@@ -202,25 +214,26 @@ def _measure(size: Size, contender: str, models: Path) -> None:
     generator = _load(size, contender, models)
     on_cpu = not torch.cuda.is_available()
     clock = time.process_time if on_cpu else time.perf_counter
-    outputs: list[list[int]] = []
-    seconds = 0.0
-    for _ in range(2):  # the first one warms up
-        start = clock()
-        outputs = _run(size, generator)
-        seconds = clock() - start
-    unit = "processor seconds" if on_cpu else "seconds"
-    print(MARK + json.dumps({"seconds": seconds, "unit": unit, "outputs": outputs}), flush=True)
+    _run(generator, size.jobs()[: size.rows], size.rows)  # warms up
+    start = clock()
+    outputs = _run(generator, size.jobs(), size.rows)
+    found = {
+        "seconds": clock() - start,
+        "unit": "processor seconds" if on_cpu else "seconds",
+        "outputs": outputs,
+    }
+    print(MARK + json.dumps(found), flush=True)
 
 
 def _load(size: Size, contender: str, models: Path) -> Any:
     import proxytune
 
-    roles = ("base", "expert", "antiexpert") if contender in ("own", "vllm") else ("base",)
+    roles = ("base",) if contender.endswith("_base") else ROLES
     specs: dict[str, Any] = {
         role: proxytune.ModelSpec(str(models / role), dtype=size.dtype) for role in roles
     }
-    if contender == "own":
-        return proxytune.load(specs["base"], specs["expert"], specs["antiexpert"])
+    if contender.startswith("own"):
+        return proxytune.load(**specs)
     from proxytune.vllm.pool import load_engine
     from proxytune.vllm.settings import EngineSettings
 
@@ -228,13 +241,12 @@ def _load(size: Size, contender: str, models: Path) -> Any:
     return load_engine(specs, EngineSettings(name="vllm", max_model_len=512, options=options))
 
 
-def _run(size: Size, generator: Any) -> list[list[int]]:
-    """The workload: every prompt with its own number of tokens."""
+def _run(generator: Any, jobs: list[tuple[list[int], int]], rows: int) -> list[list[int]]:
+    """Every prompt with its own number of tokens; their outputs, in order."""
     from dataclasses import replace
 
     from proxytune.records import make_decoding
 
-    jobs = size.jobs()
     decoding = make_decoding(max_new_tokens=1, ignore_eos=True)
     made = generator.requests([prompt for prompt, _ in jobs], decoding)
     requests = [
@@ -242,49 +254,76 @@ def _run(size: Size, generator: Any) -> list[list[int]]:
         for request, (_, count) in zip(made, jobs, strict=True)
     ]
     outputs: list[list[int]] = [[] for _ in jobs]
-    for finished in generator.loop(size.rows).run(requests):
+    for finished in generator.loop(rows).run(requests):
         outputs[finished.index] = finished.token_ids
     return outputs
 
 
-def _report(name: str, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Times, ratios and whether the outputs agree, as JSON."""
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _report(
+    name: str, rounds: Sequence[dict[str, dict[str, Any]]], weights: dict[str, int]
+) -> dict[str, Any]:
+    """Times, ratios, and whether the outputs agree, as JSON."""
     from proxytune import provenance
+    from proxytune.vllm.settings import installed
 
     size = SIZES[name]
     seconds = {each: [turn[each]["seconds"] for turn in rounds] for each in rounds[0]}
-    middle = {each: median(times) for each, times in seconds.items()}
     report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "size": name,
         "workload": asdict(size),
         "unit": next(iter(rounds[0].values()))["unit"],
         "seconds": seconds,
         "tokens": sum(count for _, count in size.jobs()),
-        "environment": provenance.environment(),
+        "helpers_share": sum(weights[role] for role in ROLES[1:]) / weights["base"],
+        "vllm": installed(),
+        **provenance.environment(),
     }
-    pairs = (("vllm", "own"), ("vllm", "vllm_base"), ("vllm", "vllm_tuned"), ("own", "vllm_base"))
     report["ratios"] = {
-        f"{a}_over_{b}": round(middle[a] / middle[b], 3)
-        for a, b in pairs
-        if a in middle and b in middle
+        f"{a}_over_{b}": median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+        for a, b in PAIRS
+        if a in seconds and b in seconds
     }
-    if {"own", "vllm"} <= rounds[0].keys():
-        both = zip(rounds[0]["own"]["outputs"], rounds[0]["vllm"]["outputs"], strict=True)
-        report["equal_outputs"] = sum(own == theirs for own, theirs in both)
+    report["equal_outputs"] = {
+        f"{a}_and_{b}": sum(map(list.__eq__, rounds[0][a]["outputs"], rounds[0][b]["outputs"]))
+        for a, b in (("own", "vllm"), ("own_base", "vllm_base"))
+        if a in seconds and b in seconds
+    }
     return report
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
-    """The report in words."""
-    lines = [f"{report['size']}: {report['tokens']} tokens, {report['unit']}"]
+def _markdown(report: dict[str, Any]) -> str:
+    """The report as tables; each ratio with the bar that it should pass."""
+    hardware, versions = report["hardware"], report["versions"]
+    where = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
+    loads = f"{min(report['load_averages']):.1f} to {max(report['load_averages']):.1f}"
+    share = report["helpers_share"]
+    bars = {
+        "vllm_over_vllm_base": f"at most {1.15 * (1 + share):.2f}",
+        "vllm_over_own": "below 0.75",
+    }
+    prompts = report["workload"]["prompts"]
+    lines = [
+        f"{where}, size {report['size']}, {report['workload']['dtype']}, {prompts} prompts, "
+        f"{report['tokens']} tokens, {report['workload']['rows']} rows, helpers' share of the "
+        f"weights {share:.2f}, load average {loads}, {report['date']}; vLLM "
+        f"{report['vllm']}, torch {versions['torch']}, transformers {versions['transformers']}.",
+        "",
+        f"| contender | {report['unit']}, by round |",
+        "|---|---|",
+    ]
     for each, times in report["seconds"].items():
-        lines.append(f"  {each:11} {' / '.join(f'{seconds:.1f}' for seconds in times)}")
-    lines += [f"  {name} {value}" for name, value in report["ratios"].items()]
-    if "equal_outputs" in report:
-        lines.append(
-            f"  equal outputs: {report['equal_outputs']} of {SIZES[report['size']].prompts}"
-        )
-    return lines
+        lines.append(f"| {each} | {' / '.join(f'{seconds:.1f}' for seconds in times)} |")
+    lines += ["", "| ratio (median of the rounds) | measured | bar |", "|---|---|---|"]
+    for name, value in report["ratios"].items():
+        lines.append(f"| {name} | {value:.3f} | {bars.get(name, '')} |")
+    for pair, count in report["equal_outputs"].items():
+        lines.append(f"| equal outputs of {pair} | {count} of {prompts} | |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ import bench_cases
 import bench_models
 import bench_workloads
 
+from proxytune.engine import speculation
+from proxytune.members import cached, narrow
+
 TINY, TINIER = bench_models.SHAPE_TINY, bench_models.SHAPE_TINIER
 
 
@@ -67,6 +70,17 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert sizes["weights"] > 0 and report["peak_memory_over_sum"] > 0
 
 
+@pytest.mark.slow
+def test_the_parts_for_speed_are_switched_off_and_on_again(tmp_path: Path) -> None:
+    report = run(tmp_path, "parts")
+    parts = ("packed_passes", "narrow_products", "adapted_drafts", "probing")
+    for part in parts:
+        assert all(0.01 < ratio < 100 for ratio in report[f"gain_of_{part}"].values())
+    assert report["gain_of_packed_passes"].keys() == {"uniform", "heavy_tailed"}
+    assert "| gain_of_probing | acceptance 0.8 |" in (tmp_path / "bench.md").read_text()
+    assert speculation.FIRST_GAP < 10**9 and cached.narrow_products is narrow.narrow_products
+
+
 def test_an_agreeing_triple_agrees_as_often_as_asked() -> None:
     for acceptance in (0.3, 0.9):
         triple = bench_models.agreeing_triple(TINY, TINIER, acceptance)
@@ -79,11 +93,11 @@ def test_an_agreeing_triple_agrees_as_often_as_asked() -> None:
 
 
 def test_a_widened_model_computes_the_same() -> None:
-    narrow = bench_models.random_llama(TINIER, 0)
-    wide = bench_models.widened(narrow, TINY)
+    small = bench_models.random_llama(TINIER, 0)
+    wide = bench_models.widened(small, TINY)
     ids = torch.randint(TINIER.vocab, (2, 20))
-    assert wide.num_parameters() > 2 * narrow.num_parameters()
-    assert torch.allclose(narrow(ids).logits, wide(ids).logits, atol=1e-5)
+    assert wide.num_parameters() > 2 * small.num_parameters()
+    assert torch.allclose(small(ids).logits, wide(ids).logits, atol=1e-5)
 
 
 def test_the_plain_loop_is_what_the_engine_computes() -> None:

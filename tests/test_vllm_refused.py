@@ -280,6 +280,10 @@ def test_the_identity_names_the_engine_and_leaves_out_where_it_runs():
     for changes in ({"sampler": "vllm"}, {"kv_cache_dtype": "fp8"}, {"options": {"seed": 1}}):
         assert replace(VLLM, **changes).identity() != whole
     assert replace(VLLM, options=None).identity() == whole
+    drafting = {"speculative": "ngram", "speculative_tokens": 2}
+    assert replace(VLLM, **drafting).identity() == whole  # greedy texts alone, and the same ones
+    theirs = replace(VLLM, sampler="vllm")
+    assert replace(theirs, **drafting).identity() != theirs.identity()
 
 
 def test_the_plugin_imports_nothing_of_ours():

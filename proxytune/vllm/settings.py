@@ -98,7 +98,9 @@ class EngineSettings:
             return {}
         kept = {name: value for name, value in asdict(self).items() if name not in _CAPACITY}
         kept["options"] = self.options or {}
-        del kept["pipeline_parallel_size"], kept["speculative"], kept["speculative_tokens"]
+        del kept["pipeline_parallel_size"]
+        if self.sampler == OWN:  # greedy then, and drafts change no greedy text
+            del kept["speculative"], kept["speculative_tokens"]
         return {"engine": kept | {"version": installed()}}
 
 

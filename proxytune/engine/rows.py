@@ -18,7 +18,7 @@ from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
-FULL = BROKEN - 1  # chosen where the server's context has no room for another token
+FULL = BROKEN - 1  # chosen where a member's context has no room for another token
 
 
 Rating = Callable[[int], TokenLogprob]  # how many tokens to list -> the rating of one token
@@ -90,6 +90,7 @@ class Finished:
     trace: list[dict[str, Any]] | None = None
     truncation: TruncationRecord | None = None
     touched: int | None = None
+    unshifted: Mapping[str, float] | None = None
 
 
 class Shared:
@@ -137,6 +138,7 @@ class Row:
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
         self.touched = 0 if request.count_touched else None
+        self.unshifted: dict[str, list[float]] = {}  # of each chosen token; see `Pass`
         self.reason: FinishReason | None = None
 
     @property
@@ -173,15 +175,24 @@ class Row:
             self.reason = "stop"
         return text
 
-    def take(self, token: int, seen: Pass, place: int, certain: bool, unseen: float) -> None:
+    def take(
+        self,
+        token: int,
+        seen: Pass,
+        place: int,
+        certain: bool,
+        unseen: float,
+        unshifted: Mapping[str, float],
+    ) -> None:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
-            token: the choice; `FULL` where the context of a server ends.
+            token: the choice; `FULL` where the context of a member ends.
             seen: the flat pass that it was chosen from.
             place: its row in `seen`.
             certain: False where tokens that an API did not list could have changed the choice.
             unseen: the probability of the tokens that the API did not list.
+            unshifted: see `Pass`, at this place.
         """
         if self.trace is not None and token != FULL:
             each_role = {"system": seen.logits[place]}
@@ -192,7 +203,10 @@ class Row:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
             if token != FULL:
                 self.truncation.add(certain, unseen)
-        if self.touched is not None:
+        if token != FULL:
+            for role, share in unshifted.items():
+                self.unshifted.setdefault(role, []).append(share)
+        if self.touched is not None and token != FULL:
             self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
         self.write(token, partial(_rate, seen.logits[place], token))
 
@@ -220,6 +234,7 @@ class Row:
             self.trace,
             self.truncation,
             self.touched,
+            {role: sum(each) / len(each) for role, each in self.unshifted.items()} or None,
         )
 
 

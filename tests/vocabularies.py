@@ -85,3 +85,59 @@ def read_pocket(role: str, models: Path) -> tuple[Any, Any]:
     """A pocket model in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(models / role, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(models / role)
+
+
+# Other tokenizers of the pocket family: new id -> the old ids of the same text.
+Rows = list[list[int]]
+
+
+def finer(tokenizer: Any) -> tuple[Any, Rows]:
+    """Numbers are written digit by digit."""
+    words = _words(tokenizer)
+    kept = {word: [i] for word, i in words.items() if not (word.strip().isdigit() and i > 9 + 3)}
+    digits = {str(digit): [words[str(digit)]] for digit in range(10)}
+    return _of(tokenizer, kept | digits, lambda pattern: pattern.replace("[0-9]+", "[0-9]"))
+
+
+def coarser(tokenizer: Any) -> tuple[Any, Rows]:
+    """`Question:`, `Answer:` and ` and the` are one word each; the others have other ids."""
+    words = _words(tokenizer)
+    merged = {
+        "Question:": ["Question", ":"],
+        "Answer:": ["Answer", ":"],
+        " and the": [" and", " the"],
+    }
+    merged = {new: [words[part] for part in parts] for new, parts in merged.items()}
+    special = {word: [i] for word, i in words.items() if i < 4}
+    others = {word: [i] for word, i in reversed(words.items()) if i >= 4}
+    return _of(
+        tokenizer,
+        special | merged | others,
+        lambda pattern: "Question:|Answer:| and the(?![A-Za-z_])|" + pattern,
+    )
+
+
+def _words(tokenizer: Any) -> dict[str, int]:
+    return dict(sorted(tokenizer.get_vocab().items(), key=lambda each: each[1]))
+
+
+def _of(
+    tokenizer: Any, parts: Mapping[str, list[int]], pattern: Callable[[str], str]
+) -> tuple[Any, Rows]:
+    def change(spec: dict[str, Any]) -> None:
+        spec["model"]["vocab"] = {word: i for i, word in enumerate(parts)}
+        split = spec["pre_tokenizer"]["pattern"]
+        split["Regex"] = pattern(split["Regex"])
+
+    return changed(tokenizer, change, unk_token="<unk>"), list(parts.values())
+
+
+def resized(model: Any, rows: Rows) -> Any:
+    """The model with other tokens: each has the mean of its old tokens' embeddings."""
+    made = copy.deepcopy(model)
+    old = model.get_input_embeddings().weight
+    made.resize_token_embeddings(len(rows), mean_resizing=False)
+    with torch.no_grad():
+        for head in (made.get_input_embeddings(), made.get_output_embeddings()):
+            head.weight.copy_(torch.stack([old[ids].mean(0) for ids in rows]))
+    return made.requires_grad_(False)

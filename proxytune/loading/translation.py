@@ -11,6 +11,8 @@ from proxytune.engine.text import BYTE_OF, TokenTexts, is_byte_level
 from proxytune.members.translated import Translation
 
 _CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
+# GPT-2's alphabet -> characters below U+0100; those that it lacks -> one that is not below it.
+_TO_LATIN = dict.fromkeys(range(256), 0xFFFD) | {ord(c): byte for c, byte in BYTE_OF.items()}
 BYTE_LEVEL, BARS = "byte_level", "bars"  # GPT-2's characters; SentencePiece's bars for spaces
 _SAMPLE = 512  # ids by which `Translation.growth` is estimated
 
@@ -130,8 +132,10 @@ def piece_bytes(piece: str | bytes, form: str) -> bytes | None:
     if isinstance(piece, bytes):
         return piece
     if form == BYTE_LEVEL:
-        known = set(piece) <= BYTE_OF.keys()
-        return bytes(BYTE_OF[char] for char in piece) if known else None
+        try:
+            return piece.translate(_TO_LATIN).encode("latin-1")
+        except UnicodeEncodeError:  # not in the alphabet
+            return None
     if form == BARS:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes.fromhex(piece[3:5])

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from proxytune.errors import UserError
 from proxytune.formula import guidance
 from proxytune.generator import Generation, Generator
-from proxytune.loading.build import build, weights_of
+from proxytune.loading.build import build, vocabulary_of, weights_of
 from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
-from proxytune.proxy import Formula, ProxyTunedModel
+from proxytune.loading.vocabulary import STRICT, check_kind
+from proxytune.proxy import Formula
 from proxytune.records import finite, make_decoding
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def load(
     *,
     formula: Formula | None = None,
     pairs: Mapping[str, tuple[Source, Source]] | None = None,
+    vocabulary: str = STRICT,
     draft: Source | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -61,6 +63,9 @@ def load(
             fewer helpers: `contrastive` an antiexpert, `guidance` none (the base is its own).
         pairs: NAME -> (expert, antiexpert), for several pairs; their roles are NAME_expert and
             NAME_antiexpert.
+        vocabulary: "strict" refuses helpers whose tokens are not the base's; "special" lets added
+            tokens have other names, and gives them no shift; "map" translates helpers of another
+            family (docs/vocabularies.md).
         draft: a small model that drafts for a single `base`; it changes the speed alone. In a
             triple, the expert drafts (of several, the first).
         dtype: of models given by path or id: "auto" (the checkpoint's), float32, bfloat16 or
@@ -85,18 +90,22 @@ def load(
     given = {"base": base, **helpers} | ({} if draft is None else {"draft": draft})
     sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
-    vocab_size = check_triple(specs) if specs else None
+    check_kind(vocabulary)
+    vocab_size = check_triple(specs, vocabulary if helpers else STRICT) if specs else None
     if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
         settle(formula, alpha, list(helpers), few=lists_few(specs), vocab_size=vocab_size)
     elif not isinstance(alpha, Mapping):
         finite("alpha", alpha)
     check_endpoints(specs)
     members = _load_all(sources, tokenizer)
-    rebuild = partial(build, members, alpha, formula=formula)
+    shared = vocabulary_of(members, vocabulary) if helpers or formula is not None else None
+    rebuild = partial(build, members, alpha, formula=formula, vocabulary=shared)
     system = rebuild(cuda_graphs=cuda_graphs)
-    if isinstance(system, ProxyTunedModel) and system.end is not None:
-        log.warning(in_words(system.end, {role: each.tokenizer for role, each in members.items()}))
-    return Generator(members, system, rebuild)
+    if shared is not None and shared.end is not None:
+        log.warning(in_words(shared.end, {role: each.tokenizer for role, each in members.items()}))
+    if shared is not None and (line := shared.in_words()):
+        log.warning(line)
+    return Generator(members, system, rebuild, shared)
 
 
 def _helpers(

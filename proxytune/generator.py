@@ -20,8 +20,10 @@ from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
 from proxytune.errors import UserError
+from proxytune.loading.encoding import Encoder
 from proxytune.loading.loaded import LoadedModel
-from proxytune.loading.prompting import PromptLike, token_ids
+from proxytune.loading.prompting import PromptLike
+from proxytune.loading.vocabulary import Vocabulary
 from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
 from proxytune.records import (
     Decoding,
@@ -53,7 +55,10 @@ class Generation:
             probabilities are those before temperature and filters; the role "system" is the whole
             system. The end-of-sequence token has an entry, too. "api", where a base behind an API
             lists only some tokens: see `truncation.TruncationRecord`. "touched", with a formula
-            that gates: how many tokens were not chosen from the base's own logits.
+            that gates: how many tokens were not chosen from the base's own logits. "unshifted",
+            where members have other vocabularies than the base: role -> the mean probability that
+            this member gave to tokens that the base lacks; "base" -> the base's of tokens without
+            a shift.
     """
 
     prompt_index: int
@@ -72,6 +77,7 @@ class Generator:
         members: role -> loaded model.
         system: built from them.
         rebuild: builds it once more, with rows of its own.
+        vocabulary: of a base and its helpers; None for a single model.
 
     Attributes:
         members: role -> loaded model.
@@ -81,6 +87,8 @@ class Generator:
         end: the triple's `SharedEnd`; None where it has none.
         roles: ("base",), ("base", "expert", "antiexpert"), or those that another formula needs;
             the keys of per-role prompts.
+        vocabulary: what the members have in common, and what not; None for a single model.
+        encoder: encodes prompts for the members.
         vocab_size: how many token ids all members share.
         tokenizer: the base's; None for a model that came without one.
         max_positions: the longest row in tokens that all members can read; None for no limit.
@@ -88,13 +96,17 @@ class Generator:
     """
 
     def __init__(
-        self, members: Mapping[str, LoadedModel], system: System, rebuild: Callable[[], System]
+        self,
+        members: Mapping[str, LoadedModel],
+        system: System,
+        rebuild: Callable[[], System],
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.system = system
         self._rebuild = rebuild
         triple = system if isinstance(system, ProxyTunedModel) else None
         end = triple and triple.end
-        self._describe(members, system.members, system.vocab_size, system.alphas, end)
+        self._describe(members, system.members, system.vocab_size, system.alphas, end, vocabulary)
         self._gates = triple is not None and traits_of(triple.formula).gates
 
     def _describe(
@@ -104,9 +116,13 @@ class Generator:
         vocab_size: int,
         alphas: Mapping[str, float],
         end: SharedEnd | None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """Sets every attribute but `system`: what another engine's generator has, too."""
         self.members = dict(members)
+        self.vocabulary = vocabulary
+        translations = {} if vocabulary is None else vocabulary.translations
+        self.encoder = Encoder(self.members, vocab_size, translations)
         self.base = facts["base"]
         self.alphas = alphas
         self._gates = False
@@ -116,18 +132,14 @@ class Generator:
         self.tokenizer = members["base"].tokenizer
         self._paces: dict[int | None, Pace] = {}
         self._texts: list[str] | None = None
-        # A helper's own prompt may hold tokens that only it has (the marks of its chat template).
-        self._readable = {
-            role: max(self.vocab_size, 0 if role == "base" else member.output_size or 0)
-            for role, member in members.items()
-        }
         limits = [each.max_positions for each in facts.values()]
         self.max_positions = min((limit for limit in limits if limit), default=None)
-        self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in members.values()))
+        alike = (each for role, each in members.items() if role not in translations)
+        self.eos_ids = frozenset[int]().union(*(each.eos_ids for each in alike))
 
     def sibling(self) -> "Generator":
         """A generator of the same models with rows of its own: both can decode at the same time."""
-        return Generator(self.members, self._rebuild(), self._rebuild)
+        return Generator(self.members, self._rebuild(), self._rebuild, self.vocabulary)
 
     def generate(
         self,
@@ -259,7 +271,8 @@ class Generator:
             if sample_keys is not None:
                 key = sample_keys[index]
             else:
-                key = hashlib.sha256(repr(sorted(ids.items())).encode()).hexdigest()
+                alike = self.encoder.with_base_ids(ids)
+                key = hashlib.sha256(repr(sorted(alike.items())).encode()).hexdigest()
                 seen[key] += 1
                 key += f"#{seen[key]}"
             requests.append(
@@ -307,8 +320,8 @@ class Generator:
                 ids differ after the first.
         """
         self._refuse_partial()
-        ids = self.encode(token_ids)
-        self._room(0, ids)
+        ids = self.encoder.with_base_ids(self.encode(token_ids))
+        self._room(0, self.encoder.grown(ids, []))
         return score.sequence_logits(self.system, ids)
 
     def loglikelihood(
@@ -347,41 +360,8 @@ class Generator:
         return score.prompt_logprobs(self.system, prompts, alphas, tops)
 
     def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """A prompt as each member reads it: role -> token ids.
-
-        Raises:
-            UserError: the prompt is empty, has unknown token ids, lacks a role, or is a text so
-                long that no model can read it.
-        """
-        if isinstance(prompt, Mapping):
-            if not prompt.keys() >= set(self.roles):
-                raise UserError(f"the prompt has roles {sorted(prompt)}, not {self.roles}")
-            given = {role: prompt[role] for role in self.roles}
-        else:
-            given = dict.fromkeys(self.members, prompt)
-        ids = {
-            role: token_ids(
-                each,
-                self.members[role].format,
-                self.members[role].tokenizer,
-                self.max_positions,
-            )
-            for role, each in given.items()
-        }
-        if "draft" in self.members:
-            ids.setdefault("draft", ids["base"])
-        for role, tokens in ids.items():
-            if not tokens:
-                raise UserError(
-                    f"the prompt of the {role} has no tokens; give it at least one (a BOS)"
-                )
-            odd = next((t for t in tokens if not 0 <= t < self._readable[role]), None)
-            if odd is not None:
-                raise UserError(
-                    f"token id {odd} in the prompt of the {role} is outside the common "
-                    f"vocabulary of {self._readable[role]}"
-                )
-        return ids
+        """A prompt as each member reads it: role -> token ids; see `Encoder.encode`."""
+        return self.encoder.encode(prompt, self.max_positions)
 
     @property
     def shows_members(self) -> bool:
@@ -419,7 +399,7 @@ class Generator:
         """
         contexts = [self.encode(context) for context, _ in pairs]
         for index, (ids, (_, continuation)) in enumerate(zip(contexts, pairs, strict=True)):
-            self._room(index, ids, len(continuation) - 1)
+            self._room(index, self.encoder.grown(ids, continuation[:-1]), 0)
         return contexts
 
     def _refuse_partial(self) -> None:
@@ -485,6 +465,8 @@ def _generation(finished: Finished) -> Generation:
         extra["api"] = finished.truncation.to_dict()
     if finished.touched is not None:
         extra["touched"] = finished.touched
+    if finished.unshifted is not None:
+        extra["unshifted"] = {role: round(share, 6) for role, share in finished.unshifted.items()}
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,

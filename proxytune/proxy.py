@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from proxytune.engine.system import Alphas, Call, DraftingSystem, Group, Pass, Pick, Prompt
+from proxytune.engine.unshifted import Unshifted
 
 # The members' logits by role and their alphas, all by keyword -> the combined logits, float32.
 Formula = Callable[..., torch.Tensor]
@@ -163,6 +164,8 @@ class ProxyTunedModel(DraftingSystem):
         end: see `SharedEnd`; None where the shared vocabulary has every end token.
         formula: combines the members' logits.
         drafter: the role of the member that drafts; None for none.
+        unshifted: the ids of the base that helpers have no token for; None where all members have
+            one vocabulary.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class ProxyTunedModel(DraftingSystem):
         end: SharedEnd | None = None,
         formula: Formula = combine_logits,
         drafter: str | None = "expert",
+        unshifted: Unshifted | None = None,
     ) -> None:
         self.groups = list(groups)
         self.members = {role: each for group in groups for role, each in group.members.items()}
@@ -179,6 +183,7 @@ class ProxyTunedModel(DraftingSystem):
         self.end = end
         self.formula = formula
         self.drafter = drafter
+        self.unshifted = unshifted
         sizes = [member.vocab_size for member in self.members.values()]
         self.vocab_size = end.vocab_size if end else min(sizes)
         self._own: list[float | None] = []  # each row's alpha; None takes the system's
@@ -320,6 +325,7 @@ class ProxyTunedModel(DraftingSystem):
             role: self._shared(role, each.logits).to(device, non_blocking=True)
             for role, each in passes.items()
         }
+        shares = self.unshifted.leave(cut) if self.unshifted else {}
         scales = self._scales(alphas, cut["base"])
         truncation = passes["base"].truncation
         if truncation is not None:  # the bounds of the base's logits bound the system's
@@ -328,7 +334,9 @@ class ProxyTunedModel(DraftingSystem):
             ask = truncation.ask if traits_of(self.formula).adds else None
             ceiling = self.formula(**highest, **scales)
             truncation = replace(truncation, ceiling=ceiling, ask=ask)
-        return Pass(self.formula(**cut, **scales), cut, truncation)
+        ends = [each.full.to(device) for each in passes.values() if each.full is not None]
+        full = torch.stack(ends).any(0) if ends else None
+        return Pass(self.formula(**cut, **scales), cut, truncation, shares, full)
 
     def _shared(self, role: str, logits: torch.Tensor) -> torch.Tensor:
         """A member's logits, cut to the shared vocabulary."""

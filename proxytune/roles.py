@@ -14,3 +14,8 @@ MEMBERS = {
 }
 # The order of running: neighbours share models, so that at most the triple is in memory.
 ORDER = ("expert", "antiexpert", "base", "proxy", "tuned")
+
+
+def pair_of(role: str) -> str:
+    """What the names of a pair's roles begin with: "" for expert, "math_" for math_expert."""
+    return role.removesuffix("expert").removesuffix("anti")

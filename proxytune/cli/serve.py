@@ -150,8 +150,9 @@ def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettin
         return _load_playground(cfg, name, triple, settings)
     asked = _asked(cfg)
     if cfg.engine.name == OWN:
-        members: dict[str, Any] = check_models(asked)
-        how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg)}
+        kind = cfg.triple.vocabulary if len(asked) > 1 else "strict"
+        members: dict[str, Any] = check_models(asked, kind)
+        how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg), "vocabulary": kind}
         if len(members) == 1:
             how = {}  # a single model
         generator = load(**members, **how, cuda_graphs=cfg.machine.cuda_graphs)

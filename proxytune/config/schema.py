@@ -21,12 +21,17 @@ DEFAULT_FORMULA = {"_target_": "proxytune.proxy.combine_logits"}
 
 @dataclass
 class TripleConfig:
-    """The models of an experiment; `tuned` is the directly tuned one that it compares with."""
+    """The models of an experiment; `tuned` is the directly tuned one that it compares with.
+
+    Attributes:
+        vocabulary: of the triple: "strict", "special" or "map" (docs/vocabularies.md).
+    """
 
     base: ModelSpec = field(default_factory=ModelSpec)
     expert: ModelSpec = field(default_factory=ModelSpec)
     antiexpert: ModelSpec = field(default_factory=ModelSpec)
     tuned: ModelSpec | None = None
+    vocabulary: str = "strict"
 
 
 @dataclass

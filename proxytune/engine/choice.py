@@ -4,7 +4,7 @@ Where a server lists only the likeliest tokens, and those that it does not list 
 choice, it is asked for them, if it answers that (`Truncation.ask`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Chosen:
         tokens: the choice at each place.
         certain: whether unlisted tokens could not change it; empty where every logit is known.
         unseen: the probability of the unlisted tokens; empty where every logit is known.
+        unshifted: see `Pass`, as lists.
     """
 
     seen: Pass
@@ -35,6 +36,7 @@ class Chosen:
     tokens: list[int]
     certain: list[bool]
     unseen: list[float]
+    unshifted: Mapping[str, list[float]]
 
     def of(self, index: int) -> list[int]:
         """The tokens chosen for the row with this index, [width]."""
@@ -56,6 +58,7 @@ class Chosen:
                 place,
                 certain=self.certain[place] if self.certain else True,
                 unseen=self.unseen[place] if self.unseen else 0.0,
+                unshifted={role: shares[place] for role, shares in self.unshifted.items()},
                 drafted=place < first + count - 1,
             )
             if row.reason is not None:
@@ -114,6 +117,8 @@ def _choose(seen: Pass, width: int, groups: Sequence[_Group]) -> Chosen:
     tokens = _pick(seen.logits, groups)
     if seen.truncation is not None:
         tokens = tokens.masked_fill(seen.truncation.full.to(tokens.device), FULL)
+    if seen.full is not None:
+        tokens = tokens.masked_fill(seen.full.to(tokens.device), FULL)
     chosen = tokens.tolist()
     if BROKEN in chosen:
         raise blame(seen[chosen.index(BROKEN)])
@@ -121,7 +126,8 @@ def _choose(seen: Pass, width: int, groups: Sequence[_Group]) -> Chosen:
     if seen.truncation is not None:
         certain = _certain(tokens, seen.logits, seen.truncation.ceiling, groups)
         unseen = seen.truncation.unseen.tolist()
-    return Chosen(seen, width, chosen, certain, unseen)
+    unshifted = {role: share.tolist() for role, share in seen.unshifted.items()}
+    return Chosen(seen, width, chosen, certain, unseen, unshifted)
 
 
 def _undecided(

@@ -7,6 +7,7 @@ pass: the rows of another engine are written by it. Nothing else writes one.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from proxytune.engine.text import GrowingText
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
-FULL = BROKEN - 1  # chosen where the server's context has no room for another token
+FULL = BROKEN - 1  # chosen where a member's context has no room for another token
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class Finished:
     trace: list[dict[str, Any]] | None = None
     truncation: TruncationRecord | None = None
     touched: int | None = None
+    unshifted: Mapping[str, float] | None = None
 
 
 class Shared:
@@ -151,6 +153,7 @@ class Row:
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
         self.touched = 0 if request.count_touched else None
+        self.unshifted: dict[str, list[float]] = {}  # of each chosen token; see `Pass`
         self.reason: FinishReason | None = None
 
     @property
@@ -196,16 +199,18 @@ class Row:
         *,
         certain: bool = True,
         unseen: float = 0.0,
+        unshifted: Mapping[str, float] = MappingProxyType({}),
         drafted: bool = False,
     ) -> None:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
         Args:
-            token: the choice; `FULL` where the context of a server ends.
+            token: the choice; `FULL` where the context of a member ends.
             seen: the flat pass that it was chosen from.
             place: its row in `seen`.
             certain: False where tokens that an API did not list could have changed the choice.
             unseen: the probability of the tokens that the API did not list.
+            unshifted: see `Pass`, at this place.
             drafted: whether the small model had guessed the token.
         """
         if self.trace is not None and token != FULL:
@@ -217,7 +222,10 @@ class Row:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
             if token != FULL:
                 self.truncation.add(certain, unseen)
-        if self.touched is not None:
+        if token != FULL:
+            for role, share in unshifted.items():
+                self.unshifted.setdefault(role, []).append(share)
+        if self.touched is not None and token != FULL:
             self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
         rating = Rating(
             partial(_rate, seen.logits[place], token),
@@ -250,6 +258,7 @@ class Row:
             self.trace,
             self.truncation,
             self.touched,
+            {role: sum(each) / len(each) for role, each in self.unshifted.items()} or None,
         )
 
 

@@ -8,7 +8,7 @@ written after it. A *pass* reads tokens and gives the logits of the tokens that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -33,28 +33,44 @@ class Pass:
         members: role -> that member's logits, same shape, for traces; empty where a member ran.
         truncation: bounds of the missing logits, where a server lists only the likeliest tokens;
             None where every logit is known.
+        unshifted: role -> the probability that the member gives to tokens of which the base has
+            none; "base" -> the base's of tokens that get no shift; logits' shape without vocab.
+            Empty where all members have one vocabulary.
+        full: whether a member's context ends before this place, same shape; None for nowhere.
     """
 
     logits: torch.Tensor
     members: Mapping[str, torch.Tensor] = field(default_factory=dict)
     truncation: Truncation | None = None
+    unshifted: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    full: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice | int) -> "Pass":
         """The same pass, for these rows alone."""
-        members = {role: logits[rows] for role, logits in self.members.items()}
-        return Pass(self.logits[rows], members, self.truncation and self.truncation[rows])
+        return self._each(lambda tensor: tensor[rows], self.truncation and self.truncation[rows])
 
     def flat(self) -> "Pass":
         """One row per token of a block: [rows, width, vocab] becomes [rows * width, vocab]."""
         if self.logits.dim() == 2:
             return self
-        members = {role: logits.flatten(0, 1) for role, logits in self.members.items()}
-        return Pass(self.logits.flatten(0, 1), members, self.truncation and self.truncation.flat())
+        truncation = self.truncation and self.truncation.flat()
+        return self._each(lambda tensor: tensor.flatten(0, 1), truncation)
 
     def unflat(self) -> "Pass":
         """A block of width 1 for each row: [rows, vocab] becomes [rows, 1, vocab]."""
-        members = {role: logits.unsqueeze(1) for role, logits in self.members.items()}
-        return Pass(self.logits.unsqueeze(1), members)
+        return self._each(lambda tensor: tensor.unsqueeze(1), None)
+
+    def _each(
+        self, change: Callable[[torch.Tensor], torch.Tensor], truncation: Truncation | None
+    ) -> "Pass":
+        """The pass with each of its tensors changed in the first dimensions."""
+        return Pass(
+            change(self.logits),
+            {role: change(logits) for role, logits in self.members.items()},
+            truncation,
+            {role: change(share) for role, share in self.unshifted.items()},
+            None if self.full is None else change(self.full),
+        )
 
     def copy_of(self, row: int, with_members: bool) -> "Pass":
         """A copy of one row's logits, [vocab]; a view would keep those of all rows in memory.
@@ -65,16 +81,17 @@ class Pass:
         """
         part = self[row]
         members = part.members if with_members else {}
-        copies = {role: logits.clone() for role, logits in members.items()}
-        return Pass(part.logits.clone(), copies, part.truncation)
+        return replace(part, members=members)._each(torch.clone, part.truncation)
 
     @staticmethod
     def concatenate(first: "Pass", second: "Pass") -> "Pass":
         """The rows of one pass of a member, then those of another, [rows, vocab]."""
         known = [part.truncation for part in (first, second) if part.truncation is not None]
+        full = [part.full for part in (first, second) if part.full is not None]
         return Pass(
             torch.cat([first.logits, second.logits]),
             truncation=Truncation.concatenate(*known) if known else None,
+            full=torch.cat(full) if full else None,
         )
 
     @staticmethod
@@ -85,10 +102,13 @@ class Pass:
         """
         roles = set.intersection(*(set(row.members) for row in rows))
         known = [row.truncation for row in rows if row.truncation is not None]
+        full = [row.full for row in rows if row.full is not None]
         return Pass(
             torch.stack([row.logits for row in rows]),
             {role: torch.stack([row.members[role] for row in rows]) for role in roles},
             Truncation.stack(known) if known else None,
+            {r: torch.stack([row.unshifted[r] for row in rows]) for r in rows[0].unshifted},
+            torch.stack(full) if full else None,
         )
 
 

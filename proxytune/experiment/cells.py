@@ -62,6 +62,8 @@ class GenerationSettings:
 
 _TOUCHED = "touched_tokens"
 _TOUCHED_INFO = MetricInfo("tokens that the formula touched")
+_UNSHIFTED = "unshifted_probability"
+_UNSHIFTED_INFO = MetricInfo("probability of tokens that the base lacks", higher_is_better=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +171,14 @@ class TaskCell(Cell):
         examples: those that are asked, in the dataset's order.
         decoding: how their completions are drawn.
         gated: whether the formula gates, so that the table shows how many tokens it touched.
+        mapped: whether helpers may have other vocabularies, so that the table shows how much of
+            their probability was left out.
     """
 
     examples: list[Example]
     decoding: Decoding
     gated: bool = False
+    mapped: bool = False
 
     @property
     def total(self) -> int:
@@ -182,8 +187,10 @@ class TaskCell(Cell):
 
     @property
     def infos(self) -> Mapping[str, Any]:
-        """The task's metrics, and the share of touched tokens."""
-        return {**self.task.metrics, **({_TOUCHED: _TOUCHED_INFO} if self.gated else {})}
+        """The task's metrics, and the records of decoding that the table shows."""
+        touched = {_TOUCHED: _TOUCHED_INFO} if self.gated else {}
+        unshifted = {_UNSHIFTED: _UNSHIFTED_INFO} if self.mapped else {}
+        return {**self.task.metrics, **touched, **unshifted}
 
     @property
     def dataset_sha256(self) -> str | None:
@@ -256,6 +263,8 @@ class TaskCell(Cell):
         scores: list[Score] = self.task.score_all(complete, texts)
         if self.gated and self.system == "proxy":
             scores = [self._with_touched(score, done[score.example_id]) for score in scores]
+        if self.mapped and self.system == "proxy":
+            scores = [self._with_unshifted(score, done[score.example_id]) for score in scores]
         return CellScores(
             stats.metrics(self.task_name, self.system, scores),
             scores,
@@ -273,6 +282,16 @@ class TaskCell(Cell):
         touched = sum(c.extra["touched"] for c in each)
         share = touched / tokens if tokens else None
         return dataclasses.replace(score, values={**score.values, _TOUCHED: share})
+
+    def _with_unshifted(self, score: Score, samples: Mapping[int, Completion]) -> Score:
+        """The score, with the helpers' mean probability of tokens that the base lacks."""
+        shares = [
+            max((share for role, share in each.items() if role != "base"), default=0.0)
+            for i in range(self.decoding.n)
+            if (each := samples[i].extra.get("unshifted")) is not None
+        ]
+        value = sum(shares) / len(shares) if shares else 0.0
+        return dataclasses.replace(score, values={**score.values, _UNSHIFTED: value})
 
     def _lacking(self, stored: Stored) -> list[Example]:
         return [e for e in self.examples if lacks(stored, e, self.decoding.n)]
@@ -399,6 +418,7 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
             examples=asked,
             decoding=decoding,
             gated=gates(cfg),
+            mapped=cfg.triple.vocabulary == "map",
             other_dataset=other,
         )
         for system in _in_order(cfg.systems)

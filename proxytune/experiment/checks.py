@@ -53,15 +53,32 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
             task.check()
     if cfg.stage == "score":
         return tasks, {}
-    from proxytune.loading.load import check_endpoints, check_triple
+    from proxytune.loading.load import check_endpoints
 
     specs = _specs_in_use(cfg)
     check_engine_specs(specs, engine)
-    vocab_size = check_triple(specs)
+    vocab_size = _check_vocabularies(cfg, specs)
     check_engine_systems(cfg, specs, engine)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return tasks, specs
+
+
+def _check_vocabularies(cfg: DictConfig, specs: Mapping[str, Any]) -> int:
+    """Refuses models that cannot be combined; the length of the vocabulary.
+
+    Under another kind of vocabulary than the strict one, what decodes alone shares none.
+    """
+    from proxytune.loading.load import check_triple
+
+    kind = cfg.triple.vocabulary
+    if kind == "strict" or "proxy" not in cfg.systems:
+        return check_triple(specs)
+    names = set(members_of(cfg, "proxy").values())
+    for name, spec in specs.items():
+        if name not in names:
+            check_triple({name: spec})
+    return check_triple({name: spec for name, spec in specs.items() if name in names}, kind)
 
 
 def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:
@@ -92,6 +109,11 @@ def check_engine(cfg: DictConfig, engine: EngineSettings) -> None:
     check_settings(engine)
     if not is_default(cfg):
         raise UserError(f"formula={cfg.formula._target_}: engine=vllm runs formula=proxy alone")
+    if cfg.triple.vocabulary != "strict":
+        raise UserError(
+            f"triple.vocabulary={cfg.triple.vocabulary}: engine=vllm runs vocabulary=strict alone; "
+            "use engine=own"
+        )
     if cfg.machine.cuda_graphs:
         raise UserError("machine.cuda_graphs is a setting of engine=own; leave it out")
     speculative = cfg.decoding.speculative if "decoding" in cfg else cfg.speculative
@@ -240,11 +262,12 @@ def check_machine(cfg: DictConfig) -> None:
         )
 
 
-def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
+def check_models(specs: Mapping[str, Any], vocabulary: str = "strict") -> dict[str, Any]:
     """Refuses models that cannot be combined or asked; serves a base whose URL is "local".
 
     Args:
         specs: role -> `ModelSpec`.
+        vocabulary: see `proxytune.load`.
 
     Returns:
         The same, with the URLs of the local servers.
@@ -254,7 +277,7 @@ def check_models(specs: Mapping[str, Any]) -> dict[str, Any]:
     """
     from proxytune.loading.load import check_endpoints, check_triple
 
-    check_triple(specs)
+    check_triple(specs, vocabulary)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return serve_local(specs)
 

@@ -90,6 +90,7 @@ class ModelPool:
             be opened; some may be left out.
         alpha: scale on (expert - antiexpert).
         formula: combines the members' logits; None is proxy-tuning.
+        vocabulary: as in `proxytune.api.load`.
         cuda_graphs: as in `proxytune.api.load`.
     """
 
@@ -100,12 +101,14 @@ class ModelPool:
         *,
         alpha: float,
         formula: "Formula | None" = None,
+        vocabulary: str = "strict",
         cuda_graphs: bool,
     ) -> None:
         self._specs = specs
         self._systems = dict(systems)
         self._alpha = alpha
         self._formula = formula
+        self._vocabulary = vocabulary
         self._cuda_graphs = cuda_graphs
         self._models: dict[str, LoadedModel] = {}
 
@@ -126,7 +129,11 @@ class ModelPool:
             if name in roles.values() and name not in self._models:
                 self._models[name] = self._load(name, system)
         members: dict[str, Any] = {role: self._models[name] for role, name in roles.items()}
-        how: dict[str, Any] = {"alpha": self._alpha, "formula": self._formula}
+        how: dict[str, Any] = {
+            "alpha": self._alpha,
+            "formula": self._formula,
+            "vocabulary": self._vocabulary,
+        }
         return load(**members, **(how if len(roles) > 1 else {}), cuda_graphs=self._cuda_graphs)
 
     def _load(self, name: str, system: str) -> "LoadedModel":

@@ -55,6 +55,8 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":
         identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
+        if cfg.triple.vocabulary != "strict":  # older folders do not name it
+            identity["vocabulary"] = cfg.triple.vocabulary
         if not is_default(cfg):  # folders of the default formula do not name it
             identity["formula"] = formula_identity(cfg)
     return identity | engine_settings(cfg).identity()

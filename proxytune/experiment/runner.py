@@ -127,7 +127,14 @@ def _pool(
         graphs = cfg.machine.cuda_graphs
         members = {system: members_of(cfg, system) for system in systems}
         formula = formula_of(cfg)
-        return ModelPool(specs, members, alpha=cfg.alpha, formula=formula, cuda_graphs=graphs)
+        return ModelPool(
+            specs,
+            members,
+            alpha=cfg.alpha,
+            formula=formula,
+            vocabulary=cfg.triple.vocabulary,
+            cuda_graphs=graphs,
+        )
     from proxytune.vllm.pool import EnginePool
 
     return EnginePool(specs, alpha=cfg.alpha, settings=engine)
@@ -147,14 +154,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _end_tokens(cfg: DictConfig, specs: dict[str, Any]) -> dict[str, Any] | None:
-    """Which end tokens of the triple's members count as the base's; None where all share theirs."""
-    from proxytune.loading.load import find_end
+def _vocabulary(cfg: DictConfig, specs: dict[str, Any]) -> dict[str, Any]:
+    """What the triple's members do not share: end tokens, renamed tokens, whole vocabularies."""
+    from proxytune.loading.load import find_vocabulary
 
     if "proxy" not in cfg.systems:
-        return None
-    end = find_end({role: specs[name] for role, name in members_of(cfg, "proxy").items()})
-    return None if end is None else end.to_dict()
+        return {}
+    members = {role: specs[name] for role, name in members_of(cfg, "proxy").items()}
+    found = find_vocabulary(members, cfg.triple.vocabulary)
+    end = found.end and found.end.to_dict()
+    noted = {"end_tokens": end, "vocabulary": found.to_dict()}
+    return {name: each for name, each in noted.items() if each is not None}
 
 
 def _begin_run_json(
@@ -174,8 +184,8 @@ def _begin_run_json(
     models = {role: member for c in cells for role, member in c.models().items()}
     if cfg.stage == "score":  # this machine may lack the models: keep the recorded facts
         models |= run_json.get("models", {})
-    elif end := _end_tokens(cfg, specs):
-        run_json["end_tokens"] = end
+    else:
+        run_json |= _vocabulary(cfg, specs)
     run_json |= {
         "name": cfg.name,
         "config": resolved,  # of the latest session; the folder may hold other tasks

@@ -39,6 +39,7 @@ class ProxyTuneLM(TemplateLM):
         generator: a loaded system; without it, name the models:
         base, expert, antiexpert: paths or hub ids; the base alone is a single model.
         alpha: scale on (expert - antiexpert).
+        vocabulary: see `proxytune.load`.
         dtype, device: of every member.
         batch_size: rows at once; "auto" goes by the free memory (lm-eval's own default is 1).
         max_batch_size: unused: lm-eval passes it, but "auto" needs no limit.
@@ -59,6 +60,7 @@ class ProxyTuneLM(TemplateLM):
         expert: str | None = None,
         antiexpert: str | None = None,
         alpha: float = 1.0,
+        vocabulary: str = "strict",
         *,
         generator: Generator | None = None,
         dtype: str = "auto",
@@ -76,7 +78,11 @@ class ProxyTuneLM(TemplateLM):
             ids = {"base": base, "expert": expert, "antiexpert": antiexpert}
             specs = specs_of(ids, dtype, usable_device(device), members)
             generator = load(
-                specs["base"], specs.get("expert"), specs.get("antiexpert"), float(alpha)
+                specs["base"],
+                specs.get("expert"),
+                specs.get("antiexpert"),
+                float(alpha),
+                vocabulary=vocabulary,
             )
         elif members or base is not None:
             raise UserError("give a loaded generator or the models' names, not both")
@@ -174,6 +180,9 @@ class ProxyTuneLM(TemplateLM):
         for role, text in texts.items():
             tokenizer = self._member(role).tokenizer or self.tokenizer
             ids[role] = self._tokenize(text, tokenizer) or [self.prefix_token_id]
+        shared = self.generator.vocabulary
+        if shared is not None and shared.translations:
+            return ids  # each in its own vocabulary
         return _shared(ids)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Any, list[int]]:
@@ -325,7 +334,10 @@ class ProxyTuneLM(TemplateLM):
         """The models and alpha, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
         alpha = self.generator.alphas.get("alpha")
-        info = {"proxytune_members": members, "proxytune_alpha": alpha}
+        info: dict[str, Any] = {"proxytune_members": members, "proxytune_alpha": alpha}
+        shared = self.generator.vocabulary
+        if shared is not None and shared.to_dict() is not None:
+            info["proxytune_vocabulary"] = shared.to_dict()
         if self.generator.end is not None:
             info["proxytune_end_tokens"] = self.generator.end.to_dict()
         return info

@@ -323,7 +323,8 @@ def _check_tokenizer(role: str, spec: ModelSpec, own: Any, rows: int) -> None:
     before = own.chat_template
     theirs = adapter_tokenizer(spec, own)
     if theirs is not own:
-        common_vocabulary({f"{role}'s model": own, f"{role}'s adapter": theirs}, {})
+        both = {f"{role}'s model": own, f"{role}'s adapter": theirs}
+        common_vocabulary(both, {}, way_out=False)
         last = max(theirs.get_vocab().values())
         if last >= rows:
             raise UserError(

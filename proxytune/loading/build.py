@@ -1,18 +1,25 @@
 """Builds a system from loaded models."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from proxytune.engine.system import Group, Member, System
+from proxytune.engine.unshifted import Unshifted
 from proxytune.errors import UserError
 from proxytune.loading.adapters import leaves_weights
-from proxytune.loading.ends import shared_end
 from proxytune.loading.formulas import Alphas, experts_of, settle
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec
-from proxytune.loading.vocabulary import common_vocabulary
+from proxytune.loading.vocabulary import (
+    STRICT,
+    Vocabulary,
+    common_vocabulary,
+    settle_vocabulary,
+)
 from proxytune.members.adapter import AdapterModel
 from proxytune.members.choose import can_cache, make_member
 from proxytune.members.halves import HalvedModel, Halves
+from proxytune.members.translated import TranslatedMember
 from proxytune.proxy import Formula, ProxyTunedModel
 from proxytune.single import DraftedModel, Single
 
@@ -22,6 +29,7 @@ def build(
     alpha: Alphas = 1.0,
     cuda_graphs: bool = False,
     formula: Formula | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> System:
     """A system of these models. Two systems of the same models have separate rows.
 
@@ -31,28 +39,31 @@ def build(
         alpha: scale on (expert - antiexpert); NAME -> its scale, where there are several pairs.
         cuda_graphs: see `proxytune.load`.
         formula: combines the members' logits; None is proxy-tuning.
+        vocabulary: of a base and its helpers, from `vocabulary_of`; None for a strict one.
 
     Raises:
         UserError: the vocabularies differ, a model looks ahead, or the formula needs other models.
     """
-    tokenizers = {role: model.tokenizer for role, model in models.items()}
-    sizes = {role: model.output_size for role, model in models.items() if model.output_size}
-    vocab_size = common_vocabulary(tokenizers, sizes)
-    ends = {role: model.eos_ids for role, model in models.items()}
     helpers = [role for role in models if role not in ("base", "draft")]
     if helpers or formula is not None:
         member = models["base"].member
-        end = shared_end(ends, sizes, tokenizers["base"], vocab_size)
-        widths = {role: end.width(role) if end else vocab_size for role in models}
+        shared = vocabulary or vocabulary_of(models)
+        end = shared.end
         combine, scales = settle(
             formula,
             alpha,
             helpers,
             few=member is not None and not member.complete,
-            vocab_size=end.vocab_size if end else vocab_size,
+            vocab_size=shared.size,
         )
-        groups = _groups(models, widths, cuda_graphs)
-        return ProxyTunedModel(groups, scales, end, combine, _drafter(models))
+        groups = _groups(models, shared, cuda_graphs)
+        unshifted = None
+        if shared.unshifted:
+            lossy = [role for role, each in shared.translations.items() if each.lossy]
+            unshifted = Unshifted(shared.unshifted, lossy)
+        return ProxyTunedModel(groups, scales, end, combine, _drafter(models), unshifted)
+    tokenizers, sizes, ends = _facts(models)
+    vocab_size = common_vocabulary(tokenizers, sizes)
     base = _wrap(models["base"], vocab_size, cuda_graphs)
     if "draft" in models:
         lost = [token for token in ends["base"] if vocab_size <= token < sizes.get("base", 0)]
@@ -65,24 +76,52 @@ def build(
     return Single(base)
 
 
+def vocabulary_of(models: Mapping[str, LoadedModel], kind: str = STRICT) -> Vocabulary:
+    """The vocabulary of a base and its helpers.
+
+    Args:
+        models: role -> model.
+        kind: one of `vocabulary.KINDS`.
+
+    Raises:
+        UserError: see `settle_vocabulary`.
+    """
+    return settle_vocabulary(kind, *_facts(models))
+
+
+def _facts(
+    models: Mapping[str, LoadedModel],
+) -> tuple[dict[str, Any], dict[str, int], dict[str, frozenset[int]]]:
+    """Role -> tokenizer, entries of the logits where they are known, and end tokens."""
+    tokenizers = {role: model.tokenizer for role, model in models.items()}
+    sizes = {role: model.output_size for role, model in models.items() if model.output_size}
+    return tokenizers, sizes, {role: model.eos_ids for role, model in models.items()}
+
+
 def _groups(
-    models: Mapping[str, LoadedModel], widths: Mapping[str, int], cuda_graphs: bool
+    models: Mapping[str, LoadedModel], shared: Vocabulary, cuda_graphs: bool
 ) -> list[Group]:
     """The members; two that share a model share its passes, too.
 
     Args:
         models: role -> model.
-        widths: role -> how many of its logits are needed.
+        shared: their vocabulary.
         cuda_graphs: see `build`.
     """
+    widths = {role: shared.end.width(role) if shared.end else shared.size for role in models}
+    widths |= {role: each.own_size for role, each in shared.translations.items()}
     halves = _halves(models, widths)
-    shared = {role for group in halves for role in group.members}
-    alone = {
-        role: _wrap(model, widths[role], cuda_graphs)
-        for role, model in models.items()
-        if role not in shared
-    }
-    return [*halves, Group(alone)]
+    members: dict[str, Member] = {r: each for g in halves for r, each in g.members.items()}
+    for role, model in models.items():
+        if role not in members:
+            members[role] = _wrap(model, widths[role], cuda_graphs)
+    # A pair that is translated reads rows of unequal lengths, so that it cannot share a pass.
+    whole = [group for group in halves if group.members.keys().isdisjoint(shared.translations)]
+    passes = {role for group in whole for role in group.members}
+    alone = {role: each for role, each in members.items() if role not in passes}
+    for role, translation in shared.translations.items():
+        alone[role] = TranslatedMember(alone[role], translation)
+    return [*whole, Group({role: alone[role] for role in models if role in alone})]
 
 
 def _halves(models: Mapping[str, LoadedModel], widths: Mapping[str, int]) -> list[Halves]:

@@ -1,6 +1,7 @@
 """Which tokens end a model's text, and which of them the base lacks."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from proxytune.errors import UserError
@@ -24,8 +25,9 @@ def shared_end(
     sizes: Mapping[str, int],
     tokenizer: Any | None,
     vocab_size: int,
+    foreign: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> SharedEnd | None:
-    """The token that takes the place of end tokens beyond the shared vocabulary.
+    """The token that takes the place of end tokens that the base lacks.
 
     It is the base's; a base whose own end tokens all lie beyond takes another member's.
 
@@ -34,6 +36,7 @@ def shared_end(
         sizes: role -> entries of the model's logits; a base behind an API is missing.
         tokenizer: the base's; None where it is unknown.
         vocab_size: of the shared vocabulary.
+        foreign: role -> ids below it that are other tokens to the base.
 
     Returns:
         None if there are no such tokens.
@@ -41,15 +44,18 @@ def shared_end(
     Raises:
         UserError: there are, and no member has an end token in the shared vocabulary.
     """
-    beyond = {
-        role: [token for token in sorted(ends[role]) if vocab_size <= token < size]
-        for role, size in sizes.items()
-    }
+
+    def lacked(role: str, token: int) -> bool:
+        beyond = vocab_size <= token < sizes.get(role, vocab_size)
+        return beyond or token in foreign.get(role, ())
+
+    beyond = {role: [t for t in sorted(ends[role]) if lacked(role, t)] for role in ends}
     if not any(beyond.values()):
         return None
     first = getattr(tokenizer, "eos_token_id", None)
-    known = [token for role in ("base", *ends) for token in sorted(ends[role])]
-    known = [token for token in (first, *known) if token is not None and token < vocab_size]
+    known = [(role, token) for role in ("base", *ends) for token in sorted(ends[role])]
+    known = [token for role, token in known if token < vocab_size and not lacked(role, token)]
+    known = [first, *known] if first is not None and first < vocab_size else known
     if not known:
         role, tokens = next((role, tokens) for role, tokens in beyond.items() if tokens)
         raise UserError(
@@ -57,7 +63,8 @@ def shared_end(
             "shared token ends a text; give the base's tokenizer an eos_token"
         )
     token = known[0]
-    own = {role: [token] if token in ends[role] else [] for role in beyond}
+    of_all = {role: token in ends[role] and not lacked(role, token) for role in beyond}
+    own = {role: [token] if shared else [] for role, shared in of_all.items()}
     of = {role: (*own[role], *tokens) for role, tokens in beyond.items() if tokens}
     return SharedEnd(token, of, vocab_size)
 
@@ -82,6 +89,6 @@ def in_words(end: SharedEnd, tokenizers: Mapping[str, Any]) -> str:
         if token != end.token
     ]
     return (
-        f"{', '.join(theirs)}, beyond the shared vocabulary: it counts as the end token "
+        f"{', '.join(theirs)}, which the base lacks: it counts as the end token "
         f"{named('base', end.token)} of the base"
     )

@@ -24,20 +24,26 @@ from proxytune.engine.system import Member
 from proxytune.errors import UserError, need
 from proxytune.loading.adapters import adapter_tokenizer, check_adapter, put_adapter
 from proxytune.loading.build import same_checkpoint, shares_weights
-from proxytune.loading.ends import end_ids, shared_end
+from proxytune.loading.ends import end_ids
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.missing import not_found
 from proxytune.loading.prompting import render_messages
 from proxytune.loading.spec import ModelSpec
-from proxytune.loading.vocabulary import common_vocabulary
-from proxytune.proxy import SharedEnd
+from proxytune.loading.vocabulary import (
+    STRICT,
+    Vocabulary,
+    check_kind,
+    common_vocabulary,
+    settle_vocabulary,
+)
 
 
-def check_triple(specs: Mapping[str, ModelSpec]) -> int:
+def check_triple(specs: Mapping[str, ModelSpec], vocabulary: str = STRICT) -> int:
     """Checks that models can be combined, before any weights are loaded.
 
     Args:
         specs: role -> model; any set of roles.
+        vocabulary: see `proxytune.load`.
 
     Returns:
         The length of the vocabulary that all of them share. Logits are cut to it.
@@ -47,12 +53,13 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
             chat template cannot be used, or two vocabularies differ (the first differing token is
             named).
     """
+    check_kind(vocabulary)
     for role, spec in specs.items():
         _check_device(role, spec.device)
         _check_quantization(role, spec)
     tokenizers, sizes = {}, {}
     for role, spec in specs.items():
-        if spec.api is not None and role in ("expert", "antiexpert", "draft"):
+        if spec.api is not None and (role.endswith("expert") or role == "draft"):
             raise UserError(f"the {role} cannot be behind an API: it has to run on this machine")
         if spec.api is not None and spec.adapter is not None:
             raise UserError(f"{role}: adapter={spec.adapter} needs the model on this machine")
@@ -63,14 +70,15 @@ def check_triple(specs: Mapping[str, ModelSpec]) -> int:
                 check_adapter(role, spec, config, _own_tokenizer(spec, role))
         tokenizers[role] = load_tokenizer(spec, role)
         _check_template(role, spec, tokenizers[role])
-    return common_vocabulary(tokenizers, sizes)
+    return common_vocabulary(tokenizers, sizes, vocabulary)
 
 
-def find_end(specs: Mapping[str, ModelSpec]) -> SharedEnd | None:
-    """The `SharedEnd` that a triple of these models will have; reads no weights.
+def find_vocabulary(specs: Mapping[str, ModelSpec], kind: str = STRICT) -> Vocabulary:
+    """The vocabulary that a base and these helpers will have; reads no weights.
 
     Args:
         specs: role -> model, as `check_triple` has accepted them.
+        kind: see `proxytune.load`.
     """
     tokenizers, sizes, ends = {}, {}, {}
     for role, spec in specs.items():
@@ -80,8 +88,7 @@ def find_end(specs: Mapping[str, ModelSpec]) -> SharedEnd | None:
             sizes[role] = configs[0].get_text_config().vocab_size
         configs += generation_configs(spec)
         ends[role] = end_ids(tokenizers[role], *configs)
-    shared = common_vocabulary(tokenizers, sizes)
-    return shared_end(ends, sizes, tokenizers.get("base"), shared)
+    return settle_vocabulary(kind, tokenizers, sizes, ends)
 
 
 def generation_configs(spec: ModelSpec) -> list[GenerationConfig]:

@@ -235,7 +235,8 @@ def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
 
 def _subtitle(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
-    ids = {r: str((m or {}).get("id") or "") for r, m in (config.get("triple") or {}).items()}
+    triple = {r: m for r, m in (config.get("triple") or {}).items() if isinstance(m, dict)}
+    ids = {role: str(member.get("id") or "") for role, member in triple.items()}
     members = [f"{role}: {_place(i, config)}" for role, i in ids.items() if i]
     alpha = [f"alpha: {config['alpha']:g}"] if "alpha" in config else []
     return " · ".join([*members, *alpha])

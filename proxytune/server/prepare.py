@@ -373,6 +373,7 @@ def _encode(prompt: Prompt, special: bool, generator: Generator) -> dict[str, li
 
 def _ratable(ids: dict[str, list[int]], generator: Generator) -> dict[str, list[int]]:
     """Refuses a prompt whose tokens cannot be rated; returns any other."""
+    ids = generator.encoder.with_base_ids(ids)
     if not same_tokens(ids):
         raise ApiError("the members' tokenizers differ on this prompt", param="prompt")
     limit = generator.max_positions

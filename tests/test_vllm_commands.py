@@ -102,7 +102,7 @@ def started(given: list[str], said: str, env: dict[str, str]) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGINT)
             server.stdout and server.stdout.close()
-            server.wait(timeout=120)
+            server.wait(timeout=600)
 
 
 def own_texts(folder: Path, **settings: Any) -> list[str]:
@@ -112,7 +112,7 @@ def own_texts(folder: Path, **settings: Any) -> list[str]:
 
 def client(url: str) -> Any:
     openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=600)
+    return openai.OpenAI(base_url=url, api_key="x", max_retries=2, timeout=600)
 
 
 def bad_request(call: Any) -> str:
@@ -153,7 +153,7 @@ def test_plain_vllm_with_the_printed_command(folder):
     assert switch == "VLLM_USE_V2_MODEL_RUNNER=0"
     name, _, value = switch.partition("=")
     line = [sys.executable if program == "python" else program, *rest]
-    with started(line, r"(startup complete)", env | {name: value}):
+    with started(line, r"(Uvicorn running)", env | {name: value}):
         ask = client("http://127.0.0.1:8137/v1").completions.create
         same = {"model": "m", "max_tokens": 12, "temperature": 0}
         ids: Any = {"extra_body": {"return_token_ids": True}}

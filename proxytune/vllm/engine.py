@@ -65,7 +65,7 @@ def _eager(plan: SystemPlan, settings: EngineSettings) -> bool:
     """Whether nothing is compiled or captured.
 
     On the runner V2 a CUDA graph would replay one pass's alphas and prompts. On a CPU, compilation
-    takes minutes and has gained nothing (docs/performance.md).
+    takes minutes, and its gain was not measured.
     """
     from vllm.platforms import current_platform
 

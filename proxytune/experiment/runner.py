@@ -54,8 +54,13 @@ log = logging.getLogger(__name__)
 _JUDGES = "judges.json"  # beside a cell's scores: the judges that they depend on
 
 
-def run_experiment(cfg: DictConfig) -> list[Metric]:
+def run_experiment(cfg: DictConfig, sweep: Path | None = None) -> list[Metric]:
     """Runs the experiment of a resolved `RunConfig` and returns its metrics.
+
+    Args:
+        cfg: the configuration.
+        sweep: the folder of a sweep's points, where the run is one of them
+            (`experiment.sharing`).
 
     Raises:
         UserError: the configuration is wrong; no model has been loaded.
@@ -68,13 +73,13 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
     if cfg.stage != "score":
         check_machine(cfg)
     with sole_writer(output) if cfg.stage != "score" else nullcontext():
-        return _run(cfg, tasks, specs, output, started)
+        cells = make_cells(cfg, tasks, output, sweep)
+        return _run(cfg, cells, specs, output, started)
 
 
 def _run(
-    cfg: DictConfig, tasks: dict[str, Any], specs: dict[str, Any], output: Path, started: float
+    cfg: DictConfig, cells: Sequence[Cell], specs: dict[str, Any], output: Path, started: float
 ) -> list[Metric]:
-    cells = make_cells(cfg, tasks, output)
     if cfg.stage != "score":
         check_prompts(cells, specs)
         if cfg.engine.name != OWN:
@@ -91,6 +96,7 @@ def _run(
         if cfg.stage != "score":
             session["generation"] = _generate(cfg, specs, cells)
             tracker.log_throughput(session["generation"])
+            session |= _copied(cells)
         metrics = []
         if cfg.stage != "generate":
             metrics, unfinished = _score(cells, output)
@@ -116,6 +122,17 @@ def _generate(
     systems = list(dict.fromkeys(cell.system for cell in cells))
     with _pool(cfg, specs, systems) as pool:
         return generate(cells, pool, settings)
+
+
+def _copied(cells: Sequence[Cell]) -> dict[str, Any]:
+    """For run.json: which cells were copied from other points of a sweep, and how much of them."""
+    copied = {f"{cell.system}/{cell.task_name}": cell.copied for cell in cells if cell.copied}
+    if not copied:
+        return {}
+    points = list(dict.fromkeys(point for cell in cells for point in cell.copied))
+    systems = list(dict.fromkeys(cell.system for cell in cells if cell.copied))
+    log.info("copied from %s: what it has of %s", ", ".join(points), ", ".join(systems))
+    return {"copied": copied}
 
 
 def _pool(

@@ -16,6 +16,7 @@ from proxytune.config import given
 from proxytune.config.schema import register
 from proxytune.errors import extra
 from proxytune.files import shipped
+from proxytune.loading.launched import launched
 
 
 def run() -> None:
@@ -57,8 +58,21 @@ def _run(cfg: DictConfig) -> None:
 
         run_experiment(cfg, sweep)
 
+    if launched()[0] > 0:
+        guarded(lambda: _follow(cfg), again="")
+        return
+
     # Called inside of Hydra's own handler, which would otherwise print a line before ours.
     guarded(experiment)
+
+
+def _follow(cfg: DictConfig) -> None:
+    """What the ranks after the first do (torchrun); the first one runs the experiment."""
+    if cfg.stage == "score" or cfg.machine.tensor_parallel != launched()[1]:
+        return  # the first rank says what is wrong
+    from proxytune.experiment.ranks import follow
+
+    follow(cfg.machine.threads)
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="serve")

@@ -41,7 +41,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     members = {}
     for role, name in members_of(cfg, system).items():
         member = to_dict(cfg.triple[name])
-        del member["device"]
+        del member["device"], member["max_memory"]
         member["quantization"] = member["quantization"] or None  # {} is none, too
         member |= provenance.model_facts(member)
         for key in ("id", "adapter"):  # a local folder may move: its weights' hash identifies it

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from proxytune.experiment.checks import (
 )
 from proxytune.experiment.generate import ModelPool, Pool, generate
 from proxytune.experiment.identity import claim, sole_writer
+from proxytune.experiment.placement import ray_pool, uses_ray
 from proxytune.experiment.prompts import check_one_prompt, check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.hashes import sha256_json
@@ -94,7 +96,7 @@ def _run(
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
-            session["generation"] = _generate(cfg, specs, cells)
+            _generate(cfg, specs, cells, session)
             tracker.log_throughput(session["generation"])
             session |= _copied(cells)
         metrics = []
@@ -111,8 +113,9 @@ def _run(
 
 
 def _generate(
-    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell]
-) -> dict[str, dict[str, float]]:
+    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell], session: dict[str, Any]
+) -> None:
+    """Generates what is missing; notes in the run's session how fast, and who did it."""
     settings = GenerationSettings(
         seed=cfg.decoding.seed,
         batch_size=cfg.decoding.batch_size,
@@ -120,8 +123,13 @@ def _generate(
         trace=cfg.decoding.trace,
     )
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    with _pool(cfg, specs, systems) as pool:
-        return generate(cells, pool, settings)
+    ran: list[Any] = []
+    try:
+        with _pool(cfg, specs, systems, ran) as pool:
+            session["generation"] = generate(cells, pool, settings)
+    finally:
+        if ran:
+            session["replicas"] = [each.to_dict() for each in ran]
 
 
 def _copied(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -136,15 +144,34 @@ def _copied(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _pool(
-    cfg: DictConfig, specs: dict[str, Any], systems: Sequence[str]
+    cfg: DictConfig, specs: dict[str, Any], systems: Sequence[str], ran: list[Any]
 ) -> AbstractContextManager[Pool]:
-    """The configured engine's pool of systems."""
+    """The configured engine's pool of systems.
+
+    Args:
+        cfg: the configuration.
+        specs: role of the triple -> what to load.
+        systems: those of the run.
+        ran: gets what each replica has done, where there are replicas.
+    """
     engine = engine_settings(cfg)
     if engine.name == OWN:
-        graphs = cfg.machine.cuda_graphs
         members = {system: members_of(cfg, system) for system in systems}
-        formula = formula_of(cfg)
-        return ModelPool(specs, members, alpha=cfg.alpha, formula=formula, cuda_graphs=graphs)
+        make = partial(
+            ModelPool,
+            specs,
+            members,
+            alpha=cfg.alpha,
+            formula=formula_of(cfg),
+            cuda_graphs=cfg.machine.cuda_graphs,
+        )
+        if cfg.machine.tensor_parallel > 1:
+            from proxytune.experiment.ranks import LeadingPool
+
+            return LeadingPool(make)
+        if uses_ray(cfg):
+            return ray_pool(cfg, specs, members, make, ran)
+        return make()
     from proxytune.vllm.pool import EnginePool
 
     return EnginePool(specs, alpha=cfg.alpha, settings=engine)

@@ -5,12 +5,13 @@ What a job itself prints is in the folder `.submitit`. SLURM (or a test) sends S
 takes a job's machine away: the job is queued again, and goes on where it stopped.
 """
 
-import logging
+import os
 import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (
 from proxytune.cli.sweep import point_folder
 from proxytune.config import given
 from proxytune.errors import UserError
-
-log = logging.getLogger(__name__)
+from proxytune.secrets import redacted
 
 _LOOK_S = 2.0  # between two looks at the jobs
 _GRACE_S = 30.0  # between the end of a job and its result on a shared file system
@@ -46,7 +46,9 @@ class _Jobs(BaseSubmititLauncher):
         sys.argv[:] = ["run.py", *sweep_overrides]  # for run.json
         given.FILES.update(self._files)
         try:
-            return super().__call__(sweep_overrides, *more)
+            returned = super().__call__(sweep_overrides, *more)
+            returned.return_value  # noqa: B018  raises what the job raised, for its own log
+            return returned
         except SystemExit as end:
             if end.code == _MISTAKE:
                 return None
@@ -62,21 +64,23 @@ class _Jobs(BaseSubmititLauncher):
         """
         self._files = dict(given.FILES)
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
-        jobs = self._executor().map_array(
-            self,
-            [list(each) for each in job_overrides],
-            ["hydra.sweep.dir"] * len(numbers),
-            numbers,
-            [f"job_id_for_{number}" for number in numbers],
-            [Singleton.get_state()] * len(numbers),
-        )
+        executor = self._executor()
+        with _without("HYDRA_FULL_ERROR"):  # set for this process; a job's mistake is a line
+            jobs = executor.map_array(
+                self,
+                [list(each) for each in job_overrides],
+                ["hydra.sweep.dir"] * len(numbers),
+                numbers,
+                [f"job_id_for_{number}" for number in numbers],
+                [Singleton.get_state()] * len(numbers),
+            )
         for job, overrides in zip(jobs, job_overrides, strict=True):
             words, folder = " ".join(filter_overrides(overrides)), self._folder(overrides)
-            log.info("job %s: %s writes to %s", job.job_id, words, folder)
+            _say(f"job {job.job_id}: {words} writes to {folder}")
         try:
             self._wait(jobs)
         except KeyboardInterrupt:
-            log.warning("the jobs go on; %s", self._way_to_end(jobs))
+            _say(f"the jobs go on; {self._way_to_end(jobs)}")
             raise
         returned = [_result(job) for job in jobs]
         failed = [job for job, each in zip(jobs, returned, strict=True) if each is None]
@@ -126,7 +130,7 @@ class _Jobs(BaseSubmititLauncher):
                     gone.pop(job.job_id, None)
                 if state is not None and said.get(job.job_id) != state:
                     said[job.job_id] = state
-                    log.info("job %s: %s", job.job_id, state)
+                    _say(f"job {job.job_id}: {state}")
             if all(said.get(job.job_id) in ("FINISHED", "LOST") for job in jobs):
                 return
             time.sleep(_LOOK_S)
@@ -161,6 +165,22 @@ class LocalJobs(_Jobs, LocalLauncher):
 
     def _way_to_end(self, jobs: Sequence[Any]) -> str:
         return "`kill` ends them"
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Leaves a variable out of the environment that jobs inherit."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def _say(line: str) -> None:
+    """To the terminal: the launcher runs before logging is set up."""
+    print(redacted(line), file=sys.stderr, flush=True)
 
 
 def _result(job: Any) -> JobReturn | None:

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from proxytune.errors import need
 
+_NAMES = {"slurm": "slurm", "local": "local_jobs"}  # executor -> its file of conf/hydra/launcher
+
 
 class JobsLauncher(Launcher):
     """Runs each point of a sweep as a job; `hydra_plugins._jobs` does it.
@@ -29,7 +31,7 @@ class JobsLauncher(Launcher):
     ) -> None:
         """Refuses to go on without the extra."""
         for package in ("submitit", "hydra_plugins.hydra_submitit_launcher"):
-            need(package, "slurm", "hydra/launcher=slurm (or local_jobs)")
+            need(package, "slurm", f"hydra/launcher={_NAMES[self._executor]}")
         from hydra_plugins._jobs import LocalJobs, SlurmJobs
 
         kind = {"slurm": SlurmJobs, "local": LocalJobs}[self._executor]

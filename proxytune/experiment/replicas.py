@@ -59,11 +59,13 @@ class Answer:
     Attributes:
         value: the result.
         seconds: that it took.
+        processor: seconds of processor time that it took.
         place: "host, process 123", for the record.
     """
 
     value: Any
     seconds: float
+    processor: float
     place: str
 
 
@@ -84,10 +86,10 @@ class Replica:
 
     def call(self, method: str, system: str, *arguments: Any) -> Answer:
         """Calls one of the methods below."""
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         value = getattr(self, method)(self._open(system), *arguments)
         place = f"{socket.gethostname()}, process {os.getpid()}"
-        return Answer(value, time.perf_counter() - start, place)
+        return Answer(value, time.perf_counter() - start, time.process_time() - used, place)
 
     def _open(self, system: str) -> Generator:
         if self._opened is None or self._opened[0] != system:
@@ -161,16 +163,19 @@ class Ran:
         prompts: that it answered (or pairs that it rated).
         tokens: that it generated.
         seconds: that it worked.
+        processor: seconds of processor time that it took.
     """
 
     places: list[str] = field(default_factory=list)
     prompts: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    processor: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self) | {"seconds": round(self.seconds, 2)}
+        times = {"seconds": self.seconds, "processor": self.processor}
+        return asdict(self) | {name: round(each, 2) for name, each in times.items()}
 
 
 @dataclass(eq=False)
@@ -252,7 +257,7 @@ class Replicas(Generator):
         if not requests:
             return []
         longest = max(request.room for request in requests)
-        rows = self._one(0, "rows", longest, batch_size)
+        rows = self.ask(0, "rows", longest, batch_size)
         more = {"seed": seed, "speculative": speculative, "batch_size": batch_size}
         more |= {"record": record, **settings}
 
@@ -308,7 +313,7 @@ class Replicas(Generator):
         """
         raise UserError("replicas give completions and log-likelihoods, no logits; use one process")
 
-    def _one(self, replica: int, method: str, *arguments: Any) -> Any:
+    def ask(self, replica: int, method: str, *arguments: Any) -> Any:
         """One call of one replica."""
         ticket = self._crew.submit(replica, method, self._name, *arguments)
         return self._crew.answer(self._crew.wait([ticket])).value
@@ -347,6 +352,7 @@ class Replicas(Generator):
             ran = self._ran[replica]
             ran.prompts += len(chunk)
             ran.seconds += answer.seconds
+            ran.processor += answer.processor
             if answer.place not in ran.places:
                 ran.places.append(answer.place)
             take(chunk, answer.value, ran)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
 
     specs = _specs_in_use(cfg)
     check_engine_specs(specs, engine)
-    vocab_size = check_triple(specs)
+    elsewhere = cfg.machine.ray_address is not None  # its machines may have other devices
+    here = {role: replace(spec, device=None) for role, spec in specs.items()}
+    vocab_size = check_triple(here if elsewhere else specs)
     check_engine_systems(cfg, specs, engine)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})

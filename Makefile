@@ -63,7 +63,11 @@ vllm-env: $(VLLM)/installed ## vLLM's environment for a CPU (docs/vllm.md)
 test-vllm: vllm-env ## engine=vllm against our own engine, in every way to run it (an hour)
 	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_commands.py $(ARGS)
 
-.PHONY: vllm-env test-vllm
+test-scale: install ## replicas on Ray and jobs of submitit, killed and pre-empted (installs both; docs/scale.md)
+	$(LOCKED) $(BIN)/python $(PIP_INSTALL) -e '.[dev,ray,slurm]'
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_replicas.py tests/test_ranks.py tests/test_jobs.py $(ARGS)
+
+.PHONY: vllm-env test-vllm test-scale
 
 # A version that stands in constraints.txt stays while pyproject.toml allows it. ARGS moves it:
 # ARGS='--upgrade-package torch' one, ARGS=--upgrade all. Only metadata is downloaded. A constraint
@@ -74,7 +78,7 @@ lock: ## write constraints.txt, the versions of everything (ARGS=--upgrade: the 
 	$(LOCK)/bin/python $(PIP_INSTALL) uv==0.13.9
 	cp constraints.txt $(LOCK)/constraints.txt
 	$(LOCK)/bin/uv pip compile --quiet --python $(LOCK)/bin/python --universal --python-version 3.11 \
-		--fork-strategy fewest --extra dev --extra quantization --no-header --no-annotate $(ARGS) \
+		--fork-strategy fewest --extra dev --extra quantization --extra ray --extra slurm --no-header --no-annotate $(ARGS) \
 		pyproject.toml --output-file $(LOCK)/constraints.txt
 	{ echo '# Made by `make lock` from pyproject.toml: all extras but vllm, for CPU and CUDA builds of torch.'; \
 	  echo '# Used by `make install`, so by all that make runs but `make test-newest`.'; \

@@ -93,7 +93,10 @@ class Generator:
         tokenizer: the base's; None for a model that came without one.
         max_positions: the longest row in tokens that all members can read; None for no limit.
         eos_ids: tokens that end a completion.
+        sampler_type: what chooses tokens.
     """
+
+    sampler_type: type[Sampler] = Sampler
 
     def __init__(
         self,
@@ -306,8 +309,7 @@ class Generator:
         """
         if batch_size != "auto":
             batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
-        rows = row_budget(self.system.members.values(), batch_size)
-        return DecodeLoop(self.system, rows, self._pace(speculative))
+        return DecodeLoop(self.system, self._rows(batch_size), self._pace(speculative))
 
     def logits(self, token_ids: Sequence[int] | Mapping[str, Sequence[int]]) -> torch.Tensor:
         """The system's next-token logits after every position, [tokens, vocab], float32.
@@ -347,8 +349,7 @@ class Generator:
         self._refuse_partial()
         contexts = self._contexts(pairs)
         continuations = [list(continuation) for _, continuation in pairs]
-        rows = row_budget(self.system.members.values(), batch_size)
-        return score.loglikelihoods(self.system, contexts, continuations, rows)
+        return score.loglikelihoods(self.system, contexts, continuations, self._rows(batch_size))
 
     def rate(
         self,
@@ -435,13 +436,17 @@ class Generator:
         """The sampler of these settings: their strings become token ids."""
         lists = (decoding.banned, decoding.banned_first, decoding.choices)
         if not any(lists):
-            return Sampler(decoding)
+            return self.sampler_type(decoding)
         if self._texts is None:
             self._texts = token_texts(self.members["base"].need_tokenizer(), self.vocab_size)
         banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
         if decoding.choices and not choices - banned:
             raise UserError(f"no single token writes any of choices={list(decoding.choices)}")
-        return Sampler(decoding, sorted(banned), sorted(first), sorted(choices))
+        return self.sampler_type(decoding, sorted(banned), sorted(first), sorted(choices))
+
+    def _rows(self, batch_size: int | Literal["auto"]) -> Callable[[int], int]:
+        """How many rows of a given length run at once; see `memory.row_budget`."""
+        return row_budget(self.system.members.values(), batch_size)
 
     def _pace(self, speculative: Speculative) -> Pace | None:
         """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""

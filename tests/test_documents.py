@@ -157,7 +157,8 @@ RULES = [
     Rule(r"own.md: results/runs/NAME/alpha=0\.5", skip, "a folder's name"),
     Rule(r"serving.md: PROXYTUNE_API_KEY=secret", skip, "how the server of these tests is started"),
     Rule(
-        r"(README|black_box|judges|lm_eval|models|own|performance|repro)\.md: (-m )?[\w.]+=\S+",
+        r"(README|black_box|judges|lm_eval|models|own|performance|repro|scale)\.md: "
+        r"(-m )?[\w.]+=\S+",
         composes,
     ),
     # make
@@ -205,6 +206,13 @@ RULES = [
     Rule(r"vllm.md: decoding(\.trace)?=\S+", composes),
     Rule(r"vllm.md: VLLM_USE_V2_MODEL_RUNNER=0", skip, "a switch of vLLM's"),
     Rule(r"developing.md: engine=vllm", composes),
+    # several processes; tests/test_replicas.py, test_jobs.py and test_ranks.py start them
+    Rule(r"scale.md: machine\.max_memory\.\w+=\S+", composes, "config machine=sharded"),
+    Rule(r"scale.md: hydra/launcher=\w+", composes),
+    Rule(r"scale.md: hydra\.launcher\.\S+", composes, "config hydra/launcher=slurm"),
+    Rule(r"scale.md: python run\.py -m hydra/launcher=slurm .*", composes),
+    Rule(r"scale.md: torchrun --nproc_per_node 2 run\.py .*", composes),
+    Rule(r"scale.md: python scripts/bench_scale\.py .*", skip, "needs Ray; `make test-scale`"),
     Rule(r"vllm.md: python run\.py engine=vllm decoding=default", composes),
     Rule(r"vllm.md: pip install -e .*", skip, "vLLM's environment; `make vllm-env` makes it"),
     Rule(r"vllm.md: vllm serve BASE .*", skip, "the form of what `vllm-command` prints"),

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -10,10 +11,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proxytune.cli.guard import guarded
+from proxytune.cli.sweep import point_folder
 from proxytune.config import given
 from proxytune.config.schema import register
 from proxytune.errors import extra
-from proxytune.files import folder_name, shipped
+from proxytune.files import shipped
+from proxytune.loading.launched import launched
 
 
 def run() -> None:
@@ -42,19 +45,34 @@ def _compose(main: Callable[[], object]) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def _run(cfg: DictConfig) -> None:
+    sweep = None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # Each point of a sweep is another configuration, so it gets another folder.
-        point = HydraConfig.get().job.override_dirname
-        cfg.output_dir = f"{cfg.output_dir}/{folder_name(point)}" if point else cfg.output_dir
+        folder = point_folder(cfg.output_dir, HydraConfig.get().job.override_dirname)
+        sweep = Path(cfg.output_dir) if folder != Path(cfg.output_dir) else None
+        cfg.output_dir = str(folder)
 
     def experiment() -> None:
         with extra("experiments", "proxytune run"):
             from proxytune.experiment.runner import run_experiment
 
-        run_experiment(cfg)
+        run_experiment(cfg, sweep)
+
+    if launched()[0] > 0:
+        guarded(lambda: _follow(cfg), again="")
+        return
 
     # Called inside of Hydra's own handler, which would otherwise print a line before ours.
     guarded(experiment)
+
+
+def _follow(cfg: DictConfig) -> None:
+    """What the ranks after the first do (torchrun); the first one runs the experiment."""
+    if cfg.stage == "score" or cfg.machine.tensor_parallel != launched()[1]:
+        return  # the first rank says what is wrong
+    from proxytune.experiment.ranks import follow
+
+    follow(cfg.machine.threads)
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="serve")

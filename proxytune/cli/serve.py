@@ -136,11 +136,13 @@ def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettin
     from proxytune.api import load
     from proxytune.config.formulas import formula_of
     from proxytune.experiment.checks import check_engine, check_engine_specs, check_models
+    from proxytune.experiment.placement import check_alone
     from proxytune.loading.load import check_triple
     from proxytune.server.app import create_app
 
     engine = engine_settings(cfg)
     engine.check()
+    check_alone(cfg)
     check_engine(cfg, engine)
     if cfg.machine.threads:
         torch.set_num_threads(cfg.machine.threads)

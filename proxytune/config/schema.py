@@ -72,12 +72,22 @@ class MachineConfig:
         devices: role -> device, over `device`; "auto" spreads one model over all GPUs.
         threads: CPU threads of torch; null chooses the machine's cores.
         cuda_graphs: records decode steps and replays them, for models on one GPU each.
+        max_memory: the most of each device that a spread model may take ({0: 20GiB, cpu: 60GiB}),
+            over accelerate's own choice.
+        replicas: processes that each hold the whole triple and share the prompts, on Ray.
+        ray_address: of a Ray cluster that they run on ("auto": the one that this machine is in);
+            null is this machine.
+        tensor_parallel: processes that share every model, started by torchrun.
     """
 
     device: str = "auto"
     devices: dict[str, str] | None = field(default_factory=dict)
     threads: int | None = None
     cuda_graphs: bool = False
+    max_memory: dict[Any, Any] | None = field(default_factory=dict)
+    replicas: int = 1
+    ray_address: str | None = None
+    tensor_parallel: int = 1
 
 
 @dataclass

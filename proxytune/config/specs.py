@@ -6,6 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
+from proxytune.loading.launched import RANKS
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
 from proxytune.roles import ROLES
@@ -33,6 +34,12 @@ def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:
         # "auto" for one role spreads it over all GPUs; for the machine it means the first device
         spread = device == "auto" and role in devices
         settings["device"] = device if spread or device != "auto" else None
+        if cfg.machine.tensor_parallel > 1 and settings["api"] is None:
+            settings["device"] = RANKS
+        if settings["max_memory"] is None and settings["device"] == "auto":
+            limits = to_dict(cfg.machine.max_memory) if cfg.machine.max_memory else {}
+            numbered = {int(k) if k.isdecimal() else k: limit for k, limit in limits.items()}
+            settings["max_memory"] = numbered or None
         settings["quantization"] = settings["quantization"] or None
         settings["format"] = PromptFormat(**settings["format"])
         if settings["api"] and not settings["api"]["cache"] and "output_dir" in cfg:

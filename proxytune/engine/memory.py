@@ -25,7 +25,8 @@ def row_budget(
     Its result is at least 1.
 
     Args:
-        members: the system's members.
+        members: the system's members; one that is spread over several devices takes of each what
+            its own layers there need.
         batch_size: the number of rows that the user asks for; "auto" depends on the free memory.
     """
     if batch_size != "auto":
@@ -35,7 +36,7 @@ def row_budget(
     per_row: Counter[torch.device] = Counter()
     limits = []
     for member in members:
-        per_token[member.device] += member.bytes_per_token()
+        per_token.update({member.device: 0, **member.bytes_per_token()})
         per_row[member.device] += LOGITS_COPIES * 4 * member.vocab_size
         if member.max_rows is not None:
             limits.append(member.max_rows)

@@ -243,9 +243,9 @@ class Member(Rows, Facts):
         self.rollback([count] * len(tokens))
         return torch.stack(guessed, dim=1).tolist()
 
-    def bytes_per_token(self) -> int:
-        """Memory that one more token of a row takes, in bytes."""
-        return 0
+    def bytes_per_token(self) -> Mapping[torch.device, int]:
+        """Memory that one more token of a row takes, in bytes, on each device of the model."""
+        return {}
 
     def pace(self, fixed: int | None) -> Pace | None:
         """The `Pace` of drafted blocks that this member verifies; None for lockstep alone.

@@ -4,6 +4,11 @@ runner.py       one experiment, from its configuration to its table
 cells.py        one system on one task: what it lacks, and its scores
 identity.py     what the completions of a cell depend on; who may write to a folder
 generate.py     opens one system after the other and lets its cells generate
+sharing.py      the points of a sweep read each other's finished cells
+placement.py    how many processes share a run, and what they cannot share
+replicas.py     several processes that each hold the whole system
+ray_crew.py     these processes on Ray
+ranks.py        several processes that each hold a part of every model (torchrun)
 completions.py  the prompts of a cell, and its file of answers
 checks.py       refuses mistakes before a model is loaded
 prompts.py      renders every prompt before a model is loaded, for templates refuse some

@@ -25,6 +25,7 @@ from proxytune.experiment.completions import (
 )
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.experiment.progress import CellProgress
+from proxytune.experiment.sharing import alike, copy_completions, copy_finished
 from proxytune.files import JsonlWriter, read_json, write_jsonl
 from proxytune.records import Completion, Decoding, Example, Metric, MetricInfo, Score
 from proxytune.results import stats
@@ -93,6 +94,8 @@ class Cell(ABC):
         folder: where everything about this cell is kept.
         identity: everything that the completions depend on, as in cell.json.
         other_dataset: how the task's dataset differs from the paper's; "" where it does not.
+        sweep: the folder of a sweep's points, of which the results folder is one; else None.
+        copied: point of the sweep -> how many steps of `total` its completions have saved here.
     """
 
     task: Any
@@ -101,6 +104,21 @@ class Cell(ABC):
     folder: Path
     identity: dict[str, Any]
     other_dataset: str = dataclasses.field(default="", kw_only=True)
+    sweep: Path | None = dataclasses.field(default=None, kw_only=True)
+    copied: dict[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def share(self) -> None:
+        """Copies what is missing here from the points of the sweep that have it."""
+        if self.sweep is None or not self.missing():
+            return
+        for point, folder in alike(self.sweep, self.folder, self.identity):
+            before = len(self.missing())
+            if not before:
+                return
+            self._copy(folder)
+            saved = before - len(self.missing())
+            if saved:
+                self.copied[point] = self.copied.get(point, 0) + saved
 
     @property
     def members(self) -> dict[str, str]:
@@ -148,6 +166,14 @@ class Cell(ABC):
 
         Raises:
             OSError: the disk is full; everything finished is kept.
+        """
+
+    @abstractmethod
+    def _copy(self, source: Path) -> None:
+        """Copies what is missing here from a cell with the same identity.
+
+        Args:
+            source: the folder of that cell.
         """
 
     @abstractmethod
@@ -245,6 +271,10 @@ class TaskCell(Cell):
             )
         self._log(base.spending())
         return {"tokens": store.tokens, "seconds": round(time.perf_counter() - start, 2)}
+
+    def _copy(self, source: Path) -> None:
+        name = self.completions_path.name
+        copy_completions(source / name, self.completions_path, self.examples, self.decoding.n)
 
     def score(self) -> CellScores:
         """Scores the examples that have all their completions; warns if some lack theirs."""
@@ -358,6 +388,10 @@ class HarnessCell(Cell):
         progress.tokens(0)  # shows the bar
         progress.advance()
 
+    def _copy(self, source: Path) -> None:
+        if self.task.finished(source, self.limit):
+            copy_finished(source, self.folder)
+
     def score(self) -> CellScores:
         """The metrics and scores that the task itself computed."""
         return CellScores(self._outcome.metrics, self._outcome.scores)
@@ -367,13 +401,16 @@ class HarnessCell(Cell):
         return {}
 
 
-def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[Cell]:
+def make_cells(
+    cfg: DictConfig, tasks: Mapping[str, Any], output: Path, sweep: Path | None = None
+) -> list[Cell]:
     """Every cell of a run: task by task, systems in the order in which they share models.
 
     Args:
         cfg: a resolved `RunConfig`.
         tasks: name -> benchmark.
         output: the results folder; the examples are written to it.
+        sweep: the folder of the sweep's points, where the run is one of them.
 
     Raises:
         UserError: a dataset cannot be had, or two of its examples have the same id.
@@ -382,6 +419,8 @@ def make_cells(cfg: DictConfig, tasks: Mapping[str, Any], output: Path) -> list[
     for name, task in tasks.items():
         make = _harness_cells if task.runs_itself else _task_cells
         cells += make(cfg, name, task, output / name)
+    for cell in cells:
+        cell.sweep = sweep
     return cells
 
 

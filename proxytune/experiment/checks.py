@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.cells import decoding_of
+from proxytune.experiment.placement import check_placement
 from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.members.api.settings import LOCAL
 from proxytune.roles import ROLES, SYSTEMS
@@ -41,6 +43,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     engine.check()
     if cfg.stage != "score":
         check_engine(cfg, engine)
+        check_placement(cfg, _members_in_use(cfg))
     if cfg.tracking.kind == "wandb":
         need("wandb", "track", "tracking=wandb")
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
@@ -57,7 +60,9 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
 
     specs = _specs_in_use(cfg)
     check_engine_specs(specs, engine)
-    vocab_size = _check_vocabularies(cfg, specs)
+    elsewhere = cfg.machine.ray_address is not None  # its machines may have other devices
+    here = {role: replace(spec, device=None) for role, spec in specs.items()}
+    vocab_size = _check_vocabularies(cfg, here if elsewhere else specs)
     check_engine_systems(cfg, specs, engine)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
@@ -255,7 +260,8 @@ def check_machine(cfg: DictConfig) -> None:
         cfg.needs.disk_gb,
         cfg.needs.gpu_hours,
     )
-    if cfg.machine.device == "auto" and not torch.cuda.is_available():
+    elsewhere = cfg.machine.ray_address is not None
+    if cfg.machine.device == "auto" and not elsewhere and not torch.cuda.is_available():
         raise UserError(
             f"experiment {cfg.name} needs about {need:g} GB of GPU memory and no GPU was found; "
             "run it on a GPU machine, or say machine=cpu to run it here all the same"

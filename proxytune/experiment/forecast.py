@@ -13,17 +13,24 @@ class _Cell:
     """What is known of one (system, task), of this session alone.
 
     Attributes:
-        left: examples that are not done.
+        total: its examples.
+        before: those that an earlier session finished.
         done: those that ended in this session.
         begun, last: when it began, and when the last example ended; seconds.
     """
 
     system: str
     task: str
-    left: int
+    total: int
+    before: int = 0
     done: int = 0
     begun: float = 0.0
     last: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Examples that are not done."""
+        return self.total - self.before - self.done
 
     @property
     def seconds(self) -> float | None:
@@ -48,7 +55,7 @@ class Forecast:
 
     def finished_before(self, index: int, examples: int) -> None:
         """Notes examples of a cell that an earlier session finished."""
-        self._cells[index].left -= examples
+        self._cells[index].before = examples
 
     def begin(self, index: int, now: float) -> None:
         """Notes that a cell begins."""
@@ -58,7 +65,6 @@ class Forecast:
     def advance(self, index: int, now: float) -> None:
         """Notes that one more example of a cell has ended."""
         cell = self._cells[index]
-        cell.left -= 1
         cell.done += 1
         cell.last = now
 

@@ -31,7 +31,7 @@ class Pool(Protocol):
 def generate(
     cells: Sequence[Cell], pool: Pool, settings: GenerationSettings
 ) -> dict[str, dict[str, float]]:
-    """Generates every cell's missing completions.
+    """Generates every cell's missing completions, except those that another point of a sweep has.
 
     Args:
         cells: of all systems and tasks; a system is opened only if one of its cells lacks
@@ -46,13 +46,22 @@ def generate(
     with generation_progress([(c.system, c.task_name, c.total) for c in cells]) as run:
         todo: dict[str, list[tuple[Cell, CellProgress]]] = {}
         for cell, progress in zip(cells, run.cells, strict=True):
-            missing = len(cell.missing())
-            progress.done(cell.total - missing)
-            if missing:
+            if _shared(cell, progress):
                 todo.setdefault(cell.system, []).append((cell, progress))
         for system, of_system in todo.items():
-            throughput |= _generate_system(run, pool, system, of_system, settings)
+            # points that run at the same time may have gone on
+            left = [(cell, progress) for cell, progress in of_system if _shared(cell, progress)]
+            if left:
+                throughput |= _generate_system(run, pool, system, left, settings)
     return throughput
+
+
+def _shared(cell: Cell, progress: CellProgress) -> int:
+    """Takes what other points of the sweep have; how many steps are missing then."""
+    cell.share()
+    missing = len(cell.missing())
+    progress.done(cell.total - missing)
+    return missing
 
 
 def _generate_system(

@@ -41,7 +41,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     members = {}
     for role, name in members_of(cfg, system).items():
         member = to_dict(cfg.triple[name])
-        del member["device"]
+        del member["device"], member["max_memory"]
         member["quantization"] = member["quantization"] or None  # {} is none, too
         member |= provenance.model_facts(member)
         for key in ("id", "adapter"):  # a local folder may move: its weights' hash identifies it
@@ -89,10 +89,7 @@ def claim(folder: Path, identity: dict[str, Any], stage: str) -> None:
     """
     path = folder / "cell.json"
     if path.exists():
-        stored = read_json(path, members=dict, system=str)
-        if not all(isinstance(member, dict) for member in stored["members"].values()):
-            raise UserError(f"{path} is damaged (a member is no object); restore it, or delete it")
-        changed = provenance.differences(*_comparable(stored, identity))
+        changed = provenance.differences(*_comparable(_stored(path), identity))
         if changed:
             raise UserError(
                 f"{folder} holds completions of another configuration ({'; '.join(changed)}); "
@@ -109,6 +106,36 @@ def claim(folder: Path, identity: dict[str, Any], stage: str) -> None:
         raise UserError(f"{folder} holds no completions to score; run with stage=all first")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, identity)
+
+
+def is_made_alike(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether a cell's folder holds completions with this identity; of a damaged one, it does not.
+
+    Args:
+        folder: of one system on one task; it may be missing.
+        identity: see `claim`.
+    """
+    path = folder / "cell.json"
+    if not path.is_file():
+        return False
+    try:
+        stored = _stored(path)
+    except UserError as error:
+        log.warning("%s; nothing is copied from there", error)
+        return False
+    return not provenance.differences(*_comparable(stored, identity))
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The identity in a cell.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    stored = read_json(path, members=dict, system=str)
+    if not all(isinstance(member, dict) for member in stored["members"].values()):
+        raise UserError(f"{path} is damaged (a member is no object); restore it, or delete it")
+    return stored
 
 
 def _comparable(

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from proxytune.experiment.checks import (
 )
 from proxytune.experiment.generate import ModelPool, Pool, generate
 from proxytune.experiment.identity import claim, sole_writer
+from proxytune.experiment.placement import ray_pool, uses_ray
 from proxytune.experiment.prompts import check_one_prompt, check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.hashes import sha256_json
@@ -54,8 +56,13 @@ log = logging.getLogger(__name__)
 _JUDGES = "judges.json"  # beside a cell's scores: the judges that they depend on
 
 
-def run_experiment(cfg: DictConfig) -> list[Metric]:
+def run_experiment(cfg: DictConfig, sweep: Path | None = None) -> list[Metric]:
     """Runs the experiment of a resolved `RunConfig` and returns its metrics.
+
+    Args:
+        cfg: the configuration.
+        sweep: the folder of a sweep's points, where the run is one of them
+            (`experiment.sharing`).
 
     Raises:
         UserError: the configuration is wrong; no model has been loaded.
@@ -68,13 +75,13 @@ def run_experiment(cfg: DictConfig) -> list[Metric]:
     if cfg.stage != "score":
         check_machine(cfg)
     with sole_writer(output) if cfg.stage != "score" else nullcontext():
-        return _run(cfg, tasks, specs, output, started)
+        cells = make_cells(cfg, tasks, output, sweep)
+        return _run(cfg, cells, specs, output, started)
 
 
 def _run(
-    cfg: DictConfig, tasks: dict[str, Any], specs: dict[str, Any], output: Path, started: float
+    cfg: DictConfig, cells: Sequence[Cell], specs: dict[str, Any], output: Path, started: float
 ) -> list[Metric]:
-    cells = make_cells(cfg, tasks, output)
     if cfg.stage != "score":
         check_prompts(cells, specs)
         if cfg.engine.name != OWN:
@@ -89,8 +96,9 @@ def _run(
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
-            session["generation"] = _generate(cfg, specs, cells)
+            _generate(cfg, specs, cells, session)
             tracker.log_throughput(session["generation"])
+            session |= _copied(cells)
         metrics = []
         if cfg.stage != "generate":
             metrics, unfinished = _score(cells, output)
@@ -105,8 +113,9 @@ def _run(
 
 
 def _generate(
-    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell]
-) -> dict[str, dict[str, float]]:
+    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell], session: dict[str, Any]
+) -> None:
+    """Generates what is missing; notes in the run's session how fast, and who did it."""
     settings = GenerationSettings(
         seed=cfg.decoding.seed,
         batch_size=cfg.decoding.batch_size,
@@ -114,27 +123,56 @@ def _generate(
         trace=cfg.decoding.trace,
     )
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    with _pool(cfg, specs, systems) as pool:
-        return generate(cells, pool, settings)
+    ran: list[Any] = []
+    try:
+        with _pool(cfg, specs, systems, ran) as pool:
+            session["generation"] = generate(cells, pool, settings)
+    finally:
+        if ran:
+            session["replicas"] = [each.to_dict() for each in ran]
+
+
+def _copied(cells: Sequence[Cell]) -> dict[str, Any]:
+    """For run.json: which cells were copied from other points of a sweep, and how much of them."""
+    copied = {f"{cell.system}/{cell.task_name}": cell.copied for cell in cells if cell.copied}
+    if not copied:
+        return {}
+    points = list(dict.fromkeys(point for cell in cells for point in cell.copied))
+    systems = list(dict.fromkeys(cell.system for cell in cells if cell.copied))
+    log.info("copied from %s: what it has of %s", ", ".join(points), ", ".join(systems))
+    return {"copied": copied}
 
 
 def _pool(
-    cfg: DictConfig, specs: dict[str, Any], systems: Sequence[str]
+    cfg: DictConfig, specs: dict[str, Any], systems: Sequence[str], ran: list[Any]
 ) -> AbstractContextManager[Pool]:
-    """The configured engine's pool of systems."""
+    """The configured engine's pool of systems.
+
+    Args:
+        cfg: the configuration.
+        specs: role of the triple -> what to load.
+        systems: those of the run.
+        ran: gets what each replica has done, where there are replicas.
+    """
     engine = engine_settings(cfg)
     if engine.name == OWN:
-        graphs = cfg.machine.cuda_graphs
         members = {system: members_of(cfg, system) for system in systems}
-        formula = formula_of(cfg)
-        return ModelPool(
+        make = partial(
+            ModelPool,
             specs,
             members,
             alpha=cfg.alpha,
-            formula=formula,
+            formula=formula_of(cfg),
             vocabulary=cfg.triple.vocabulary,
-            cuda_graphs=graphs,
+            cuda_graphs=cfg.machine.cuda_graphs,
         )
+        if cfg.machine.tensor_parallel > 1:
+            from proxytune.experiment.ranks import LeadingPool
+
+            return LeadingPool(make)
+        if uses_ray(cfg):
+            return ray_pool(cfg, specs, members, make, ran)
+        return make()
     from proxytune.vllm.pool import EnginePool
 
     return EnginePool(specs, alpha=cfg.alpha, settings=engine)

@@ -25,9 +25,11 @@ from proxytune.errors import UserError, need
 from proxytune.loading.adapters import adapter_tokenizer, check_adapter, put_adapter
 from proxytune.loading.build import same_checkpoint, shares_weights
 from proxytune.loading.ends import end_ids
+from proxytune.loading.launched import RANKS
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.missing import not_found
 from proxytune.loading.prompting import render_messages
+from proxytune.loading.ranks import check_parts, distributed_config
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import (
     STRICT,
@@ -66,6 +68,8 @@ def check_triple(specs: Mapping[str, ModelSpec], vocabulary: str = STRICT) -> in
         if spec.api is None:
             config = load_config(role, spec)
             sizes[role] = config.get_text_config().vocab_size
+            if spec.device == RANKS:
+                check_parts(role, config)
             if spec.adapter is not None:
                 check_adapter(role, spec, config, _own_tokenizer(spec, role))
         tokenizers[role] = load_tokenizer(spec, role)
@@ -178,8 +182,12 @@ def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     if spec.quantization:
         options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)
     device = spec.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device != "cpu":
+    if device == RANKS:
+        options["distributed_config"] = distributed_config()
+    elif device != "cpu":
         options["device_map"] = "auto" if device == "auto" else {"": device}
+    if spec.max_memory:
+        options["max_memory"] = spec.max_memory
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.id, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -220,7 +228,7 @@ def _check_template(role: str, spec: ModelSpec, tokenizer: Any) -> None:
 
 
 def _check_device(role: str, name: str | None) -> None:
-    if name in (None, "auto"):
+    if name in (None, "auto", RANKS):
         return
     try:
         device = torch.device(name)

@@ -29,6 +29,7 @@ class ModelSpec:
         attn_implementation: "sdpa" or "eager"; None leaves it to transformers.
         trust_remote_code: lets the checkpoint bring its own modelling code.
         format: how prompts are rendered for it.
+        max_memory: device -> the most that a spread model takes of it; see `MachineConfig`.
         api: the OpenAI-compatible endpoint that serves the model (`ApiSettings`, or a mapping of
             its fields); `id` then names its tokenizer.
     """
@@ -43,6 +44,7 @@ class ModelSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     format: PromptFormat = field(default_factory=PromptFormat)
+    max_memory: dict[Any, Any] | None = None
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:

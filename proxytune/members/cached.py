@@ -1,6 +1,6 @@
 """One causal language model with a key-value cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from proxytune.engine.system import Member, Pass
 from proxytune.members.cache import RowCache, Write
-from proxytune.members.facts import input_device, max_positions
+from proxytune.members.facts import input_device, layer_devices, max_positions
 from proxytune.members.graphs import RecordedSteps, Run
 from proxytune.members.narrow import narrow_products
 from proxytune.members.packed import packed_attention
@@ -132,12 +132,14 @@ class CachedModel(Member):
         """Drops every row and frees their memory."""
         self.cache.clear()
 
-    def bytes_per_token(self) -> int:
-        """Cache memory per token of a row, in bytes, from the configuration."""
+    def bytes_per_token(self) -> Mapping[torch.device, int]:
+        """Cache memory per token of a row, in bytes, by device; from the configuration."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        ranks = getattr(self.model, "_tp_size", None) or 1  # each holds its own heads' part
+        layer = 2 * heads * size * self.model.dtype.itemsize // ranks
+        return {device: layers * layer for device, layers in layer_devices(self.model).items()}
 
     def _forward(self, ids: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """One pass, which writes to `cache.write`.

@@ -1,7 +1,10 @@
 """Facts about a loaded model: its longest row, its device, the tolerance of its logits."""
 
+from collections import Counter
+
 import torch
 import transformers
+from torch.nn import ModuleList
 from transformers import PreTrainedConfig, PreTrainedModel
 
 TRIED = "5.23.0"  # the transformers that the lists of docs/models.md were made with
@@ -30,6 +33,27 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device on which a model takes its token ids."""
     return next(model.get_input_embeddings().parameters()).device
+
+
+def layer_devices(model: PreTrainedModel) -> dict[torch.device, int]:
+    """How many of a model's layers run on each device, and keep their caches there.
+
+    A layer whose weights wait on the CPU or on disk runs where the model takes its token ids.
+    """
+    first = input_device(model)
+    count = model.config.get_text_config().num_hidden_layers
+    placed: dict[str, int | str | torch.device] = getattr(model, "hf_device_map", None) or {}
+    lists = [n for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == count]
+    if not lists:
+        return {first: count}
+    found = Counter[torch.device]()
+    for index in range(count):
+        name = f"{lists[0]}.{index}"
+        whole = [part for part in placed if part == "" or f"{name}.".startswith(f"{part}.")]
+        where = placed[max(whole, key=len)] if whole else "cpu"
+        device = torch.device("cuda", where) if isinstance(where, int) else where
+        found[first if device in ("cpu", "disk") else torch.device(device)] += 1
+    return dict(found)
 
 
 def tolerance(dtype: torch.dtype) -> float:

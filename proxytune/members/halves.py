@@ -121,8 +121,8 @@ class Half(Member):
         if not any(self.model.counts):
             self.model.clear()
 
-    def bytes_per_token(self) -> int:
-        """Cache memory per token of a row."""
+    def bytes_per_token(self) -> Mapping[torch.device, int]:
+        """Cache memory per token of a row, by device."""
         return self.model.bytes_per_token()
 
     @property

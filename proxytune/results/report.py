@@ -316,11 +316,18 @@ def _provenance(run: Mapping[str, Any]) -> list[list[str]]:
         ["configuration, SHA-256", str(run.get("config_sha256", ""))],
         ["machine", f"{hardware.get('platform', '')}, {hardware.get('cores', '?')} cores"],
         ["GPUs", ", ".join(hardware.get("gpus") or []) or "none"],
+        *([f"replica {n}", _replica(each)] for n, each in enumerate(last.get("replicas") or [], 1)),
         *([f"model: {role}", _model(model)] for role, model in models),
         *([f"dataset: {t}, SHA-256", str(h)] for t, h in (run.get("datasets") or {}).items()),
         *([f"dataset: {t}", str(o)] for t, o in (run.get("other_datasets") or {}).items()),
         *([f"version: {n}", str(v)] for n, v in (last.get("versions") or {}).items()),
     ]
+
+
+def _replica(ran: Mapping[str, Any]) -> str:
+    """Where a replica ran, and what it did; as `experiment.replicas.Ran.to_dict` writes it."""
+    work = f"{ran.get('prompts')} prompts, {ran.get('tokens')} tokens, {ran.get('seconds')} s"
+    return f"{'; then '.join(ran.get('places') or [])}: {work}"
 
 
 def _model(model: Mapping[str, Any]) -> str:

@@ -1,0 +1,29 @@
+"""Hydra's own sweeper (`-m`), which also refuses points that would write to one folder."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+from proxytune.cli.sweep import check_points, point_folder
+
+
+class PointsSweeper(BasicSweeper):
+    """Runs every combination of the values that the command line gives."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Composes every point, before the first of them starts, and looks where it would write.
+
+        Raises:
+            UserError: two points would write to one folder.
+        """
+        assert self.config is not None and self.hydra_context is not None
+        if self.batch_index > 1 or self.overrides is None:
+            return
+        loader = self.hydra_context.config_loader
+        points = []
+        for settings in chain.from_iterable(self.overrides):
+            cfg = loader.load_sweep_config(self.config, list(settings))
+            folder = point_folder(str(cfg.output_dir), cfg.hydra.job.override_dirname)
+            points.append((settings, folder))
+        check_points(points)

@@ -1,0 +1,43 @@
+"""The points of a sweep (`-m`): where each writes, and which of them would write to one folder."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from proxytune.errors import UserError
+from proxytune.files import folder_name
+
+
+def point_folder(output_dir: str, point: str) -> Path:
+    """The results folder of one point of a sweep.
+
+    Args:
+        output_dir: the folder of the sweep.
+        point: the settings that change completions (Hydra's `override_dirname`); "" where the
+            point has none, and is its sweep's only one.
+    """
+    return Path(output_dir, folder_name(point)) if point else Path(output_dir)
+
+
+def check_points(points: Iterable[tuple[Sequence[str], Path]]) -> None:
+    """Refuses a sweep of which two points would write to one folder, before the first starts.
+
+    Args:
+        points: each point's settings as the command line would give them, and its folder.
+
+    Raises:
+        UserError: the message names the settings in which the two differ.
+    """
+    seen: dict[Path, tuple[int, Sequence[str]]] = {}
+    for number, (settings, folder) in enumerate(points, start=1):
+        first, others = seen.setdefault(folder.absolute(), (number, settings))
+        if first == number:
+            continue
+        differing = [pair for pair in zip(others, settings, strict=True) if pair[0] != pair[1]]
+        if not differing:
+            raise UserError(f"points {first} and {number} of the sweep are the same: {folder}")
+        values = ", ".join(f"{one} and {other}" for one, other in differing)
+        raise UserError(
+            f"points {first} and {number} of the sweep differ in {values} alone, which changes no "
+            f"completion: both would write to {folder}; run them one by one, or give each value a "
+            "folder of its own (output_dir=...)"
+        )

@@ -69,7 +69,7 @@ def _times(size: int, own_size: int, made, rows: int, *, steps: bool) -> None:
         for role in ("base", "expert", "antiexpert")
     }
     roles = ("expert", "antiexpert")
-    gaps = Unshifted({role: made.missing for role in roles}, roles) if made.lossy else None
+    gaps = Unshifted(dict.fromkeys(roles, made.missing), roles) if made.lossy else None
 
     def translate() -> None:
         seen = {"base": logits["base"]} | {r: made.logits(logits[r]) for r in roles}

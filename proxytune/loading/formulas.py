@@ -45,8 +45,8 @@ def settle(
         # Helpers agree with the base about tokens that they lack, so its bounds bound nothing.
         raise UserError(
             f"formula={name_of(chosen)} with vocabulary={vocabulary} needs every logit of the "
-            "base, and its API lists the likeliest only; use formula=proxy, or a server that lists all "
-            "(api.top_logprobs=-1)"
+            "base, and its API lists the likeliest only; use formula=proxy, or a server that lists "
+            "all (api.top_logprobs=-1)"
         )
     alphas = alphas_of(chosen, alpha, helpers)
     if vocab_size is not None:

@@ -7,7 +7,6 @@ Example:
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike, fspath
@@ -28,6 +27,7 @@ from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import STRICT, check_kind
 from proxytune.proxy import Formula
 from proxytune.records import finite, make_decoding
+from proxytune.roles import check_pair
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,14 @@ def load(
     check_kind(vocabulary)
     vocab_size = check_triple(specs, vocabulary if helpers else STRICT) if specs else None
     if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
-        settle(formula, alpha, list(helpers), few=lists_few(specs), vocab_size=vocab_size)
+        settle(
+            formula,
+            alpha,
+            list(helpers),
+            few=lists_few(specs),
+            vocab_size=vocab_size,
+            vocabulary=vocabulary,
+        )
     elif not isinstance(alpha, Mapping):
         finite("alpha", alpha)
     check_endpoints(specs)
@@ -106,6 +113,14 @@ def load(
     if shared is not None and (line := shared.in_words()):
         log.warning(line)
     return Generator(members, system, rebuild, shared)
+
+
+def arguments(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Models by their roles, as `load` takes them: those of pairs as `pairs`."""
+    plain = {role: each for role, each in members.items() if "_" not in role}
+    names = dict.fromkeys(role.rpartition("_")[0] for role in members if "_" in role)
+    pairs = {name: (members[f"{name}_expert"], members[f"{name}_antiexpert"]) for name in names}
+    return plain | ({"pairs": pairs} if pairs else {})
 
 
 def _helpers(
@@ -127,8 +142,7 @@ def _helpers(
     if formula is guidance and not helpers and not pairs:
         return {"antiexpert": base}
     for name, pair in (pairs or {}).items():
-        if not re.fullmatch(r"[a-z][a-z0-9]*", name):
-            raise UserError(f"a pair's name has small letters and digits: {name!r}")
+        check_pair(name)
         if helpers.keys() & {"expert", "antiexpert"} or len(pair) != 2:
             raise UserError(f"pairs[{name!r}] is (expert, antiexpert), without another expert")
         helpers |= {f"{name}_expert": pair[0], f"{name}_antiexpert": pair[1]}

@@ -142,6 +142,9 @@ RULES = [
         ONE + " task=[pocket_triviaqa] systems=[proxy]",
     ),
     # settings in the text
+    Rule(r"vocabularies.md: (triple\.)?vocabulary=NAME", skip, "the form of a setting"),
+    Rule(r"vocabularies.md: formula=proxy", composes),
+    Rule(r"formulas.md: triple\.pairs\.\S+", composes),
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+)=\w+", member_arguments),
@@ -175,6 +178,7 @@ RULES = [
         skip,
         "needs vLLM; tests/test_check_servers.py runs it on a stand-in",
     ),
+    Rule(r"vocabularies.md: python scripts/bench_vocabularies\.py .*", run, "--no-steps"),
     Rule(r"performance.md: scripts/bench_api\.py", skip, "a file's name; black_box.md runs it"),
     Rule(
         r"performance.md: python scripts/bench\.py .*",
@@ -231,6 +235,7 @@ RULES = [
     Rule(r"README.md: import proxytune.*", python_block),
     Rule(r'own.md: """Capitals of countries.*', capitals_module),
     Rule(r"own.md: capitals: .*", yaml_file, "task/capitals"),
+    Rule(r"formulas.md: base: .*", yaml_file, "triple/pairs"),
     Rule(r"black_box.md: # conf/triple/mine\.yaml .*", yaml_file, "triple/mine"),
     Rule(r'black_box.md: "extra": .*', json_part),
     # what is no command

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from proxytune import cli
+from proxytune.errors import UserError
 from tests.commands import call
 
 TASK = ["task=[pocket_triviaqa]", "limit=6", "report=false"]
@@ -115,3 +116,29 @@ def test_a_wrong_formula_is_one_line(arguments, said, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and said in lines[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_lm_eval_takes_a_formula_by_its_name():
+    """`formula=gated,formula_threshold=...` in --model_args; a closed gate is the base."""
+    from proxytune.harness.model import ProxyTuneLM
+
+    models = {r: f"pocket/models/{r}" for r in ("base", "expert", "antiexpert")}
+    settings = {"dtype": "float32", "progress": False}
+
+    def rated(**more) -> float:
+        model = ProxyTuneLM(**more, **settings)
+        pair = model._encode_pair("Question: What is 12", " + 12")
+        ((total, _),) = model._loglikelihood_tokens([(None, *pair)])
+        return total
+
+    closed = rated(**models, formula="gated", formula_threshold=0.0)
+    assert closed == pytest.approx(rated(base=models["base"]), abs=1e-4)
+    one = ProxyTuneLM(**models, formula="gated", formula_threshold=0.5, **settings)
+    assert one.get_model_info()["proxytune_formula"] == {"name": "gated", "threshold": 0.5}
+    for wrong, words in (
+        ({"formula": "nowhere"}, "formula=nowhere cannot be imported"),
+        ({"formula_threshold": 0.5}, "is given without formula"),
+        ({"formula": "contrastive"}, "combines the base with antiexpert"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ProxyTuneLM(**models, **wrong, **settings)

@@ -6,7 +6,6 @@ None of this could be done on 538a493: every test here fails on it, for `load` k
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 import proxytune
 from proxytune.errors import UserError
+from proxytune.formula import contrastive
+from proxytune.loading.formulas import settle
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.translation import Tokens, make_translation, piece_bytes
 from proxytune.loading.vocabulary import common_vocabulary, settle_vocabulary
 from proxytune.members.choose import make_member
 from proxytune.members.translated import TranslatedMember
+from proxytune.proxy import combine_logits
 from proxytune.records import make_decoding
 from tests.vocabularies import permutation, permuted, permuted_model, renamed
 
@@ -432,4 +434,9 @@ def test_a_map_of_equal_vocabularies_has_nothing_to_say():
         assert found.to_dict() is None and found.in_words() is None and found.unshifted == {}
 
 
-POCKET = Path(proxytune.__file__).parents[1] / "pocket" / "models"
+def test_a_base_that_lists_few_tokens_takes_formulas_that_add_to_it():
+    """Bounds of the base's logits bound no helper that agrees with the base about a token."""
+    settle(combine_logits, 1.0, ["expert", "antiexpert"], few=True, vocabulary="map")
+    with pytest.raises(UserError, match="contrastive with vocabulary=special needs every logit"):
+        settle(contrastive, 1.0, ["antiexpert"], few=True, vocabulary="special")
+    settle(contrastive, 1.0, ["antiexpert"], few=True)

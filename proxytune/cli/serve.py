@@ -112,14 +112,15 @@ def _asked(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: the triple lacks one.
     """
-    from proxytune.config.formulas import members_of
+    from proxytune.config.formulas import key_of, member_of, members_of
 
     roles = members_of(cfg, cfg.system)
     for member in roles.values():
-        if cfg.triple[member] is None or OmegaConf.is_missing(cfg.triple[member], "id"):
+        node = member_of(cfg, member)
+        if node is None or OmegaConf.is_missing(node, "id"):
             raise UserError(
                 f"the triple has no {member}; choose a triple (triple=pocket) or give it "
-                f"(triple.{member}.id=...)"
+                f"({key_of(member)}.id=...)"
             )
     specs = model_specs(cfg)
     return {role: specs[each] for role, each in roles.items()}
@@ -133,8 +134,8 @@ def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettin
     """
     import torch
 
-    from proxytune.api import load
-    from proxytune.config.formulas import formula_of
+    from proxytune.api import arguments, load
+    from proxytune.config.formulas import alphas, formula_of
     from proxytune.experiment.checks import check_engine, check_engine_specs, check_models
     from proxytune.experiment.placement import check_alone
     from proxytune.loading.load import check_triple
@@ -154,10 +155,10 @@ def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettin
     if cfg.engine.name == OWN:
         kind = cfg.triple.vocabulary if len(asked) > 1 else "strict"
         members: dict[str, Any] = check_models(asked, kind)
-        how: dict[str, Any] = {"alpha": cfg.alpha, "formula": formula_of(cfg), "vocabulary": kind}
+        how: dict[str, Any] = {"alpha": alphas(cfg), "formula": formula_of(cfg), "vocabulary": kind}
         if len(members) == 1:
             how = {}  # a single model
-        generator = load(**members, **how, cuda_graphs=cfg.machine.cuda_graphs)
+        generator = load(**arguments(members), **how, cuda_graphs=cfg.machine.cuda_graphs)
     else:
         from proxytune.vllm.pool import load_engine
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from proxytune.config.schema import DEFAULT_FORMULA, to_dict
 from proxytune.errors import UserError
-from proxytune.roles import MEMBERS
+from proxytune.roles import MEMBERS, check_pair
 
 
 def is_default(cfg: DictConfig) -> bool:
@@ -50,13 +50,49 @@ def members_of(cfg: DictConfig, system: str) -> dict[str, str]:
     Raises:
         UserError: see `formula_of`; or it is no function of logits.
     """
-    if system != "proxy" or is_default(cfg):
+    if system != "proxy" or (is_default(cfg) and not cfg.triple.pairs):
         return dict(MEMBERS[system])
-    from proxytune.loading.formulas import needs_of
+    pairs = pair_roles(cfg)
+    if is_default(cfg):
+        return {role: role for role in ("base", *pairs)}
+    from proxytune.loading.formulas import needs_of, takes_any
 
     formula = formula_of(cfg)
     assert formula is not None
+    if pairs and takes_any(formula):
+        return {role: role for role in ("base", *pairs)}
     return {role: role for role in ("base", *needs_of(formula)[0])}
+
+
+def pair_roles(cfg: DictConfig) -> list[str]:
+    """The roles of the triple's pairs: NAME_expert and NAME_antiexpert of each.
+
+    Raises:
+        UserError: a pair has no usable name.
+    """
+    for name in cfg.triple.pairs:
+        check_pair(str(name))
+    return [f"{name}_{each}" for name in cfg.triple.pairs for each in ("expert", "antiexpert")]
+
+
+def alphas(cfg: DictConfig) -> float | dict[str, float]:
+    """The run's alpha; with several pairs, NAME -> that of the pair."""
+    if not any(role.endswith("_expert") for role in members_of(cfg, "proxy")):
+        return cfg.alpha
+    own = {str(name): pair.alpha for name, pair in cfg.triple.pairs.items()}
+    return {name: cfg.alpha if alpha is None else alpha for name, alpha in own.items()}
+
+
+def member_of(cfg: DictConfig, name: str) -> DictConfig | None:
+    """The settings of a model of the triple: "tuned", or "math_expert" of the pair math."""
+    pair, _, role = name.rpartition("_")
+    return cfg.triple.pairs[pair][role] if pair else cfg.triple[name]
+
+
+def key_of(role: str) -> str:
+    """Where a member's settings stand: triple.expert, triple.pairs.math.expert."""
+    pair, _, name = role.rpartition("_")
+    return f"triple.pairs.{pair}.{name}" if pair else f"triple.{role}"
 
 
 def formula_identity(cfg: DictConfig) -> dict[str, Any]:

@@ -50,6 +50,10 @@ def prepare(cfg: DictConfig, key: str, value: Any) -> None:
     for depth, name in enumerate(names):
         if not isinstance(node, DictConfig):
             return
+        element = node._metadata.element_type
+        if name not in node and is_dataclass(element):  # one more of a mapping's parts
+            with open_dict(node):
+                node[name] = element
         if name not in node:  # a file of conf/task names some of its class's settings
             if name in parameters(node):
                 with open_dict(node):

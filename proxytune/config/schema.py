@@ -20,10 +20,25 @@ DEFAULT_FORMULA = {"_target_": "proxytune.proxy.combine_logits"}
 
 
 @dataclass
+class PairConfig:
+    """One of several pairs that steer a base together; each member has its own prompt format.
+
+    Attributes:
+        alpha: scale on (expert - antiexpert); null is the run's `alpha`.
+    """
+
+    expert: ModelSpec = field(default_factory=ModelSpec)
+    antiexpert: ModelSpec = field(default_factory=ModelSpec)
+    alpha: float | None = None
+
+
+@dataclass
 class TripleConfig:
     """The models of an experiment; `tuned` is the directly tuned one that it compares with.
 
     Attributes:
+        pairs: NAME -> pair. If there are any, the system `proxy` is the base with all of them, and
+            `expert` and `antiexpert` are systems of their own only.
         vocabulary: of the triple: "strict", "special" or "map" (docs/vocabularies.md).
     """
 
@@ -31,6 +46,7 @@ class TripleConfig:
     expert: ModelSpec = field(default_factory=ModelSpec)
     antiexpert: ModelSpec = field(default_factory=ModelSpec)
     tuned: ModelSpec | None = None
+    pairs: dict[str, PairConfig] = field(default_factory=dict)
     vocabulary: str = "strict"
 
 

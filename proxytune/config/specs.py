@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from proxytune.config.formulas import member_of, pair_roles
 from proxytune.config.schema import to_dict
 from proxytune.errors import UserError
 from proxytune.loading.launched import RANKS
@@ -22,11 +23,12 @@ def model_specs(cfg: DictConfig) -> dict[str, ModelSpec]:
     """Role -> `ModelSpec` of the configured triple, with the machine's devices filled in."""
     specs = {}
     devices = cfg.machine.devices or {}
+    roles = (*ROLES, *pair_roles(cfg))
     for name in devices:
-        if name not in ROLES:
-            raise UserError(f"machine.devices.{name}: members are {', '.join(ROLES)}")
-    for role in ROLES:
-        member = cfg.triple[role]
+        if name not in roles:
+            raise UserError(f"machine.devices.{name}: members are {', '.join(roles)}")
+    for role in roles:
+        member = member_of(cfg, role)
         if member is None or OmegaConf.is_missing(member, "id"):
             continue
         settings = to_dict(member)

@@ -123,7 +123,7 @@ class Cell(ABC):
     @property
     def members(self) -> dict[str, str]:
         """The engine's role -> the triple's role of the model that plays it here."""
-        return {role: MEMBERS[self.system][role] for role in self.identity["members"]}
+        return {role: MEMBERS[self.system].get(role, role) for role in self.identity["members"]}
 
     def models(self) -> dict[str, Any]:
         """Role of the triple -> the model that plays it here, as in cell.json."""

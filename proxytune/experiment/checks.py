@@ -12,7 +12,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.config.formulas import formula_of, is_default, members_of
+from proxytune.config.formulas import (
+    alphas,
+    formula_of,
+    is_default,
+    key_of,
+    member_of,
+    members_of,
+    pair_roles,
+)
 from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
@@ -88,13 +96,20 @@ def _check_vocabularies(cfg: DictConfig, specs: Mapping[str, Any]) -> int:
 
 def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:
     """Tries the formula out on random logits, and refuses one that its base cannot serve."""
-    if is_default(cfg) or "proxy" not in cfg.systems:
+    if (is_default(cfg) and not cfg.triple.pairs) or "proxy" not in cfg.systems:
         return
     from proxytune.loading.formulas import lists_few, settle
 
     helpers = [role for role in members_of(cfg, "proxy") if role != "base"]
     few = lists_few(specs)
-    settle(formula_of(cfg), cfg.alpha, helpers, few=few, vocab_size=vocab_size)
+    settle(
+        formula_of(cfg),
+        alphas(cfg),
+        helpers,
+        few=few,
+        vocab_size=vocab_size,
+        vocabulary=cfg.triple.vocabulary,
+    )
 
 
 def check_engine(cfg: DictConfig, engine: EngineSettings) -> None:
@@ -114,6 +129,11 @@ def check_engine(cfg: DictConfig, engine: EngineSettings) -> None:
     check_settings(engine)
     if not is_default(cfg):
         raise UserError(f"formula={cfg.formula._target_}: engine=vllm runs formula=proxy alone")
+    if cfg.triple.pairs:
+        raise UserError(
+            f"triple.pairs: engine=vllm runs one pair, not {', '.join(cfg.triple.pairs)}; use "
+            "engine=own"
+        )
     if cfg.triple.vocabulary != "strict":
         raise UserError(
             f"triple.vocabulary={cfg.triple.vocabulary}: engine=vllm runs vocabulary=strict alone; "
@@ -180,14 +200,15 @@ def _check_config(cfg: DictConfig) -> None:
     if str(cfg.output_dir).startswith("~"):
         raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
     for role in _members_in_use(cfg):
-        member = cfg.triple[role]
+        member = member_of(cfg, role)
         if member is None or OmegaConf.is_missing(member, "id"):
             raise UserError(
-                f"the triple has no {role}; give one (triple.{role}.id=...) or leave the systems "
+                f"the triple has no {role}; give one ({key_of(role)}.id=...) or leave the systems "
                 "that need it out (systems=[...])"
             )
     # a setting of a part that may be left out, without what the part is about
-    parts = {f"triple.{role}.api": cfg.triple[role].api for role in ROLES if cfg.triple[role]}
+    members = {role: member_of(cfg, role) for role in (*ROLES, *pair_roles(cfg))}
+    parts = {f"{key_of(role)}.api": each.api for role, each in members.items() if each}
     for name, part in (parts | {"paper": cfg.paper}).items():
         for key in ("table", "size") if name == "paper" else ("base_url", "model"):
             if part is not None and OmegaConf.is_missing(part, key):
@@ -211,7 +232,8 @@ def _make_task(name: str, node: DictConfig) -> Any:
 
 def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any], engine: EngineSettings) -> None:
     """Refuses impossible settings of decoding, and penalties that the base cannot be given."""
-    behind_api = any(cfg.triple[role].api is not None for role in _members_in_use(cfg))
+    used = (member_of(cfg, role) for role in _members_in_use(cfg))
+    behind_api = any(member is not None and member.api is not None for member in used)
     for name, task in tasks.items():
         if task.runs_itself:  # lm-eval's tasks set their own
             continue

@@ -11,6 +11,7 @@ from proxytune.experiment.progress import CellProgress, RunProgress, generation_
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
     from proxytune.generator import Generator
+    from proxytune.loading.formulas import Alphas
     from proxytune.loading.loaded import LoadedModel
     from proxytune.loading.spec import ModelSpec
     from proxytune.proxy import Formula
@@ -97,7 +98,7 @@ class ModelPool:
         specs: role of the triple -> what to load.
         systems: system -> the engine's role -> the triple's name, in the order in which they will
             be opened; some may be left out.
-        alpha: scale on (expert - antiexpert).
+        alpha: scale on (expert - antiexpert); pair -> its own, where there are several.
         formula: combines the members' logits; None is proxy-tuning.
         vocabulary: as in `proxytune.api.load`.
         cuda_graphs: as in `proxytune.api.load`.
@@ -108,7 +109,7 @@ class ModelPool:
         specs: dict[str, "ModelSpec"],
         systems: Mapping[str, Mapping[str, str]],
         *,
-        alpha: float,
+        alpha: "Alphas",
         formula: "Formula | None" = None,
         vocabulary: str = "strict",
         cuda_graphs: bool,
@@ -123,19 +124,27 @@ class ModelPool:
 
     def open(self, system: str) -> "Generator":
         """Frees the models that only earlier systems used, and loads those that are missing."""
-        from proxytune.api import load
+        from proxytune.api import arguments, load
         from proxytune.loading.build import shares_weights
+        from proxytune.loading.formulas import experts_of
 
         roles = self._systems[system]
         order = list(self._systems)
         left = order[order.index(system) :]
         wanted = {name for each in left for name in self._systems[each].values()}
-        if "expert" in roles and shares_weights(self._specs["expert"], self._specs["antiexpert"]):
-            # One copy of the weights then serves both, so the copies of earlier systems must go.
-            wanted -= {"expert", "antiexpert"}
+        for expert in experts_of(list(roles)):
+            pair = {expert, expert.removesuffix("expert") + "antiexpert"}
+            if pair <= roles.keys() and shares_weights(
+                *(self._specs[r] for r in sorted(pair)[::-1])
+            ):
+                # One copy of the weights then serves both: those of earlier systems must go.
+                wanted -= pair
         self._free(self._models.keys() - wanted)
-        for name in ("antiexpert", "expert", "base", "tuned"):
-            if name in roles.values() and name not in self._models:
+        small_first = sorted(
+            roles.values(), key=lambda n: (n == "base", not n.endswith("antiexpert"))
+        )
+        for name in small_first:
+            if name not in self._models:
                 self._models[name] = self._load(name, system)
         members: dict[str, Any] = {role: self._models[name] for role, name in roles.items()}
         how: dict[str, Any] = {
@@ -143,7 +152,8 @@ class ModelPool:
             "formula": self._formula,
             "vocabulary": self._vocabulary,
         }
-        return load(**members, **(how if len(roles) > 1 else {}), cuda_graphs=self._cuda_graphs)
+        how = how if len(roles) > 1 else {}
+        return load(**arguments(members), **how, cuda_graphs=self._cuda_graphs)
 
     def _load(self, name: str, system: str) -> "LoadedModel":
         from proxytune.loading.build import weights_of

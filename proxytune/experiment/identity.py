@@ -16,7 +16,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.config.formulas import formula_identity, is_default, members_of
+from proxytune.config.formulas import (
+    alphas,
+    formula_identity,
+    is_default,
+    member_of,
+    members_of,
+)
 from proxytune.config.schema import to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
@@ -40,7 +46,9 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
     """
     members = {}
     for role, name in members_of(cfg, system).items():
-        member = to_dict(cfg.triple[name])
+        node = member_of(cfg, name)
+        assert node is not None  # `check_before_models` has seen to it
+        member = to_dict(node)
         del member["device"], member["max_memory"]
         member["quantization"] = member["quantization"] or None  # {} is none, too
         member |= provenance.model_facts(member)
@@ -54,7 +62,7 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
         members[role] = member
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":
-        identity |= {"alpha": cfg.alpha, "trace": cfg.decoding.trace}
+        identity |= {"alpha": alphas(cfg), "trace": cfg.decoding.trace}
         if cfg.triple.vocabulary != "strict":  # older folders do not name it
             identity["vocabulary"] = cfg.triple.vocabulary
         if not is_default(cfg):  # folders of the default formula do not name it

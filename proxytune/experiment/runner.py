@@ -23,7 +23,7 @@ import torch
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.config.formulas import formula_of, is_default, members_of
+from proxytune.config.formulas import alphas, formula_of, is_default, members_of
 from proxytune.config.schema import to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
@@ -161,7 +161,7 @@ def _pool(
             ModelPool,
             specs,
             members,
-            alpha=cfg.alpha,
+            alpha=alphas(cfg),
             formula=formula_of(cfg),
             vocabulary=cfg.triple.vocabulary,
             cuda_graphs=cfg.machine.cuda_graphs,
@@ -328,6 +328,7 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     other = [f"{key}={value}" for key, value in settings.items() if value is not None]
     other += [f"alpha={cfg.alpha:g}"] if cfg.alpha != 1 else []
     other += [] if is_default(cfg) else [f"formula={cfg.formula._target_}"]
+    other += [f"pairs={','.join(cfg.triple.pairs)}"] if cfg.triple.pairs else []
     base = cfg.triple.base.id
     theirs = paper.other_base(cfg.paper.size, base)
     other += [f"the base {base} in the place of {theirs}"] if theirs else []

@@ -4,6 +4,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from proxytune.errors import UserError
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
+from proxytune.proxy import Formula
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,30 @@ def specs_of(
         for role, name in ids.items()
         if name
     }
+
+
+def formula_of(name: str | None, members: dict[str, Any]) -> Formula | None:
+    """The formula of lm-eval's flat arguments; its settings are taken out of `members`.
+
+    Args:
+        name: of a function in `proxytune.formula`, or MODULE.FUNCTION; None for proxy-tuning.
+        members: the further arguments; `formula_<setting>` are the formula's.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    given = [key for key in members if key.startswith("formula_")]
+    settings = {key.removeprefix("formula_"): members.pop(key) for key in given}
+    if name in (None, "proxy"):
+        if settings:
+            raise UserError(f"{given[0]} is given without formula=...")
+        return None
+    module, _, function = str(name).rpartition(".")
+    try:
+        found = getattr(import_module(module or "proxytune.formula"), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"formula={name} cannot be imported ({error})") from error
+    return partial(found, **settings) if settings else found
 
 
 def usable_device(device: str | None) -> str | None:

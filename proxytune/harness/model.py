@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from proxytune.api import Generation, Generator, load
 from proxytune.errors import UserError
-from proxytune.harness.arguments import batch_rows, specs_of, usable_device
+from proxytune.harness.arguments import batch_rows, formula_of, specs_of, usable_device
+from proxytune.loading.formulas import name_of
 from proxytune.loading.prompting import prompt_ids, render_messages
+from proxytune.proxy import ProxyTunedModel, combine_logits
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
@@ -40,6 +42,8 @@ class ProxyTuneLM(TemplateLM):
         base, expert, antiexpert: paths or hub ids; the base alone is a single model.
         alpha: scale on (expert - antiexpert).
         vocabulary: see `proxytune.load`.
+        formula: the name of one in `proxytune.formula`, or MODULE.FUNCTION; its settings are
+            `formula_<name>` (formula=gated,formula_threshold=0.5).
         dtype, device: of every member.
         batch_size: rows at once; "auto" goes by the free memory (lm-eval's own default is 1).
         max_batch_size: unused: lm-eval passes it, but "auto" needs no limit.
@@ -61,6 +65,7 @@ class ProxyTuneLM(TemplateLM):
         antiexpert: str | None = None,
         alpha: float = 1.0,
         vocabulary: str = "strict",
+        formula: str | None = None,
         *,
         generator: Generator | None = None,
         dtype: str = "auto",
@@ -76,12 +81,14 @@ class ProxyTuneLM(TemplateLM):
         super().__init__()
         if generator is None:
             ids = {"base": base, "expert": expert, "antiexpert": antiexpert}
+            chosen = formula_of(formula, members)
             specs = specs_of(ids, dtype, usable_device(device), members)
             generator = load(
                 specs["base"],
                 specs.get("expert"),
                 specs.get("antiexpert"),
                 float(alpha),
+                formula=chosen,
                 vocabulary=vocabulary,
             )
         elif members or base is not None:
@@ -335,6 +342,10 @@ class ProxyTuneLM(TemplateLM):
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
         alpha = self.generator.alphas.get("alpha")
         info: dict[str, Any] = {"proxytune_members": members, "proxytune_alpha": alpha}
+        system = getattr(self.generator, "system", None)  # vLLM's generator has none
+        if isinstance(system, ProxyTunedModel) and system.formula is not combine_logits:
+            settings = getattr(system.formula, "keywords", {})
+            info["proxytune_formula"] = {"name": name_of(system.formula), **settings}
         shared = self.generator.vocabulary
         if shared is not None and shared.to_dict() is not None:
             info["proxytune_vocabulary"] = shared.to_dict()

@@ -25,6 +25,7 @@ def settle(
     *,
     few: bool = False,
     vocab_size: int | None = None,
+    vocabulary: str = "strict",
 ) -> tuple[Formula, dict[str, float]]:
     """The formula of a base and these helpers, and its alphas as it names them.
 
@@ -34,11 +35,19 @@ def settle(
         helpers: the roles beside the base.
         few: see `choose`.
         vocab_size: of the models; None where it is not known yet, and the formula is not tried.
+        vocabulary: see `proxytune.load`.
 
     Raises:
         UserError: see `choose`, `alphas_of` and `try_out`.
     """
     chosen = choose(formula, helpers, few)
+    if few and vocabulary != "strict" and not traits_of(chosen).adds:
+        # Helpers agree with the base about tokens that they lack, so its bounds bound nothing.
+        raise UserError(
+            f"formula={name_of(chosen)} with vocabulary={vocabulary} needs every logit of the "
+            "base, and its API lists the likeliest only; use formula=proxy, or a server that lists "
+            "all (api.top_logprobs=-1)"
+        )
     alphas = alphas_of(chosen, alpha, helpers)
     if vocab_size is not None:
         try_out(chosen, helpers, alphas, vocab_size)
@@ -65,7 +74,7 @@ def choose(formula: Formula | None, helpers: Sequence[str], few: bool = False) -
     if formula is None:
         formula = combine_logits if set(helpers) == {"expert", "antiexpert"} else sum_of_pairs
     needs, _ = needs_of(formula)
-    if not helpers or (not _takes_any(formula) and set(helpers) != set(needs)):
+    if not helpers or (not takes_any(formula) and set(helpers) != set(needs)):
         raise UserError(
             f"formula={name_of(formula)} combines the base with {_list(needs)}; "
             f"given: {_list(helpers)}"
@@ -90,7 +99,7 @@ def alphas_of(formula: Formula, alpha: Alphas, helpers: Sequence[str]) -> dict[s
         UserError: a pair has no alpha or there is no such pair, or the formula takes none.
     """
     names = needs_of(formula)[1]
-    if _takes_any(formula):
+    if takes_any(formula):
         names += [role.removesuffix("expert") + "alpha" for role in experts_of(helpers)]
     if not isinstance(alpha, Mapping):
         if not names and alpha != 1:
@@ -168,7 +177,7 @@ def needs_of(formula: Formula) -> tuple[list[str], list[str]]:
     return roles, alphas
 
 
-def _takes_any(formula: Formula) -> bool:
+def takes_any(formula: Formula) -> bool:
     """Whether a formula takes members of any name."""
     kinds = {parameter.kind for parameter in inspect.signature(formula).parameters.values()}
     return inspect.Parameter.VAR_KEYWORD in kinds

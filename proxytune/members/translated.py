@@ -156,9 +156,10 @@ class TranslatedMember(Member):
         self._counts = []
         self.member.clear()
 
-    def bytes_per_token(self) -> int:
-        """Memory that one more token of the base takes, in bytes, by estimate."""
-        return round(self.member.bytes_per_token() * self.translation.growth)
+    def bytes_per_token(self) -> Mapping[torch.device, int]:
+        """Memory that one more token of the base takes, in bytes by device, by estimate."""
+        own = self.member.bytes_per_token()
+        return {device: round(each * self.translation.growth) for device, each in own.items()}
 
     def _read(self, token: int) -> tuple[int, ...]:
         return (-1 - token,) if token < 0 else tuple(self.translation.read(token))

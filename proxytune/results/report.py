@@ -23,7 +23,6 @@ from proxytune.results import analysis, tables
 from proxytune.results.comparison import caveat, headlines, is_number, systems_of
 from proxytune.results.folder import read_csv
 from proxytune.results.templates import asset, render
-from proxytune.roles import MEMBERS
 
 # the page's script unpacks the traces of this many examples at once
 _BLOCK = 20
@@ -169,7 +168,8 @@ class _Examples:
             list of text, probability, text, probability, ...
         """
         index = self._pieces.index
-        roles = [r for r in MEMBERS["proxy"] if trace[0]["top"].get(r)]
+        first = trace[0]["top"]
+        roles = [role for role in first if role != analysis.SYSTEM and first[role]]
         tops = {
             role: [
                 [n for t, p in e["top"].get(role, [])[:_TOP] for n in (index(t), round(1000 * p))]
@@ -236,6 +236,8 @@ def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:
 def _subtitle(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
     triple = {r: m for r, m in (config.get("triple") or {}).items() if isinstance(m, dict)}
+    for name, pair in triple.pop("pairs", {}).items():
+        triple |= {f"{name} {r}": m for r, m in pair.items() if isinstance(m, dict)}
     ids = {role: str(member.get("id") or "") for role, member in triple.items()}
     members = [f"{role}: {_place(i, config)}" for role, i in ids.items() if i]
     alpha = [f"alpha: {config['alpha']:g}"] if "alpha" in config else []

@@ -53,7 +53,9 @@ class Generation:
             probabilities are those before temperature and filters; the role "system" is the whole
             system. The end-of-sequence token has an entry, too. "api", where a base behind an API
             lists only some tokens: see `truncation.TruncationRecord`. "touched", with a formula
-            that gates: how many tokens were not chosen from the base's own logits.
+            that gates: how many tokens were not chosen from the base's own logits. "agreed", where
+            `generate` was asked to compare: how many tokens each member alone would have chosen,
+            with the same noise, and their number, under "system"; the end-of-sequence token counts.
     """
 
     prompt_index: int
@@ -139,6 +141,7 @@ class Generator:
         sample_keys: Sequence[str] | None = None,
         on_finish: Callable[[Generation], None] | None = None,
         record: bool | int | None = None,
+        compare: bool = False,
         **settings: Unpack[DecodingSettings],
     ) -> list[Generation]:
         """Continues every prompt `n` times.
@@ -156,6 +159,7 @@ class Generator:
             on_finish: called with every generation as soon as it ends.
             record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;
                 decodes in lockstep.
+            compare: fills `Generation.extra["agreed"]`.
             settings: the fields of `Decoding`, in short: max_new_tokens per sample (256 by
                 default; fewer if the context of a member ends before), temperature (0, greedy),
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
@@ -172,7 +176,7 @@ class Generator:
         """
         decoding = make_decoding(**settings)
         requests = self.requests(
-            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record
+            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record, compare=compare
         )
         loop = self.loop(batch_size, speculative)
         results: list[Generation | None] = [None] * (len(prompts) * decoding.n)
@@ -229,6 +233,7 @@ class Generator:
         seed: int = 0,
         sample_keys: Sequence[str] | None = None,
         record: bool | int | None = None,
+        compare: bool = False,
     ) -> list[Request]:
         """Checks and encodes prompts for a `DecodeLoop`.
 
@@ -238,6 +243,7 @@ class Generator:
             seed: as for `generate`.
             sample_keys: as for `generate`.
             record: as for `generate`.
+            compare: as for `generate`.
 
         Raises:
             UserError: a prompt cannot be continued.
@@ -249,7 +255,7 @@ class Generator:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise UserError(f"seed must be a whole number, not {seed!r}")
         top = 5 if record is True else whole_number("record", record or 0, 0)
-        self._check_call(decoding, top)
+        self._check_call(decoding, top, compare)
         sampler = self._sampler(decoding)
         seen: Counter[str] = Counter()
         requests = []
@@ -276,6 +282,7 @@ class Generator:
                     tokenizer=self.tokenizer,
                     record=top,
                     count_touched=self._gates,
+                    compare=compare,
                 )
             )
         return requests
@@ -295,6 +302,11 @@ class Generator:
             batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
         rows = row_budget(self.system.members.values(), batch_size)
         return DecodeLoop(self.system, rows, self._pace(speculative))
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a small model can draft for this system."""
+        return self._pace(True) is not None
 
     def logits(self, token_ids: Sequence[int] | Mapping[str, Sequence[int]]) -> torch.Tensor:
         """The system's next-token logits after every position, [tokens, vocab], float32.
@@ -394,12 +406,13 @@ class Generator:
             reason = f"this one has {known}" if known else "this model is a single one"
             raise UserError(f"alpha needs a triple; {reason}")
 
-    def _check_call(self, decoding: Decoding, record: int) -> None:
+    def _check_call(self, decoding: Decoding, record: int, compare: bool) -> None:
         """Refuses settings that this system cannot serve.
 
         Args:
             decoding: the settings.
             record: how many tokens a trace lists; 0 for no trace.
+            compare: whether the members' own choices are counted.
         """
         if decoding.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
@@ -480,6 +493,8 @@ def _generation(finished: Finished) -> Generation:
         extra["api"] = finished.truncation.to_dict()
     if finished.touched is not None:
         extra["touched"] = finished.touched
+    if finished.agreed is not None:
+        extra["agreed"] = finished.agreed
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,

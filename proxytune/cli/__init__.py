@@ -1,4 +1,4 @@
-"""The commands: `python run.py` (also `proxytune run`), `proxytune serve` and `vllm-command`.
+"""The commands: `python run.py` (also `proxytune run`), `proxytune check`, `serve`, `vllm-command`.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
@@ -13,7 +13,7 @@ import sys
 from proxytune.errors import MissingExtra, extra
 
 # command -> the extra of pyproject.toml that it needs
-COMMANDS = {"run": "experiments", "serve": "serve", "vllm-command": "serve"}
+COMMANDS = {"run": "experiments", "check": "experiments", "serve": "serve", "vllm-command": "serve"}
 
 
 def main() -> None:
@@ -39,5 +39,5 @@ def _start(command: str) -> None:
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    entries = {"run": composed.run, "serve": composed.serve}
+    entries = {"run": composed.run, "check": composed.check, "serve": composed.serve}
     entries.get(command, composed.print_command)()

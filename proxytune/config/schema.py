@@ -147,6 +147,34 @@ class RunConfig:
 
 
 @dataclass
+class CheckConfig:
+    """`proxytune check`: a triple tried on a few examples of a task.
+
+    Attributes:
+        triple, task, decoding, machine, engine, formula: as in `RunConfig`.
+        alpha: the one that the verdict is about.
+        alphas: further ones, on the same examples.
+        limit: first examples of each task; null is all of them.
+        output_dir: keeps the completions, so that a killed check goes on; null is a folder named by
+            the triple, in results/checks.
+    """
+
+    root: str = str(ROOT)
+    triple: TripleConfig = field(default_factory=TripleConfig)
+    task: dict[str, Any] = field(default_factory=dict, metadata=overrides.CLOSED)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    alpha: float = 1.0
+    alphas: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 1.5, 2.0])
+    formula: dict[str, Any] = field(
+        default_factory=lambda: dict(DEFAULT_FORMULA), metadata=overrides.CLOSED
+    )
+    limit: int | None = 50
+    output_dir: str | None = None
+
+
+@dataclass
 class ServeConfig(ServerSettings):
     """`proxytune serve`: one system behind HTTP.
 
@@ -192,3 +220,4 @@ def register() -> None:
     overrides.install()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
+    ConfigStore.instance().store(name="check_schema", node=CheckConfig)

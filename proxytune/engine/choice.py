@@ -4,8 +4,8 @@ Where a server lists only the likeliest tokens, and those that it does not list 
 choice, it is asked for them, if it answers that (`Truncation.ask`).
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ class Chosen:
         tokens: the choice at each place.
         certain: whether unlisted tokens could not change it; empty where every logit is known.
         unseen: the probability of the unlisted tokens; empty where every logit is known.
+        alone: role -> what that member's own logits choose at each place, for rows that compare.
     """
 
     seen: Pass
@@ -35,6 +36,7 @@ class Chosen:
     tokens: list[int]
     certain: list[bool]
     unseen: list[float]
+    alone: Mapping[str, list[int]] = field(default_factory=dict)
 
     def of(self, index: int) -> list[int]:
         """The tokens chosen for the row with this index, [width]."""
@@ -50,6 +52,8 @@ class Chosen:
         """
         first = index * self.width
         for place in range(first, first + count):
+            if row.agreed is not None and self.tokens[place] >= 0:
+                row.compare(self.tokens[place], {r: own[place] for r, own in self.alone.items()})
             row.take(
                 self.tokens[place],
                 self.seen,
@@ -90,6 +94,9 @@ def choose_from(
     drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
     groups = _by_sampler(owners, offsets, drafted)
     chosen = _choose(seen, width, groups)
+    if any(row.agreed is not None for row in rows):
+        alone = {role: _pick(logits, groups).tolist() for role, logits in seen.members.items()}
+        chosen = replace(chosen, alone=alone)
     if seen.truncation is None or seen.truncation.ask is None:
         return chosen
     asked: set[int] = set()
@@ -104,7 +111,7 @@ def choose_from(
         ]
         known = _ask(chosen, places, _by_sampler(theirs, offset, guess), before)
         if known is not None:
-            chosen = _choose(known, width, groups)
+            chosen = replace(_choose(known, width, groups), alone=chosen.alone)
     return chosen
 
 

@@ -43,6 +43,7 @@ class Request:
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
         alpha: this prompt's own alpha (triples only); None takes the system's.
         count_touched: whether to count the tokens whose logits are not the base's own.
+        compare: whether to count the tokens that each member alone would have chosen.
         on_token: called with every chosen token, also the one that ends the completion:
             (sample, token, the text that is now certain, its rating). The texts of a sample make
             up `Finished.text`: no later token takes any of it away. The rating is a function: how
@@ -63,6 +64,7 @@ class Request:
     record: int = 0
     alpha: float | None = None
     count_touched: bool = False
+    compare: bool = False
     on_token: Callable[[int, int, str, Rating], None] | None = None
     top: int | None = None
 
@@ -90,6 +92,7 @@ class Finished:
     trace: list[dict[str, Any]] | None = None
     truncation: TruncationRecord | None = None
     touched: int | None = None
+    agreed: dict[str, int] | None = None
 
 
 class Shared:
@@ -137,12 +140,13 @@ class Row:
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
         self.touched = 0 if request.count_touched else None
+        self.agreed: dict[str, int] | None = {"system": 0} if request.compare else None
         self.reason: FinishReason | None = None
 
     @property
     def reads_members(self) -> bool:
         """Whether `take` reads the members' logits beside the system's."""
-        return self.trace is not None or self.touched is not None
+        return any(each is not None for each in (self.trace, self.touched, self.agreed))
 
     def prompt(self) -> Prompt:
         """The prompt and the tokens written after it: role -> token ids."""
@@ -196,6 +200,17 @@ class Row:
             self.touched += not torch.equal(seen.logits[place], seen.members["base"][place].float())
         self.write(token, partial(_rate, seen.logits[place], token))
 
+    def compare(self, token: int, alone: Mapping[str, int]) -> None:
+        """Counts which members alone would have chosen the token, and the tokens.
+
+        Args:
+            token: the choice.
+            alone: role -> the choice by that member's own logits, with the same noise.
+        """
+        assert self.agreed is not None
+        for role, own in ({"system": token} | dict(alone)).items():
+            self.agreed[role] = self.agreed.get(role, 0) + (own == token)
+
     def write(self, token: int, rating: Rating) -> None:
         """Appends a token that was chosen, and tells whoever watches.
 
@@ -220,6 +235,7 @@ class Row:
             self.trace,
             self.truncation,
             self.touched,
+            self.agreed,
         )
 
 

@@ -83,7 +83,7 @@ class ModelPool:
         specs: role of the triple -> what to load.
         systems: system -> the engine's role -> the triple's name, in the order in which they will
             be opened; some may be left out.
-        alpha: scale on (expert - antiexpert).
+        alpha: scale on (expert - antiexpert); between two calls of `open` it may be set anew.
         formula: combines the members' logits; None is proxy-tuning.
         cuda_graphs: as in `proxytune.api.load`.
     """
@@ -99,7 +99,7 @@ class ModelPool:
     ) -> None:
         self._specs = specs
         self._systems = dict(systems)
-        self._alpha = alpha
+        self.alpha = alpha
         self._formula = formula
         self._cuda_graphs = cuda_graphs
         self._models: dict[str, LoadedModel] = {}
@@ -121,7 +121,7 @@ class ModelPool:
             if name in roles.values() and name not in self._models:
                 self._models[name] = self._load(name, system)
         members: dict[str, Any] = {role: self._models[name] for role, name in roles.items()}
-        how: dict[str, Any] = {"alpha": self._alpha, "formula": self._formula}
+        how: dict[str, Any] = {"alpha": self.alpha, "formula": self._formula}
         return load(**members, **(how if len(roles) > 1 else {}), cuda_graphs=self._cuda_graphs)
 
     def _load(self, name: str, system: str) -> "LoadedModel":

@@ -36,6 +36,7 @@ from tests.document_actions import (
     python_block,
     rescored,
     run,
+    run_check,
     run_outside,
     serves,
     skip,
@@ -161,6 +162,24 @@ RULES = [
         r"(README|black_box|judges|lm_eval|models|own|performance|repro)\.md: (-m )?[\w.]+=\S+",
         composes,
     ),
+    # check
+    Rule(ANY + r"proxytune check .* limit=null .*", skip, "tests/test_trial.py runs it"),
+    Rule(
+        r"README.md: \.venv/bin/proxytune check .*",
+        run_check,
+        "output_dir={tmp}/run alphas=[] task.gsm8k.path=pocket/data/test/gsm8k.jsonl "
+        "decoding.max_new_tokens=24",
+        slow=True,
+    ),
+    Rule(
+        r"check.md: proxytune check .*",
+        run_check,
+        "output_dir={tmp}/run limit=2 alphas=[]",
+        slow=True,
+    ),
+    Rule(r"README.md: proxytune check", skip, "its name"),
+    Rule(r"check.md: helps: .*", skip, "what a check answers"),
+    Rule(r"check.md: \w+=\S+", composes, "check triple=pocket"),
     # make
     Rule(ANY + r"make .*", make_prints),
     # other scripts

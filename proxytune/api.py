@@ -24,6 +24,7 @@ from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.prompting import thinking
 from proxytune.loading.spec import ModelSpec
 from proxytune.proxy import Formula, ProxyTunedModel
 from proxytune.records import finite, make_decoding
@@ -86,6 +87,7 @@ def load(
     sources = {role: _named(each, dtype, device) for role, each in given.items()}
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     vocab_size = check_triple(specs) if specs else None
+    thinking({role: spec.format for role, spec in specs.items() if role != "draft"})
     if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
         settle(formula, alpha, list(helpers), few=lists_few(specs), vocab_size=vocab_size)
     elif not isinstance(alpha, Mapping):

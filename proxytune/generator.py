@@ -19,9 +19,10 @@ from proxytune.engine.rows import Finished, Request, longest
 from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
+from proxytune.engine.thought import AFTER, BEFORE, FIRST, INSIDE, Thought, thought_of
 from proxytune.errors import UserError
 from proxytune.loading.loaded import LoadedModel
-from proxytune.loading.prompting import PromptLike, token_ids
+from proxytune.loading.prompting import PromptLike, begun_answer, thinking, token_ids
 from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
 from proxytune.records import (
     Decoding,
@@ -34,6 +35,7 @@ from proxytune.records import (
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Pairs = Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
+_TAIL = 32  # last tokens of a prompt, among which the tag that opens a thought would be
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Generation:
             that gates: how many tokens were not chosen from the base's own logits. "agreed", where
             `generate` was asked to compare: how many tokens each member alone would have chosen,
             with the same noise, and their number, under "system"; the end-of-sequence token counts.
+            "thought", where a member thinks: {"tokens": its length, the tag included, "end": "own",
+            "budget", "none" (no thought was written) or None (it was never ended)}.
     """
 
     prompt_index: int
@@ -142,6 +146,7 @@ class Generator:
         on_finish: Callable[[Generation], None] | None = None,
         record: bool | int | None = None,
         compare: bool = False,
+        prefixes: Sequence[str] | None = None,
         **settings: Unpack[DecodingSettings],
     ) -> list[Generation]:
         """Continues every prompt `n` times.
@@ -160,6 +165,8 @@ class Generator:
             record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;
                 decodes in lockstep.
             compare: fills `Generation.extra["agreed"]`.
+            prefixes: text that begins each prompt's answer after a thought; used where a member
+                thinks.
             settings: the fields of `Decoding`, in short: max_new_tokens per sample (256 by
                 default; fewer if the context of a member ends before), temperature (0, greedy),
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
@@ -176,7 +183,13 @@ class Generator:
         """
         decoding = make_decoding(**settings)
         requests = self.requests(
-            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record, compare=compare
+            prompts,
+            decoding,
+            seed=seed,
+            sample_keys=sample_keys,
+            record=record,
+            compare=compare,
+            prefixes=prefixes,
         )
         loop = self.loop(batch_size, speculative)
         results: list[Generation | None] = [None] * (len(prompts) * decoding.n)
@@ -234,6 +247,7 @@ class Generator:
         sample_keys: Sequence[str] | None = None,
         record: bool | int | None = None,
         compare: bool = False,
+        prefixes: Sequence[str] | None = None,
     ) -> list[Request]:
         """Checks and encodes prompts for a `DecodeLoop`.
 
@@ -244,6 +258,7 @@ class Generator:
             sample_keys: as for `generate`.
             record: as for `generate`.
             compare: as for `generate`.
+            prefixes: as for `generate`.
 
         Raises:
             UserError: a prompt cannot be continued.
@@ -257,6 +272,8 @@ class Generator:
         top = 5 if record is True else whole_number("record", record or 0, 0)
         self._check_call(decoding, top, compare)
         sampler = self._sampler(decoding)
+        thinks = thinking({role: self.members[role].format for role in self.roles})
+        samplers = self._samplers(decoding, thinks)
         seen: Counter[str] = Counter()
         requests = []
         for index, prompt in enumerate(prompts):
@@ -283,6 +300,10 @@ class Generator:
                     record=top,
                     count_touched=self._gates,
                     compare=compare,
+                    thought=self._thought(
+                        ids, thinks, prefixes[index] if prefixes else begun_answer(prompt), decoding
+                    ),
+                    samplers=samplers,
                 )
             )
         return requests
@@ -471,6 +492,53 @@ class Generator:
             raise UserError(f"no single token writes any of choices={list(decoding.choices)}")
         return Sampler(decoding, sorted(banned), sorted(first), sorted(choices))
 
+    def _thought(
+        self, ids: Mapping[str, Sequence[int]], thinks: Sequence[str], prefix: str, how: Decoding
+    ) -> Thought | None:
+        """How the completions of a prompt think; None where no member does.
+
+        Args:
+            ids: the prompt, role -> token ids.
+            thinks: the roles whose models think.
+            prefix: text that begins the answer after a thought.
+            how: the settings.
+        """
+        if not thinks:
+            return None
+        start, end = self.members[thinks[0]].format.tags
+        ends = [
+            self.members[role]
+            .need_tokenizer()
+            .decode(ids[role][-_TAIL:], skip_special_tokens=False)
+            for role in thinks
+        ]
+        return thought_of(
+            start,
+            end,
+            self.members[thinks[0]].need_tokenizer(),
+            opened=any(text.rstrip().endswith(start) for text in ends),
+            prefix=prefix,
+            word=None if how.think_least is None else how.think_word,
+        )
+
+    def _samplers(self, decoding: Decoding, thinks: Sequence[str]) -> dict[str, Sampler]:
+        """What chooses tokens before, in and right after a thought: lists are about the answer."""
+        if not thinks or not (decoding.banned or decoding.banned_first or decoding.choices):
+            return {}
+        member = self.members[thinks[0]]
+        tag = member.need_tokenizer()(member.format.tags[0], add_special_tokens=False)["input_ids"]
+        assert self._texts is not None
+        lists = (decoding.banned, decoding.banned_first, decoding.choices)
+        banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
+        after = Sampler(decoding, sorted(banned | first), (), sorted(choices))
+        before = sorted(choices | set(tag)) if choices else []
+        return {
+            BEFORE: Sampler(decoding, sorted(banned - {*tag}), sorted(first - {*tag}), before),
+            INSIDE: Sampler(decoding),
+            AFTER: after,
+            FIRST: after,
+        }
+
     def _pace(self, speculative: Speculative) -> Pace | None:
         """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""
         system = self.system
@@ -495,6 +563,8 @@ def _generation(finished: Finished) -> Generation:
         extra["touched"] = finished.touched
     if finished.agreed is not None:
         extra["agreed"] = finished.agreed
+    if finished.thought is not None:
+        extra["thought"] = finished.thought
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,

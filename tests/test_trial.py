@@ -36,7 +36,6 @@ def helped(tmp_path_factory):
     return check(folder, "task=pocket_gsm8k", "limit=12"), folder
 
 
-@pytest.mark.slow
 def test_a_triple_that_helps(helped):
     done, folder = helped
     (verdict,) = verdicts(done)
@@ -54,7 +53,6 @@ def test_a_triple_that_helps(helped):
     assert task["gain"]["ours"] >= task["gain"]["theirs"] == 0
 
 
-@pytest.mark.slow
 def test_the_shares_are_those_of_a_trace(helped):
     """The counts at drafted and undrafted steps equal what a lockstep trace lists."""
     _, folder = helped
@@ -91,7 +89,6 @@ def test_a_member_agrees_where_it_would_draw_the_same_token(speculative, tempera
                 assert each.extra["agreed"]["antiexpert"] < 12
 
 
-@pytest.mark.slow
 def test_a_triple_that_hurts(tmp_path):
     """The over-tuned expert of docs/pocket.md still helps at alpha 1; twice its push does harm."""
     asked = ["task=pocket_triviaqa", "limit=null", "alpha=2.0", "alphas=[0.5]", "machine=cpu"]
@@ -101,7 +98,6 @@ def test_a_triple_that_hurts(tmp_path):
     assert "on 200 examples; alpha=0.5 helps (+" in verdict
 
 
-@pytest.mark.slow
 def test_twenty_examples_that_cannot_tell(tmp_path):
     done = check(tmp_path, "task=pocket_truthfulqa_mc", "limit=20", *ONE_ALPHA)
     (verdict,) = verdicts(done)
@@ -110,7 +106,6 @@ def test_twenty_examples_that_cannot_tell(tmp_path):
     assert needed > 120 and "(the task has 120)" in verdict
 
 
-@pytest.mark.slow
 def test_a_check_goes_on_and_takes_no_other_triple(helped):
     """More examples keep the completions so far; another expert's are refused."""
     _, folder = helped
@@ -124,7 +119,6 @@ def test_a_check_goes_on_and_takes_no_other_triple(helped):
     assert done.returncode == 1 and "holds completions of another configuration" in done.stderr
 
 
-@pytest.mark.slow
 def test_several_tasks_and_one_of_lm_eval(tmp_path):
     own = f"task.lm_eval_tiny_choice.include_path={ROOT / 'tests' / 'lm_eval_tasks'}"
     tasks = "task=[pocket_toxigen,lm_eval/tiny_choice]"
@@ -136,7 +130,6 @@ def test_several_tasks_and_one_of_lm_eval(tmp_path):
     assert other["changed"] == {"1.0": None}
 
 
-@pytest.mark.slow
 def test_a_formula_without_expert_and_a_base_behind_an_api(tmp_path):
     done = check(
         tmp_path / "contrastive",
@@ -159,10 +152,10 @@ def test_a_formula_without_expert_and_a_base_behind_an_api(tmp_path):
         (["task=pocket_gsm9k"], "unknown task 'pocket_gsm9k'"),
         ([], "no task chosen"),
         (["task=pocket_gsm8k", "alphas=[1.0,nan]"], "alphas=nan"),
-        (["task=pocket_gsm8k", "alpha=inf"], "alpha=inf"),
+        (["task=pocket_gsm8k", "alpha=inf"], "alphas=inf"),
         (["task=pocket_gsm8k", "limit=0"], "limit=0"),
         (["task=pocket_gsm8k", "triple.expert.id=/nowhere"], "/nowhere"),
-        (["task=pocket_gsm8k", "triple=null"], "triple"),
+        (["task=pocket_gsm8k", "triple=null"], "a group of conf/ cannot be null"),
         (["task=pocket_gsm8k", "engine=vllm"], "engine=own"),
         (["task=pocket_gsm8k", "sistems=[base]"], "unknown key 'sistems'"),
         (["task=pocket_gsm8k", "formula=gated", "formula.threshold=2"], "threshold"),
@@ -176,7 +169,6 @@ def test_a_mistake_is_one_line(arguments, said, tmp_path):
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_folders_are_named_by_triples(tmp_path, monkeypatch):
     monkeypatch.setattr("proxytune.experiment.trial.ROOT", tmp_path)
     models = [f"triple.{role}.id={MODELS / role}" for role in ("base", "expert", "antiexpert")]

@@ -39,7 +39,8 @@ class DecodingConfig:
         seed: of sampling; a sample depends on it, its example and its number alone.
         trace: record per token how far proxy-tuning moved its probability (proxy system).
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
-        frequency_penalty, ignore_eos, n: override every task of the run; see `records.Decoding`.
+        frequency_penalty, ignore_eos, think_budget, think_least, think_word, n: override every task
+        of the run; see `records.Decoding`.
     """
 
     batch_size: Any = "auto"
@@ -55,6 +56,9 @@ class DecodingConfig:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
+    think_budget: int | None = None
+    think_least: int | None = None
+    think_word: str | None = None
     n: int | None = None
 
 

@@ -42,15 +42,20 @@ class Chosen:
         """The tokens chosen for the row with this index, [width]."""
         return self.tokens[index * self.width : (index + 1) * self.width]
 
-    def give(self, index: int, row: Row, count: int = 1) -> None:
-        """Writes the first `count` tokens chosen for a row, or fewer if it ends before.
+    def give(self, index: int, row: Row, count: int = 1) -> int:
+        """Writes the first `count` tokens chosen for a row, or fewer.
+
+        It writes fewer where the row ends, or its thought does: what follows is chosen otherwise.
 
         Args:
             index: the row's index among those of `choose_from`.
             row: the row.
             count: at most `width`.
+
+        Returns:
+            How many were written.
         """
-        first = index * self.width
+        first, given, phase = index * self.width, 0, row.text.phase
         for place in range(first, first + count):
             if row.agreed is not None and self.tokens[place] >= 0:
                 row.compare(self.tokens[place], {r: own[place] for r, own in self.alone.items()})
@@ -61,8 +66,11 @@ class Chosen:
                 self.certain[place] if self.certain else True,
                 self.unseen[place] if self.unseen else 0.0,
             )
-            if row.reason is not None:
-                return
+            given += 1
+            # What was chosen after it was chosen by the rules of another phase of a thought.
+            if row.reason is not None or row.imposed or row.text.phase != phase:
+                break
+        return given
 
 
 class _Group(NamedTuple):
@@ -93,7 +101,7 @@ def choose_from(
     offsets = list(range(width)) * len(rows)
     drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
     groups = _by_sampler(owners, offsets, drafted)
-    chosen = _choose(seen, width, groups)
+    chosen = _settled(_choose(seen, width, groups), owners, offsets)
     if any(row.agreed is not None for row in rows):
         alone = {role: _pick(logits, groups).tolist() for role, logits in seen.members.items()}
         chosen = replace(chosen, alone=alone)
@@ -111,7 +119,8 @@ def choose_from(
         ]
         known = _ask(chosen, places, _by_sampler(theirs, offset, guess), before)
         if known is not None:
-            chosen = replace(_choose(known, width, groups), alone=chosen.alone)
+            again = _settled(_choose(known, width, groups), owners, offsets)
+            chosen = replace(again, alone=chosen.alone)
     return chosen
 
 
@@ -128,6 +137,24 @@ def _choose(seen: Pass, width: int, groups: Sequence[_Group]) -> Chosen:
         certain = _certain(tokens, seen.logits, seen.truncation.ceiling, groups)
         unseen = seen.truncation.unseen.tolist()
     return Chosen(seen, width, chosen, certain, unseen)
+
+
+def _settled(chosen: Chosen, owners: Sequence[Row], offsets: Sequence[int]) -> Chosen:
+    """The choices, with what thoughts impose in their place; see `Row.settle`.
+
+    Args:
+        chosen: the choices, changed in place.
+        owners: the row of each place.
+        offsets: which of its row's next tokens each place chooses.
+    """
+    for place, (row, offset) in enumerate(zip(owners, offsets, strict=True)):
+        if row.request.thought is None:
+            continue
+        token = row.settle(chosen.tokens[place], offset)
+        if token != chosen.tokens[place] and chosen.certain:
+            chosen.certain[place] = True
+        chosen.tokens[place] = token
+    return chosen
 
 
 def _undecided(
@@ -258,7 +285,7 @@ def _by_sampler(
     """Groups places by the sampler of their rows; arguments as for `pick_tokens`."""
     groups: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
-        groups.setdefault(id(row.request.sampler), []).append(place)
+        groups.setdefault(id(row.sampler), []).append(place)
 
     def history(place: int) -> History:
         row = rows[place]
@@ -266,7 +293,7 @@ def _by_sampler(
 
     grouped = []
     for places in groups.values():
-        sampler = rows[places[0]].request.sampler
+        sampler = rows[places[0]].sampler
         streams = [rows[i].stream for i in places]
         positions = [len(rows[i].tokens) + offsets[i] for i in places]
         histories = [history(i) for i in places] if sampler.looks_back else []

@@ -237,6 +237,7 @@ class TaskCell(Cell):
                 batch_size=settings.batch_size,
                 record=settings.trace and self.system == "proxy",
                 compare=settings.compare and self.system == "proxy",
+                prefixes=[prompt.prefix for prompt in prompts],
                 on_finish=store.add,
             )
         self._log(base.spending())

@@ -24,6 +24,7 @@ from proxytune.vllm.settings import OWN, EngineSettings
 log = logging.getLogger(__name__)
 
 STAGES = ("all", "generate", "score")
+_SHORTEST = 3  # tokens of a thought's tags and an answer
 
 
 def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,9 +60,26 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     check_engine_specs(specs, engine)
     vocab_size = check_triple(specs)
     check_engine_systems(cfg, specs, engine)
+    _check_thoughts(cfg, specs, tasks)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return tasks, specs
+
+
+def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Refuses members of a system that end their thoughts otherwise, and thoughts without room."""
+    from proxytune.loading.prompting import thinking
+
+    for system in cfg.systems:
+        members = members_of(cfg, system)
+        if not thinking({role: specs[name].format for role, name in members.items()}):
+            continue
+        for name, task in tasks.items():
+            if not task.runs_itself and decoding_of(cfg, task).max_new_tokens < _SHORTEST:
+                raise UserError(
+                    f"task {name}: max_new_tokens={decoding_of(cfg, task).max_new_tokens} leaves "
+                    f"no room for a thought of the system {system}; raise decoding.max_new_tokens"
+                )
 
 
 def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:

@@ -117,7 +117,8 @@ def _as_run(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: the triple has no base or no helper.
     """
-    shared = {key: value for key, value in cfg.items() if key in RunConfig.__dataclass_fields__}
+    known = RunConfig.__dataclass_fields__.keys() - {"output_dir"}
+    shared = {key: value for key, value in cfg.items() if key in known}
     run: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), shared)
     helpers = members_of(run, "proxy").values()
     run.systems = [role for role in ("base", "expert", "antiexpert") if role in helpers]

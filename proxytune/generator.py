@@ -531,7 +531,8 @@ class Generator:
         lists = (decoding.banned, decoding.banned_first, decoding.choices)
         banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
         after = Sampler(decoding, sorted(banned | first), (), sorted(choices))
-        before = sorted(choices | set(tag)) if choices else []
+        # Of a tag of several tokens, the first one alone would be no answer.
+        before = sorted(choices | set(tag if len(tag) == 1 else [])) if choices else []
         return {
             BEFORE: Sampler(decoding, sorted(banned - {*tag}), sorted(first - {*tag}), before),
             INSIDE: Sampler(decoding),

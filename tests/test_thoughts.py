@@ -44,7 +44,7 @@ TEXTS = [  # written, whether the prompt opens the thought, the answer
     ("<thi", False, "<thi"),
     ("<think>never ended\nQuestion: x", False, ""),
     ("never ended\nQuestion: x", True, ""),
-    ("<think>a</thi</think>b</think>c", False, "b</think>c"),
+    ("<think>a</thi</think>b", False, "b"),
     ("<think>a</think>  \n", False, ""),
     ("", False, ""),
 ]
@@ -177,14 +177,19 @@ def test_a_budget_ends_a_thought_and_the_prefix_follows(make):
 
 
 def test_a_word_replaces_an_early_end():
-    generator = triple("e", "<think>")
-    asked = {"max_new_tokens": 60, "temperature": 1.0, "n": 20, "ignore_eos": True}
+    generator = triple("q", "<think>")
+    asked = {"max_new_tokens": 60, "temperature": 3.0, "n": 20, "ignore_eos": True}
     free = generator.generate(PROMPTS[:1], **asked)
     held = generator.generate(PROMPTS[:1], think_least=40, think_word="W", **asked)
-    assert min(each.extra["thought"]["tokens"] for each in free) < 40
-    assert min(each.extra["thought"]["tokens"] for each in held) > 40
-    assert any("W" in each.raw_text[:40] for each in held)
-    with pytest.raises(UserError, match="is 4 tokens|tokens"):
+    ended = [each.extra["thought"]["tokens"] < 40 for each in free]
+    assert any(ended) and not all(ended)
+    for early, before, after in zip(ended, free, held, strict=True):
+        assert after.extra["thought"]["tokens"] > 40
+        assert ("W" in after.raw_text) >= early
+        if early:
+            cut = before.extra["thought"]["tokens"] - 1
+            assert after.token_ids[:cut] == before.token_ids[:cut]
+    with pytest.raises(UserError, match="tokens"):
         generator.generate(PROMPTS[:1], think_least=4, think_word="Wait!", max_new_tokens=9)
 
 
@@ -213,15 +218,16 @@ def test_without_a_thought_nothing_changes():
     assert [each.extra["thought"]["end"] for each in got] == ["none", "none"]
 
 
-def test_thousands_of_tokens_take_the_memory_that_was_estimated():
+@pytest.mark.slow
+def test_thousands_of_tokens_of_a_row():
     config = {"max_position_embeddings": 8192, "layers": 1, "hidden": 16}
     tokenizer = tiny_tokenizer()
     models = {r: LoadedModel(tiny_model(seed=s, **config), tokenizer) for s, r in enumerate("ab")}
     models["b"].spec = ModelSpec("x", format=PromptFormat(think_end="</think>"))
     generator = proxytune.load(models["a"], models["b"], models["a"])
-    how = {"max_new_tokens": 3000, "think_budget": 2900, "ignore_eos": True}
+    how = {"max_new_tokens": 2000, "think_budget": 1900, "ignore_eos": True}
     found = generator.generate(["One <think>", "Two <think>"], speculative=False, **how)
-    assert [len(each.token_ids) for each in found] == [3000, 3000]
+    assert [len(each.token_ids) for each in found] == [2000, 2000]
     assert [each.extra["thought"]["end"] for each in found] == ["budget", "budget"]
     (alone,) = generator.generate(["Two <think>"], speculative=3, **how)
     assert alone.token_ids == found[1].token_ids
@@ -238,7 +244,7 @@ def thought(target: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny model that has learnt two thoughts and answers by heart, and the same one untrained."""
+    """A tiny model that has learnt two thoughts by heart, and the same one untrained."""
     root = tmp_path_factory.mktemp("thinks")
     tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
     shape = {"hidden": 48, "layers": 2, "scale": 1.0}
@@ -271,6 +277,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_gsm8k_scores_the_answer_of_a_model_that_thinks(folder, tmp_path):
     models = [f"triple.{role}.id={folder / role}" for role in ("base", "antiexpert", "expert")]
     models += [f"triple.{role}.dtype=float32" for role in ("base", "antiexpert", "expert")]
@@ -306,6 +313,7 @@ def test_gsm8k_scores_the_answer_of_a_model_that_thinks(folder, tmp_path):
     assert done.returncode == 1 and "no room for a thought" in done.stderr
 
 
+@pytest.mark.slow
 def test_other_folders_know_no_tags(folder, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert loaded.config.vocab_size == 300

@@ -147,6 +147,7 @@ RULES = [
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+)=\w+", member_arguments),
+    Rule(r"models.md: expert_think_end=\S+", member_arguments),
     Rule(r"lm_eval.md: (task)?\.\S+", composes, "config task=[lm_eval/arc_easy]"),
     Rule(r"own.md: task=capitals", capitals, ONE + " systems=[base,proxy]"),
     Rule(r"serving.md: (system|machine(\.\w+)?)=\S+", composes, "serve"),

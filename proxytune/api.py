@@ -23,6 +23,7 @@ from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle
 from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
 from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.prompting import thinking
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import STRICT, check_kind
 from proxytune.proxy import Formula
@@ -92,6 +93,7 @@ def load(
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     check_kind(vocabulary)
     vocab_size = check_triple(specs, vocabulary if helpers else STRICT) if specs else None
+    thinking({role: spec.format for role, spec in specs.items() if role != "draft"})
     if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
         settle(
             formula,

@@ -19,10 +19,11 @@ from proxytune.engine.rows import Finished, Request, longest
 from proxytune.engine.sampling import Sampler, token_texts, tokens_of
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
+from proxytune.engine.thought import AFTER, BEFORE, FIRST, INSIDE, Thought, thought_of
 from proxytune.errors import UserError
 from proxytune.loading.encoding import Encoder
 from proxytune.loading.loaded import LoadedModel
-from proxytune.loading.prompting import PromptLike
+from proxytune.loading.prompting import PromptLike, begun_answer, thinking
 from proxytune.loading.vocabulary import Vocabulary
 from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
 from proxytune.records import (
@@ -36,6 +37,7 @@ from proxytune.records import (
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Pairs = Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
+_TAIL = 32  # last tokens of a prompt, among which the tag that opens a thought would be
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ class Generation:
             that gates: how many tokens were not chosen from the base's own logits. "unshifted",
             where members have other vocabularies than the base: role -> the mean probability that
             this member gave to tokens that the base lacks; "base" -> the base's of tokens without
-            a shift.
+            a shift. "agreed", where `generate` was asked to compare: how many tokens each member
+            alone would have chosen, with the same noise, and their number, under "system"; the
+            end-of-sequence token counts. "thought", where a member thinks: {"tokens": its length, the
+            tag included, "end": "own", "budget", "none" (no thought was written) or None (it was
+            never ended)}.
     """
 
     prompt_index: int
@@ -154,6 +160,8 @@ class Generator:
         sample_keys: Sequence[str] | None = None,
         on_finish: Callable[[Generation], None] | None = None,
         record: bool | int | None = None,
+        compare: bool = False,
+        prefixes: Sequence[str] | None = None,
         **settings: Unpack[DecodingSettings],
     ) -> list[Generation]:
         """Continues every prompt `n` times.
@@ -171,6 +179,9 @@ class Generator:
             on_finish: called with every generation as soon as it ends.
             record: fills `Generation.extra["trace"]` with so many top tokens (True: 5) per member;
                 decodes in lockstep.
+            compare: fills `Generation.extra["agreed"]`.
+            prefixes: text that begins each prompt's answer after a thought; used where a member
+                thinks.
             settings: the fields of `Decoding`, in short: max_new_tokens per sample (256 by
                 default; fewer if the context of a member ends before), temperature (0, greedy),
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
@@ -187,7 +198,13 @@ class Generator:
         """
         decoding = make_decoding(**settings)
         requests = self.requests(
-            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record
+            prompts,
+            decoding,
+            seed=seed,
+            sample_keys=sample_keys,
+            record=record,
+            compare=compare,
+            prefixes=prefixes,
         )
         loop = self.loop(batch_size, speculative)
         results: list[Generation | None] = [None] * (len(prompts) * decoding.n)
@@ -244,6 +261,8 @@ class Generator:
         seed: int = 0,
         sample_keys: Sequence[str] | None = None,
         record: bool | int | None = None,
+        compare: bool = False,
+        prefixes: Sequence[str] | None = None,
     ) -> list[Request]:
         """Checks and encodes prompts for a `DecodeLoop`.
 
@@ -253,6 +272,8 @@ class Generator:
             seed: as for `generate`.
             sample_keys: as for `generate`.
             record: as for `generate`.
+            compare: as for `generate`.
+            prefixes: as for `generate`.
 
         Raises:
             UserError: a prompt cannot be continued.
@@ -264,8 +285,10 @@ class Generator:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise UserError(f"seed must be a whole number, not {seed!r}")
         top = 5 if record is True else whole_number("record", record or 0, 0)
-        self._check_call(decoding, top)
+        self._check_call(decoding, top, compare)
         sampler = self._sampler(decoding)
+        thinks = thinking({role: self.members[role].format for role in self.roles})
+        samplers = self._samplers(decoding, thinks)
         seen: Counter[str] = Counter()
         requests = []
         for index, prompt in enumerate(prompts):
@@ -292,6 +315,11 @@ class Generator:
                     tokenizer=self.tokenizer,
                     record=top,
                     count_touched=self._gates,
+                    compare=compare,
+                    thought=self._thought(
+                        ids, thinks, prefixes[index] if prefixes else begun_answer(prompt), decoding
+                    ),
+                    samplers=samplers,
                 )
             )
         return requests
@@ -310,6 +338,11 @@ class Generator:
         if batch_size != "auto":
             batch_size = whole_number("batch_size, where it is not 'auto',", batch_size, 1)
         return DecodeLoop(self.system, self._rows(batch_size), self._pace(speculative))
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a small model can draft for this system."""
+        return self._pace(True) is not None
 
     def logits(self, token_ids: Sequence[int] | Mapping[str, Sequence[int]]) -> torch.Tensor:
         """The system's next-token logits after every position, [tokens, vocab], float32.
@@ -380,12 +413,13 @@ class Generator:
             reason = f"this one has {known}" if known else "this model is a single one"
             raise UserError(f"alpha needs a triple; {reason}")
 
-    def _check_call(self, decoding: Decoding, record: int) -> None:
+    def _check_call(self, decoding: Decoding, record: int, compare: bool) -> None:
         """Refuses settings that this system cannot serve.
 
         Args:
             decoding: the settings.
             record: how many tokens a trace lists; 0 for no trace.
+            compare: whether the members' own choices are counted.
         """
         if decoding.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: give load(..., tokenizer=...)")
@@ -448,6 +482,56 @@ class Generator:
         """How many rows of a given length run at once; see `memory.row_budget`."""
         return row_budget(self.system.members.values(), batch_size)
 
+    def _thought(
+        self, ids: Mapping[str, Sequence[int]], thinks: Sequence[str], prefix: str, how: Decoding
+    ) -> Thought | None:
+        """How the completions of a prompt think; None where no member does.
+
+        Args:
+            ids: the prompt, role -> token ids.
+            thinks: the roles whose models think.
+            prefix: text that begins the answer after a thought.
+            how: the settings.
+        """
+        if not thinks:
+            return None
+        start, end = self.members[thinks[0]].format.tags
+        ends = [
+            self.members[role]
+            .need_tokenizer()
+            .decode(ids[role][-_TAIL:], skip_special_tokens=False)
+            for role in thinks
+        ]
+        return thought_of(
+            start,
+            end,
+            self.members[thinks[0]].need_tokenizer(),
+            opened=any(text.rstrip().endswith(start) for text in ends),
+            prefix=prefix,
+            word=None if how.think_least is None else how.think_word,
+        )
+
+    def _samplers(self, decoding: Decoding, thinks: Sequence[str]) -> dict[str, Sampler]:
+        """What chooses tokens before, in and right after a thought: lists are about the answer."""
+        if not thinks or not (decoding.banned or decoding.banned_first or decoding.choices):
+            return {}
+        member = self.members[thinks[0]]
+        tag = member.need_tokenizer()(member.format.tags[0], add_special_tokens=False)["input_ids"]
+        assert self._texts is not None
+        lists = (decoding.banned, decoding.banned_first, decoding.choices)
+        banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
+        after = self.sampler_type(decoding, sorted(banned | first), (), sorted(choices))
+        # Of a tag of several tokens, the first one alone would be no answer.
+        before = sorted(choices | set(tag if len(tag) == 1 else [])) if choices else []
+        return {
+            BEFORE: self.sampler_type(
+                decoding, sorted(banned - {*tag}), sorted(first - {*tag}), before
+            ),
+            INSIDE: self.sampler_type(decoding),
+            AFTER: after,
+            FIRST: after,
+        }
+
     def _pace(self, speculative: Speculative) -> Pace | None:
         """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""
         system = self.system
@@ -472,6 +556,10 @@ def _generation(finished: Finished) -> Generation:
         extra["touched"] = finished.touched
     if finished.unshifted is not None:
         extra["unshifted"] = {role: round(share, 6) for role, share in finished.unshifted.items()}
+    if finished.agreed is not None:
+        extra["agreed"] = finished.agreed
+    if finished.thought is not None:
+        extra["thought"] = finished.thought
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,

@@ -85,6 +85,10 @@ class Decoding:
         banned: strings whose single tokens may never be chosen.
         banned_first: strings whose single tokens may not be chosen as the first token.
         choices: if given, only the single tokens of these strings may be chosen.
+        think_budget: a thought that has so many tokens is ended; None for no such limit.
+        think_least: while a thought has fewer tokens, `think_word` takes the place of its end
+            (budget forcing, Muennighoff et al. 2025); None lets it end where it ends.
+        think_word: one token.
     """
 
     max_new_tokens: int = 512
@@ -101,8 +105,14 @@ class Decoding:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
+    think_budget: int | None = None
+    think_least: int | None = None
+    think_word: str = "Wait"
 
     def __post_init__(self) -> None:
+        for name in ("think_budget", "think_least"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("n", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name in ("temperature", "top_p", *_BOUNDS):
@@ -125,6 +135,19 @@ class Decoding:
                 raise UserError(f"{name} must be strings in a list, not {strings!r}")
             if "" in strings:
                 raise UserError(f"{name}: a string must not be empty")
+        self._check_thought()
+
+    def _check_thought(self) -> None:
+        budget, least = self.think_budget, self.think_least
+        if budget is not None and budget >= self.max_new_tokens:
+            raise UserError(
+                f"think_budget={budget} leaves no room for an answer in max_new_tokens="
+                f"{self.max_new_tokens}; raise max_new_tokens"
+            )
+        if budget is not None and least is not None and least > budget:
+            raise UserError(f"think_least={least} is more than think_budget={budget}")
+        if not isinstance(self.think_word, str) or not self.think_word:
+            raise UserError(f"think_word must be a word, not {self.think_word!r}")
 
 
 class DecodingSettings(TypedDict, total=False):
@@ -144,6 +167,9 @@ class DecodingSettings(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     ignore_eos: bool
+    think_budget: int | None
+    think_least: int | None
+    think_word: str
 
 
 def make_decoding(**settings: Unpack[DecodingSettings]) -> Decoding:

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from proxytune.config import given
 from proxytune.files import ROOT
 from proxytune.harness.arguments import specs_of
+from tests.commands import call
 from tests.documents import SNIPPETS, Snippet
 
 SERVE = ["proxytune", "serve", "triple=pocket"]
@@ -85,6 +86,17 @@ def run(snippet: Snippet, more: str, place: Place) -> None:
         torch.set_num_threads(threads)
     if "output_dir={tmp}/run" in more:
         assert list((place.folder / "run").rglob("table.md")), "the run shows no table"
+
+
+def run_check(snippet: Snippet, more: str, place: Place) -> None:
+    """Runs `proxytune check` in this process; it ends in a verdict."""
+    from proxytune import cli
+
+    program, *words = place.words(snippet, more)
+    assert program.endswith("proxytune")
+    done = call(cli.main, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(("helps", "hurts", "cannot tell"))
 
 
 def run_outside(snippet: Snippet, more: str, place: Place) -> None:

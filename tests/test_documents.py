@@ -33,6 +33,7 @@ from tests.document_actions import (
     python_block,
     rescored,
     run,
+    run_check,
     run_outside,
     serves,
     serves_the_page,
@@ -148,6 +149,7 @@ RULES = [
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+)=\w+", member_arguments),
+    Rule(r"models.md: expert_think_end=\S+", member_arguments),
     Rule(r"lm_eval.md: (task)?\.\S+", composes, "config task=[lm_eval/arc_easy]"),
     Rule(r"own.md: task=capitals", capitals, ONE + " systems=[base,proxy]"),
     Rule(r"serving.md: (system|machine(\.\w+)?)=\S+", composes, "serve"),
@@ -164,6 +166,24 @@ RULES = [
         r"(-m )?[\w.]+=\S+",
         composes,
     ),
+    # check
+    Rule(ANY + r"proxytune check .* limit=null .*", skip, "tests/test_trial.py runs it"),
+    Rule(
+        r"README.md: \.venv/bin/proxytune check .*",
+        run_check,
+        "output_dir={tmp}/run alphas=[] task.gsm8k.path=pocket/data/test/gsm8k.jsonl "
+        "decoding.max_new_tokens=24",
+        slow=True,
+    ),
+    Rule(
+        r"check.md: proxytune check .*",
+        run_check,
+        "output_dir={tmp}/run limit=2 alphas=[]",
+        slow=True,
+    ),
+    Rule(r"README.md: proxytune check", skip, "its name"),
+    Rule(r"check.md: helps: .*", skip, "what a check answers"),
+    Rule(r"check.md: \w+=\S+", composes, "check triple=pocket"),
     # make
     Rule(ANY + r"make .*", make_prints),
     # other scripts

@@ -16,13 +16,15 @@ from tests.serving import running
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "vllm-command"])
+@pytest.mark.parametrize("command", ["run", "check", "serve", "vllm-command"])
 def test_help_names_every_group_option_and_setting(command):
     page = helping.page(command)
-    for group in helping.GROUPS if command == "run" else ("triple", "formula", "machine", "engine"):
+    groups = {"run": helping.GROUPS, "check": ("triple", "task", "decoding", "formula")}
+    for group in groups.get(command, ("triple", "formula", "machine", "engine")):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert path.stem in page
-    kinds = [schema.RunConfig] if command == "run" else [schema.ServeConfig, ServerSettings]
+    own = {"run": [schema.RunConfig], "check": [schema.CheckConfig]}
+    kinds = own.get(command, [schema.ServeConfig, ServerSettings])
     named = {each.name for kind in kinds for each in fields(kind)}
     nodes = {"triple", "task", "decoding", "machine", "engine", "tracking", "formula"}
     for name in named - nodes - {"root", "paper", "needs"}:
@@ -64,7 +66,7 @@ def test_the_examples_of_help_compose():
         for command, examples in helping._EXAMPLES.items():
             for line, _ in examples:
                 words = line.split()[2:]
-                name = "config" if command == "run" else "serve"
+                name = {"run": "config", "check": "check"}.get(command, "serve")
                 if "-m" not in words and "/path/mine.yaml" not in line:
                     compose(name, words)
 

@@ -1,4 +1,4 @@
-"""The commands: `python run.py` (also `proxytune run`), `serve`, `vllm-command` and `doctor`.
+"""The commands: `python run.py` (also `proxytune run`), `check`, `serve`, `vllm-command`, `doctor`.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
@@ -16,7 +16,7 @@ import sys
 from proxytune.errors import MissingExtra, extra
 
 # command -> the extra of pyproject.toml that it needs
-COMMANDS = {"run": "experiments", "serve": "serve", "vllm-command": "serve"}
+COMMANDS = {"run": "experiments", "check": "experiments", "serve": "serve", "vllm-command": "serve"}
 
 
 def main() -> None:
@@ -52,5 +52,5 @@ def _start(command: str) -> None:
     if helping.wants_help(sys.argv[1:]):
         print(helping.page(command))
         return
-    entries = {"run": composed.run, "serve": composed.serve}
+    entries = {"run": composed.run, "check": composed.check, "serve": composed.serve}
     entries.get(command, composed.print_command)()

@@ -25,6 +25,12 @@ def run() -> None:
     guarded(lambda: _compose(_run))
 
 
+def check() -> None:
+    """Composes conf/check.yaml and tries a triple on a few examples."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(lambda: _compose(_check))
+
+
 def serve() -> None:
     """Composes conf/serve.yaml and serves a triple; docs/serving.md."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -73,6 +79,19 @@ def _follow(cfg: DictConfig) -> None:
     from proxytune.experiment.ranks import follow
 
     follow(cfg.machine.threads)
+
+
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="check")
+def _check(cfg: DictConfig) -> None:
+    choice = HydraConfig.get().runtime.choices.get("triple")
+
+    def trial() -> None:
+        with extra("experiments", "proxytune check"):
+            from proxytune.experiment.trial import run_check
+
+        run_check(cfg, choice)
+
+    guarded(trial)
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="serve")

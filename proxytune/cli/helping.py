@@ -13,6 +13,7 @@ from proxytune.files import shipped
 
 COMMANDS = {
     "run": "runs the systems of an experiment on its tasks (also `python run.py`)",
+    "check": "tries a triple on a few examples of a task: helps, hurts, or cannot tell",
     "serve": "serves a triple by OpenAI's HTTP protocol, with a playground if you like",
     "vllm-command": "prints the line that serves a triple by plain vLLM",
     "doctor": "prints versions, devices, memory and what can be reached, for an issue",
@@ -28,6 +29,7 @@ GROUPS = {
     "engine": "what runs the models",
     "tracking": "where a run is logged",
 }
+_CHECKED = ("triple", "task", "formula", "decoding", "machine", "engine")
 _SERVED = ("triple", "formula", "machine", "engine")
 _EXAMPLES = {
     "run": (
@@ -36,6 +38,10 @@ _EXAMPLES = {
         ("python run.py triple=/path/mine.yaml task=[gsm8k] experiment=none name=mine", "yours"),
         ("python run.py -m alpha=0.5,1.0,1.5", "a sweep"),
         ("python run.py stage=score", "score stored completions again, without a model"),
+    ),
+    "check": (
+        ("proxytune check triple=pocket task=pocket_gsm8k", "the pocket triple on 50 examples"),
+        ("proxytune check triple=/path/mine.yaml task=gsm8k limit=200", "yours"),
     ),
     "serve": (
         ("proxytune serve triple=pocket", "the OpenAI protocol on port 8000"),
@@ -66,10 +72,10 @@ def page(command: str) -> str:
     """The page of one command.
 
     Args:
-        command: run, serve or vllm-command.
+        command: run, check, serve or vllm-command.
     """
     program = "python run.py" if command == "run" else f"proxytune {command}"
-    groups = GROUPS if command == "run" else _SERVED
+    groups = {"run": GROUPS, "check": _CHECKED}.get(command, _SERVED)
     lines = [f"usage: {program} [group=option ...] [key=value ...]", "", COMMANDS[command], ""]
     lines += ["Groups (group=option):", ""]
     for group in groups:
@@ -100,11 +106,13 @@ def _settings(command: str) -> Iterator[tuple[str, str]]:
     from proxytune.config import schema
     from proxytune.server.settings import ServerSettings
 
-    kinds = [schema.RunConfig] if command == "run" else [schema.ServeConfig, ServerSettings]
+    kinds = {"run": [schema.RunConfig], "check": [schema.CheckConfig]}.get(
+        command, [schema.ServeConfig, ServerSettings]
+    )
     for kind in kinds:
         assert is_dataclass(kind)
         for name, about in attributes(kind.__doc__ or ""):
-            if name not in GROUPS and name != "root":
+            if name.partition(",")[0] not in GROUPS and name != "root":
                 yield name, about
 
 

@@ -60,7 +60,8 @@ class DecodingConfig:
         seed: of sampling; a sample depends on it, its example and its number alone.
         trace: record per token how far proxy-tuning moved its probability (proxy system).
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
-        frequency_penalty, ignore_eos, n: override every task of the run; see `records.Decoding`.
+        frequency_penalty, ignore_eos, think_budget, think_least, think_word, n: override every task
+        of the run; see `records.Decoding`.
     """
 
     batch_size: Any = "auto"
@@ -76,6 +77,9 @@ class DecodingConfig:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
+    think_budget: int | None = None
+    think_least: int | None = None
+    think_word: str | None = None
     n: int | None = None
 
 
@@ -178,6 +182,34 @@ class RunConfig:
 
 
 @dataclass
+class CheckConfig:
+    """`proxytune check`: a triple tried on a few examples of a task.
+
+    Attributes:
+        triple, task, decoding, machine, engine, formula: as in `RunConfig`.
+        alpha: the one that the verdict is about.
+        alphas: further ones, on the same examples.
+        limit: first examples of each task; null is all of them.
+        output_dir: keeps the completions, so that a killed check goes on; null is a folder named by
+            the triple, in results/checks.
+    """
+
+    root: str = str(ROOT)
+    triple: TripleConfig = field(default_factory=TripleConfig)
+    task: dict[str, Any] = field(default_factory=dict, metadata=overrides.CLOSED)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    alpha: float = 1.0
+    alphas: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 1.5, 2.0])
+    formula: dict[str, Any] = field(
+        default_factory=lambda: dict(DEFAULT_FORMULA), metadata=overrides.CLOSED
+    )
+    limit: int | None = 50
+    output_dir: str | None = None
+
+
+@dataclass
 class ServeConfig(ServerSettings):
     """`proxytune serve`: one system behind HTTP.
 
@@ -225,3 +257,4 @@ def register() -> None:
     overrides.install()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
+    ConfigStore.instance().store(name="check_schema", node=CheckConfig)

@@ -5,7 +5,7 @@ choice, it is asked for them, if it answers that (`Truncation.ask`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Chosen:
         certain: whether unlisted tokens could not change it; empty where every logit is known.
         unseen: the probability of the unlisted tokens; empty where every logit is known.
         unshifted: see `Pass`, as lists.
+        alone: role -> what that member's own logits choose at each place, for rows that compare.
     """
 
     seen: Pass
@@ -37,21 +38,29 @@ class Chosen:
     certain: list[bool]
     unseen: list[float]
     unshifted: Mapping[str, list[float]]
+    alone: Mapping[str, list[int]] = field(default_factory=dict)
 
     def of(self, index: int) -> list[int]:
         """The tokens chosen for the row with this index, [width]."""
         return self.tokens[index * self.width : (index + 1) * self.width]
 
-    def give(self, index: int, row: Row, count: int = 1) -> None:
-        """Writes the first `count` tokens chosen for a row, or fewer if it ends before.
+    def give(self, index: int, row: Row, count: int = 1) -> int:
+        """Writes the first `count` tokens chosen for a row, or fewer.
+
+        It writes fewer where the row ends, or its thought does: what follows is chosen otherwise.
 
         Args:
             index: the row's index among those of `choose_from`.
             row: the row.
             count: at most `width`; all but the last one had been drafted.
+
+        Returns:
+            How many were written.
         """
-        first = index * self.width
+        first, given, phase = index * self.width, 0, row.text.phase
         for place in range(first, first + count):
+            if row.agreed is not None and self.tokens[place] >= 0:
+                row.compare(self.tokens[place], {r: own[place] for r, own in self.alone.items()})
             row.take(
                 self.tokens[place],
                 self.seen,
@@ -61,8 +70,11 @@ class Chosen:
                 unshifted={role: shares[place] for role, shares in self.unshifted.items()},
                 drafted=place < first + count - 1,
             )
-            if row.reason is not None:
-                return
+            given += 1
+            # What was chosen after it was chosen by the rules of another phase of a thought.
+            if row.reason is not None or row.imposed or row.text.phase != phase:
+                break
+        return given
 
 
 class _Group(NamedTuple):
@@ -93,7 +105,10 @@ def choose_from(
     offsets = list(range(width)) * len(rows)
     drafted = [each for each in guesses or [()] * len(rows) for _ in range(width)]
     groups = _by_sampler(owners, offsets, drafted)
-    chosen = _choose(seen, width, groups)
+    chosen = _settled(_choose(seen, width, groups), owners, offsets)
+    if any(row.agreed is not None for row in rows):
+        alone = {role: _pick(logits, groups).tolist() for role, logits in seen.members.items()}
+        chosen = replace(chosen, alone=alone)
     if seen.truncation is None or seen.truncation.ask is None:
         return chosen
     asked: set[int] = set()
@@ -108,7 +123,8 @@ def choose_from(
         ]
         known = _ask(chosen, places, _by_sampler(theirs, offset, guess), before)
         if known is not None:
-            chosen = _choose(known, width, groups)
+            again = _settled(_choose(known, width, groups), owners, offsets)
+            chosen = replace(again, alone=chosen.alone)
     return chosen
 
 
@@ -128,6 +144,24 @@ def _choose(seen: Pass, width: int, groups: Sequence[_Group]) -> Chosen:
         unseen = seen.truncation.unseen.tolist()
     unshifted = {role: share.tolist() for role, share in seen.unshifted.items()}
     return Chosen(seen, width, chosen, certain, unseen, unshifted)
+
+
+def _settled(chosen: Chosen, owners: Sequence[Row], offsets: Sequence[int]) -> Chosen:
+    """The choices, with what thoughts impose in their place; see `Row.settle`.
+
+    Args:
+        chosen: the choices, changed in place.
+        owners: the row of each place.
+        offsets: which of its row's next tokens each place chooses.
+    """
+    for place, (row, offset) in enumerate(zip(owners, offsets, strict=True)):
+        if row.request.thought is None:
+            continue
+        token = row.settle(chosen.tokens[place], offset)
+        if token != chosen.tokens[place] and chosen.certain:
+            chosen.certain[place] = True
+        chosen.tokens[place] = token
+    return chosen
 
 
 def _undecided(
@@ -258,7 +292,7 @@ def _by_sampler(
     """Groups places by the sampler of their rows; arguments as for `pick_tokens`."""
     groups: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
-        groups.setdefault(id(row.request.sampler), []).append(place)
+        groups.setdefault(id(row.sampler), []).append(place)
 
     def history(place: int) -> History:
         row = rows[place]
@@ -266,7 +300,7 @@ def _by_sampler(
 
     grouped = []
     for places in groups.values():
-        sampler = rows[places[0]].request.sampler
+        sampler = rows[places[0]].sampler
         streams = [rows[i].stream for i in places]
         positions = [len(rows[i].tokens) + offsets[i] for i in places]
         histories = [history(i) for i in places] if sampler.looks_back else []

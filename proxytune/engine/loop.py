@@ -273,8 +273,10 @@ class DecodeLoop(Loop):
         if self.pace is not None:
             self.pace.observe(len(rows), width, time.perf_counter() - start, right)
         for index, (row, count) in enumerate(zip(rows, right, strict=True)):
-            row.fed += 1 + count
-            chosen.give(index, row, 1 + count)
+            given = chosen.give(index, row, 1 + count)
+            # of a row that goes on, the system forgets what was drafted after the last token
+            right[index] = count if row.reason is not None else given - 1
+            row.fed += 1 + right[index]
         if min(right) < width - 1:
             self.system.rollback([width - 1 - count for count in right])
         self._retire()
@@ -299,7 +301,7 @@ class DecodeLoop(Loop):
 
         guesses: list[list[int]] = [[] for _ in rows]
         # To read guesses from the device takes time, so this happens where a sampler needs them.
-        looks_back = any(row.request.sampler.looks_back for row in rows)
+        looks_back = any(row.sampler.looks_back for row in rows)
 
         def pick(logits: torch.Tensor, offset: int) -> torch.Tensor:
             # A guess must be a token; `choose_from` decides where there is none to choose.

@@ -5,7 +5,7 @@ pass: the rows of another engine are written by it. Nothing else writes one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from proxytune.engine.logprobs import TokenLogprob, token_logprobs
 from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
 from proxytune.engine.text import GrowingText
+from proxytune.engine.thought import AFTER, ANSWER, BEFORE, INSIDE, Thought
 from proxytune.engine.truncation import TruncationRecord
 from proxytune.records import Decoding, FinishReason
 
@@ -56,6 +57,9 @@ class Request:
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
         alpha: this prompt's own alpha (triples only); None takes the system's.
         count_touched: whether to count the tokens whose logits are not the base's own.
+        compare: whether to count the tokens that each member alone would have chosen.
+        thought: how its completions think; None where they do not.
+        samplers: phase of a thought -> what chooses tokens there; `sampler` where it is missing.
         on_token: called with every chosen token, also the one that ends the completion:
             (sample, token, the text that is now certain, its rating). The texts of a sample make
             up `Finished.text`: no later token takes any of it away. Only a real token can be
@@ -77,6 +81,9 @@ class Request:
     record: int = 0
     alpha: float | None = None
     count_touched: bool = False
+    compare: bool = False
+    thought: Thought | None = None
+    samplers: Mapping[str, Sampler] = field(default_factory=dict)
     on_token: Callable[[int, int, str, Rating], None] | None = None
     top: int | None = None
     shows_members: bool = False
@@ -106,6 +113,8 @@ class Finished:
     truncation: TruncationRecord | None = None
     touched: int | None = None
     unshifted: Mapping[str, float] | None = None
+    agreed: dict[str, int] | None = None
+    thought: dict[str, Any] | None = None
 
 
 class Shared:
@@ -149,18 +158,50 @@ class Row:
         self.stream = sample_stream(request.seed, request.key, self.sample)
         self.tokens: list[int] = []
         self.fed = 0
-        self.text = GrowingText(request.tokenizer, request.context, request.decoding.stop)
+        self.text = GrowingText(
+            request.tokenizer, request.context, request.decoding.stop, request.thought
+        )
+        self.imposed: list[int] = []  # the next tokens, whatever the logits are
+        self._after = request.thought.after if request.thought else ()
+        self.thought: dict[str, Any] | None = None
+        if request.thought is not None:
+            self.thought = {"tokens": 0, "end": None}
         self.trace: list[dict[str, Any]] | None = [] if request.record else None
         self.truncation: TruncationRecord | None = None
         self.touched = 0 if request.count_touched else None
         self.unshifted: dict[str, list[float]] = {}  # of each chosen token; see `Pass`
+        self.agreed: dict[str, int] | None = {"system": 0} if request.compare else None
         self.reason: FinishReason | None = None
 
     @property
     def reads_members(self) -> bool:
         """Whether `take` reads the members' logits beside the system's."""
-        recorded = self.trace is not None or self.touched is not None
+        recorded = any(each is not None for each in (self.trace, self.touched, self.agreed))
         return recorded or self.request.shows_members
+
+    @property
+    def sampler(self) -> Sampler:
+        """What chooses the next token."""
+        request = self.request
+        if not request.samplers:
+            return request.sampler
+        return request.samplers.get(self.text.phase, request.sampler)
+
+    def settle(self, token: int, offset: int) -> int:
+        """The token that is written where another one was chosen.
+
+        Args:
+            token: the choice.
+            offset: which of the next tokens it is, from 0; those before it do not change the phase.
+        """
+        if self.imposed and offset == 0 and token != FULL:
+            return self.imposed[0]
+        thought, least = self.request.thought, self.request.decoding.think_least
+        early = len(self.tokens) + offset < (least or 0)
+        if early and thought is not None and self.text.phase == INSIDE:
+            assert thought.instead is not None
+            return thought.instead if (token,) == thought.closing else token
+        return token
 
     def prompt(self) -> Prompt:
         """The prompt and the tokens written after it: role -> token ids."""
@@ -182,13 +223,41 @@ class Row:
             self.reason = "eos"
         else:
             self.tokens.append(token)
-            text = self.text.push(token)
+            text = self.text.push(token) if request.thought is None else self._think(token)
             if len(self.tokens) >= request.max_new_tokens:
                 self.reason = "length"
         if self.reason is not None:
             text += self.text.finish()
         if self.text.cut is not None:
             self.reason = "stop"
+        return text
+
+    def _think(self, token: int) -> str:
+        """Writes a token of a completion that may think, and decides what has to follow.
+
+        Returns:
+            The text that became certain.
+        """
+        thought, decoding = self.request.thought, self.request.decoding
+        assert thought is not None and self.thought is not None
+        before, imposed = self.text.phase, bool(self.imposed)
+        ours = imposed and before == AFTER
+        text = self.text.push(token, ours)
+        if imposed:
+            self.imposed.pop(0)
+            if ours and not self.imposed:
+                self.text.begin()
+        if before in (BEFORE, INSIDE):
+            self.thought["tokens"] = len(self.tokens)
+            if self.text.phase == INSIDE and not self.imposed:
+                spent = decoding.think_budget is not None
+                if spent and len(self.tokens) >= decoding.think_budget:
+                    self.imposed = list(thought.closing)
+                    self.thought["end"] = "budget"
+            elif self.text.phase in (AFTER, ANSWER):
+                own = "own" if before == INSIDE or self.text.phase == AFTER else "none"
+                self.thought["end"] = self.thought["end"] or own
+                self.imposed = list(thought.after) if self.text.phase == AFTER else []
         return text
 
     def take(
@@ -234,6 +303,17 @@ class Row:
         )
         self.write(token, rating)
 
+    def compare(self, token: int, alone: Mapping[str, int]) -> None:
+        """Counts which members alone would have chosen the token, and the tokens.
+
+        Args:
+            token: the choice.
+            alone: role -> the choice by that member's own logits, with the same noise.
+        """
+        assert self.agreed is not None
+        for role, own in ({"system": token} | dict(alone)).items():
+            self.agreed[role] = self.agreed.get(role, 0) + (own == token)
+
     def write(self, token: int, rating: Rating) -> None:
         """Appends a token that was chosen, and tells whoever watches.
 
@@ -259,6 +339,8 @@ class Row:
             self.truncation,
             self.touched,
             {role: sum(each) / len(each) for role, each in self.unshifted.items()} or None,
+            self.agreed,
+            self.thought,
         )
 
 

@@ -5,7 +5,7 @@ gains between 1 and w tokens. The width changes the speed alone: every token is 
 lockstep would choose. (This holds for sampled tokens, too: see `sampling`.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_WIDTH = 9
 WARM_UP = 1  # first rounds of each batch size, whose times are not used
@@ -77,12 +77,28 @@ class Pace:
         return self._clocks.setdefault(rows.bit_length(), _Clock())
 
 
+def promised(acceptance: float, seconds: Mapping[int, float]) -> tuple[int, float]:
+    """The width of block that promises the most tokens per second.
+
+    Args:
+        acceptance: the probability that a drafted token is right.
+        seconds: width -> the time of a round; 1 is lockstep.
+
+    Returns:
+        The width, and how many times the tokens per second of lockstep it promises.
+    """
+    clock = _Clock(seconds)
+    rates = [clock.rate(width, acceptance) for width in range(1, MAX_WIDTH + 1)]
+    best = 1 + rates.index(max(rates))
+    return (best, rates[best - 1] / rates[0]) if rates[best - 1] >= MARGIN * rates[0] else (1, 1.0)
+
+
 class _Clock:
     """The measured time of a round at one batch size, for each width of block."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: Mapping[int, float] | None = None) -> None:
         self._rounds = 0
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = dict(seconds or {})
         self._next_look = 0
         self._gap = FIRST_GAP
 
@@ -100,7 +116,7 @@ class _Clock:
             return 1
         if len(self._seconds) == 1:
             return PROBE_WIDTH
-        rates = [self._rate(width, acceptance) for width in range(1, MAX_WIDTH + 1)]
+        rates = [self.rate(width, acceptance) for width in range(1, MAX_WIDTH + 1)]
         best = 1 + rates.index(max(rates))
         if max(rates) < MARGIN * rates[0]:
             best = 1
@@ -110,7 +126,7 @@ class _Clock:
         self._gap = FIRST_GAP if best > 1 else min(2 * self._gap, LAST_GAP)
         return 1 if best > 1 else PROBE_WIDTH
 
-    def _rate(self, width: int, acceptance: float) -> float:
+    def rate(self, width: int, acceptance: float) -> float:
         """Tokens per row and second that a width promises."""
         return sum(acceptance**i for i in range(width)) / self._time(width)
 

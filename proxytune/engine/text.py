@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from proxytune.engine.thought import ANSWER, Splitter, Thought
+
 # Decode these prompt tokens too; otherwise tokenizers drop the first generated token's space.
 _CONTEXT = 8
 _PENDING = 12  # tokens after which an incomplete character is shown as it is
@@ -22,14 +24,19 @@ class GrowingText:
     Args:
         tokenizer: decodes ids; None leaves the text empty.
         prompt_ids: the prompt; its last tokens are the context of the first generated one.
-        stop: strings that end the text.
+        stop: strings that end the text; of a text with a thought, its answer.
+        thought: how the text thinks; None where it does not. A thought is in no piece.
 
     Attributes:
         cut: the offset in `raw` of the first stop string; None while there is none.
     """
 
     def __init__(
-        self, tokenizer: Any | None, prompt_ids: Sequence[int], stop: Sequence[str] = ()
+        self,
+        tokenizer: Any | None,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        thought: Thought | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_CONTEXT:])
@@ -40,23 +47,49 @@ class GrowingText:
         self._reach = max(map(len, stop), default=1) - 1
         self._held = ""  # decoded, but not returned: a stop string may begin here
         self._returned = 0  # characters
+        self._split = Splitter(thought) if thought is not None else None
+        self._begin = 0  # the offset of the answer in `raw`
+        self._length = 0  # of `raw`
         self.cut: int | None = None
 
-    def push(self, token: int) -> str:
-        """Adds a token; returns the text that became certain by it."""
+    @property
+    def phase(self) -> str:
+        """Where the completion stands; see `engine.thought`."""
+        return ANSWER if self._split is None else self._split.phase
+
+    def push(self, token: int, ours: bool = False) -> str:
+        """Adds a token; returns the text that became certain by it.
+
+        Args:
+            token: the token.
+            ours: whether it stands between thought and answer, and belongs to neither.
+        """
+        tag = None if self._split is None else self._split.thought.tags.get(token)
         self._ids.append(token)
         text = self._decode(self._ids)
+        if tag is not None and not text.endswith(tag) and self.phase != ANSWER:
+            self._settle(text)  # decoding drops special tokens
+            return self._release(self._take(tag))
         waiting = len(self._ids) - self._settled
         if text.endswith("\ufffd") and waiting < _PENDING:
             return ""
-        self._settle(text)
-        return self._release(self._doubtful() if self.cut is None else len(self._held))
+        return self._release(self._settle(text, ours))
 
     def finish(self) -> str:
         """Ends the text; returns the part that was still held back."""
         if len(self._ids) > self._settled:
             self._settle(self._decode(self._ids))
+        if self._split is not None and self.phase != ANSWER:
+            rest = self._split.finish()
+            self._begin = self._length - len(rest)
+            self._find(rest)
         return self._release(len(self._held))
+
+    def begin(self) -> None:
+        """Lets the answer begin, after the tokens between thought and answer."""
+        assert self._split is not None
+        self._split.begin()
+        self._begin = self._length
 
     @property
     def raw(self) -> str:
@@ -65,16 +98,29 @@ class GrowingText:
 
     @property
     def text(self) -> str:
-        """The text before the first stop string."""
-        return self.raw if self.cut is None else self.raw[: self.cut]
+        """The text before the first stop string; of a text with a thought, its answer."""
+        return "" if self.phase != ANSWER else self.raw[self._begin : self.cut]
 
-    def _settle(self, text: str) -> None:
-        """Takes what `text` adds to the known text, and cuts it at a stop string."""
+    def _settle(self, text: str, ours: bool = False) -> int:
+        """Takes what `text` adds to the known text; how many held characters are certain."""
         new = text[len(self._known) :]
         self._ids = self._ids[-_CONTEXT:]
         self._settled = len(self._ids)
         self._known = self._decode(self._ids)
+        return self._take(new, ours)
+
+    def _take(self, new: str, ours: bool = False) -> int:
+        """Takes new text; how many held characters are certain."""
         self._parts.append(new)
+        self._length += len(new)
+        if self._split is not None and self.phase != ANSWER:
+            new = self._split.push(new, ours)
+            self._begin = self._length - len(new)
+        self._find(new)
+        return self._doubtful() if self.cut is None else len(self._held)
+
+    def _find(self, new: str) -> None:
+        """Adds to the held text, and cuts it at a stop string."""
         if self.cut is not None:
             return
         # A stop string that begins before `new` begins within the held text.
@@ -82,7 +128,7 @@ class GrowingText:
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self._held = self._held[: min(found)]
-            self.cut = self._returned + len(self._held)
+            self.cut = self._begin + self._returned + len(self._held)
 
     def _doubtful(self) -> int:
         """The offset in the held text from which later tokens may complete a stop string."""

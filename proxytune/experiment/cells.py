@@ -53,12 +53,14 @@ class GenerationSettings:
         batch_size: rows decoded at once, or "auto".
         speculative: "auto", False, or a fixed number of drafted tokens.
         trace: record each token's probabilities under the proxy system's members.
+        compare: count the tokens that each of the proxy system's members alone would have chosen.
     """
 
     seed: int = 0
     batch_size: Any = "auto"
     speculative: Any = "auto"
     trace: bool = False
+    compare: bool = False
 
 
 _TOUCHED = "touched_tokens"
@@ -267,6 +269,8 @@ class TaskCell(Cell):
                 speculative=settings.speculative,
                 batch_size=settings.batch_size,
                 record=settings.trace and self.system == "proxy",
+                compare=settings.compare and self.system == "proxy",
+                prefixes=[prompt.prefix for prompt in prompts],
                 on_finish=store.add,
             )
         self._log(base.spending())

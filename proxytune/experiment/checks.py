@@ -34,6 +34,7 @@ from proxytune.vllm.settings import OWN, EngineSettings
 log = logging.getLogger(__name__)
 
 STAGES = ("all", "generate", "score")
+_SHORTEST = 3  # tokens of a thought's tags and an answer
 
 
 def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,6 +73,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     here = {role: replace(spec, device=None) for role, spec in specs.items()}
     vocab_size = _check_vocabularies(cfg, here if elsewhere else specs)
     check_engine_systems(cfg, specs, engine)
+    _check_thoughts(cfg, specs, tasks)
     _check_formula(cfg, specs, vocab_size)
     check_endpoints({role: spec for role, spec in specs.items() if not _is_local(spec)})
     return tasks, specs
@@ -92,6 +94,22 @@ def _check_vocabularies(cfg: DictConfig, specs: Mapping[str, Any]) -> int:
         if name not in names:
             check_triple({name: spec})
     return check_triple({name: spec for name, spec in specs.items() if name in names}, kind)
+
+
+def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Refuses members of a system that end their thoughts otherwise, and thoughts without room."""
+    from proxytune.loading.prompting import thinking
+
+    for system in cfg.systems:
+        members = members_of(cfg, system)
+        if not thinking({role: specs[name].format for role, name in members.items()}):
+            continue
+        for name, task in tasks.items():
+            if not task.runs_itself and decoding_of(cfg, task).max_new_tokens < _SHORTEST:
+                raise UserError(
+                    f"task {name}: max_new_tokens={decoding_of(cfg, task).max_new_tokens} leaves "
+                    f"no room for a thought of the system {system}; raise decoding.max_new_tokens"
+                )
 
 
 def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:

@@ -27,10 +27,12 @@ class RenderedPrompt:
     Attributes:
         token_ids: role -> the ids that this member reads.
         sha256: role -> the hash of the text that this member reads.
+        prefix: text that begins the answer after a thought.
     """
 
     token_ids: dict[str, list[int]]
     sha256: dict[str, str]
+    prefix: str = ""
 
 
 def render_prompts(
@@ -52,6 +54,7 @@ def render_prompts(
             RenderedPrompt(
                 token_ids={role: encode(t, members[role].tokenizer) for role, t in texts.items()},
                 sha256={role: sha256_text(t.text) for role, t in texts.items()},
+                prefix="" if example.prompt.plain else example.prompt.response_prefix,
             )
         )
     return prompts

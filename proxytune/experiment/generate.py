@@ -98,7 +98,8 @@ class ModelPool:
         specs: role of the triple -> what to load.
         systems: system -> the engine's role -> the triple's name, in the order in which they will
             be opened; some may be left out.
-        alpha: scale on (expert - antiexpert); pair -> its own, where there are several.
+        alpha: scale on (expert - antiexpert); pair -> its own, where there are several. Between two
+            calls of `open` it may be set anew.
         formula: combines the members' logits; None is proxy-tuning.
         vocabulary: as in `proxytune.api.load`.
         cuda_graphs: as in `proxytune.api.load`.
@@ -116,7 +117,7 @@ class ModelPool:
     ) -> None:
         self._specs = specs
         self._systems = dict(systems)
-        self._alpha = alpha
+        self.alpha = alpha
         self._formula = formula
         self._vocabulary = vocabulary
         self._cuda_graphs = cuda_graphs
@@ -148,7 +149,7 @@ class ModelPool:
                 self._models[name] = self._load(name, system)
         members: dict[str, Any] = {role: self._models[name] for role, name in roles.items()}
         how: dict[str, Any] = {
-            "alpha": self._alpha,
+            "alpha": self.alpha,
             "formula": self._formula,
             "vocabulary": self._vocabulary,
         }

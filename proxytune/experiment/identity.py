@@ -35,7 +35,10 @@ _FINISHED = ("completions.jsonl", "result.json")  # a cell's finished work
 _API_IDENTITY = ("model", "top_logprobs", "endpoint", "foreign_tokenizer")
 
 # Settings of `Decoding` that the identities of older folders lack; the defaults change nothing.
-_ADDED = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos")
+_ADDED = (
+    *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos"),
+    *("think_budget", "think_least", "think_word"),
+)
 
 
 def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
@@ -57,8 +60,9 @@ def system_identity(cfg: DictConfig, system: str) -> dict[str, Any]:
                 member[key] = Path(member[key]).name
         if member["api"]:  # its address and its prices change no answer
             member["api"] = {key: member["api"][key] for key in _API_IDENTITY}
-        if not member["format"]["template_kwargs"]:  # older folders do not know it
-            del member["format"]["template_kwargs"]
+        for key in ("template_kwargs", "think_start", "think_end"):  # older folders lack them
+            if not member["format"][key]:
+                del member["format"][key]
         members[role] = member
     identity: dict[str, Any] = {"system": system, "members": members}
     if system == "proxy":

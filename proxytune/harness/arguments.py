@@ -1,5 +1,6 @@
 """lm-eval's flat --model_args as models to load."""
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ _ROLES = ("base", "expert", "antiexpert")
 _FIELDS = {field.name for field in fields(ModelSpec)} - {"id", "quantization", "api"} | {
     "chat_template",
     "use_system",
+    "think_start",
+    "think_end",
+    "template_kwargs",
     "load_in_4bit",
     "load_in_8bit",
 }
@@ -57,6 +61,10 @@ def specs_of(
             formats[role]["kind"] = value
         elif field in ("chat_template", "use_system"):
             formats[role] = {"kind": "chat"} | formats[role] | {field: value}
+        elif field in ("think_start", "think_end"):
+            formats[role][field] = value
+        elif field == "template_kwargs":
+            formats[role][field] = _mapping(name, value)
         elif field in ("load_in_4bit", "load_in_8bit"):
             settings[role]["quantization"] = {field: value}
         else:
@@ -92,6 +100,21 @@ def formula_of(name: str | None, members: dict[str, Any]) -> Formula | None:
     except (ImportError, AttributeError) as error:
         raise UserError(f"formula={name} cannot be imported ({error})") from error
     return partial(found, **settings) if settings else found
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping that was given as one, or as JSON.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f'{name}={value!r} is no JSON object; {name}={{"enable_thinking":false}}')
+    return found
 
 
 def usable_device(device: str | None) -> str | None:

@@ -16,7 +16,7 @@ from proxytune.api import Generation, Generator, load
 from proxytune.errors import UserError
 from proxytune.harness.arguments import batch_rows, formula_of, specs_of, usable_device
 from proxytune.loading.formulas import name_of
-from proxytune.loading.prompting import prompt_ids, render_messages
+from proxytune.loading.prompting import begun_answer, prompt_ids, render_messages
 from proxytune.proxy import ProxyTunedModel, combine_logits
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
@@ -24,6 +24,7 @@ _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer 
 _BLOCK = 256  # log-likelihood requests between two writes to lm-eval's cache
 # Sampling settings that tasks may give, by lm-eval's name, which is ours, too.
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+_THINKING = ("think_budget", "think_least", "think_word")  # ours alone
 # Arguments of Hugging Face's generate that tasks set, and the values that change nothing here.
 _HARMLESS = {"num_beams": 1, "use_cache": True, "early_stopping": False}
 
@@ -52,7 +53,8 @@ class ProxyTuneLM(TemplateLM):
         seed: of sampled completions.
         progress: shows progress bars.
         members: `<role>_<field>` for a field of `ModelSpec` (base_revision, expert_adapter,
-            antiexpert_device, ...), and `<role>_format=chat` or `<role>_chat_template=NAME`.
+            antiexpert_device, ...), and `<role>_format=chat` or `<role>_chat_template=NAME`;
+            `<role>_think_end` and `<role>_template_kwargs` as in `PromptFormat`.
 
     Raises:
         UserError: a model cannot be found, vocabularies differ, or an argument is unknown.
@@ -294,7 +296,12 @@ class ProxyTuneLM(TemplateLM):
             ids = self._ids_of(self._texts(_args(requests[index])[0]))
             prompts.append(_per_role(ids, lambda tokens: tokens[-room:]))
         generations = self.generator.generate(
-            prompts, **settings, stop=stop, seed=self.seed, batch_size=self.batch_size
+            prompts,
+            **settings,
+            stop=stop,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            prefixes=[_begun(_args(requests[index])[0]) for index in indices],
         )
         for index, generation in zip(indices, generations, strict=True):
             yield index, self._text(generation, stop)
@@ -309,6 +316,7 @@ class ProxyTuneLM(TemplateLM):
         if sampled:  # else greedy, whatever the sampling settings are
             settings["temperature"] = 1.0
             settings |= {name: _SAMPLING[name](value) for name, value in sampling.items()}
+        settings |= {name: wanted.pop(name) for name in _THINKING if name in wanted}
         settings["repetition_penalty"] = float(wanted.pop("repetition_penalty", 1.0))
         for name, value in wanted.items():
             if _HARMLESS.get(name, object()) != value:
@@ -316,7 +324,12 @@ class ProxyTuneLM(TemplateLM):
         return settings, stop
 
     def _text(self, generation: Generation, stop: Sequence[str]) -> str:
-        """The completion as lm-eval's `hf` model decodes and cuts it."""
+        """The completion as lm-eval's `hf` model cuts it; of one that thinks, its answer.
+
+        Stop strings within a thought end nothing.
+        """
+        if "thought" in generation.extra:
+            return generation.text
         text = self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
         for string in stop:
             text = text.split(string)[0]
@@ -357,6 +370,13 @@ class ProxyTuneLM(TemplateLM):
 def conversation(messages: Sequence[Mapping[str, str]]) -> str:
     """A context that each member renders for itself."""
     return _CHAT + json.dumps(messages, ensure_ascii=False)
+
+
+def _begun(context: str) -> str:
+    """The text with which a conversation lets the answer begin; "" for any other context."""
+    if not context.startswith(_CHAT):
+        return ""
+    return begun_answer(json.JSONDecoder().raw_decode(context, len(_CHAT))[0])
 
 
 def _args(request: Instance) -> tuple[Any, ...]:

@@ -40,12 +40,17 @@ class PromptFormat:
             proxytune/loading/templates ("llama2") or the path of a Jinja file.
         use_system: False drops system turns, for templates that do not accept them.
         template_kwargs: variables of the template's own ({"enable_thinking": False}).
+        think_end: the tag that ends the thoughts of a model that thinks ("</think>"); None for one
+            that does not. A task's response prefix then comes after the thought.
+        think_start: the tag that begins them; None takes `think_end` without its slash.
     """
 
     kind: str = "raw"
     chat_template: str | None = None
     use_system: bool = True
     template_kwargs: dict[str, Any] | None = field(default_factory=dict)
+    think_end: str | None = None
+    think_start: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("raw", "chat"):
@@ -55,6 +60,32 @@ class PromptFormat:
             raise UserError("format.template_kwargs needs a chat template: give format.kind=chat")
         if self.kind == "chat" and self.chat_template is not None:
             read_template(self.chat_template)
+        self._check_tags()
+
+    def _check_tags(self) -> None:
+        if self.think_end is None:
+            if self.think_start is not None:
+                raise UserError("format.think_start needs format.think_end, the tag that ends it")
+            return
+        if not self.think_end.strip():
+            raise UserError(f"format.think_end is a tag (</think>), not {self.think_end!r}")
+        start = self.tags[0]
+        if not start.strip() or start == self.think_end:
+            raise UserError(
+                f"format.think_end={self.think_end!r}: give format.think_start, the tag that "
+                "begins a thought"
+            )
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        """The tags that begin and end a thought, of a format that has them."""
+        assert self.think_end is not None
+        start = self.think_start
+        return self.think_end.replace("/", "", 1) if start is None else start, self.think_end
+
+    def ends_thought(self, text: str) -> bool:
+        """Whether the model that reads a prompt will write no thought: the prompt has closed it."""
+        return self.think_end is None or text.rstrip().endswith(self.think_end)
 
 
 class TemplateRefusal(UserError):
@@ -95,8 +126,14 @@ def render(prompt: Prompt, fmt: PromptFormat, tokenizer: Any) -> Rendered:
         UserError: the format is chat, and there is no template or it refuses the turns.
     """
     if fmt.kind == "raw" or prompt.plain:
-        return Rendered(prompt.raw, add_special_tokens=True)
+        raw = prompt.raw if fmt.think_end is None else _without(prompt.raw, prompt.response_prefix)
+        return Rendered(raw, add_special_tokens=True)
     return render_messages(messages_of(prompt), fmt, tokenizer)
+
+
+def _without(text: str, prefix: str) -> str:
+    """A raw prompt without the beginning of the answer that ends it."""
+    return text.removesuffix(prefix).rstrip() if prefix and text.endswith(prefix) else text
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -133,6 +170,8 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
     variables = fmt.template_kwargs or {}
     _check_variables(variables, template, tokenizer)
     text = apply_template(turns, tokenizer, template, variables=variables)
+    if prefix and fmt.think_end and not fmt.ends_thought(text) and fmt.think_end not in prefix:
+        return Rendered(text, add_special_tokens=False)  # the thought comes first, then the prefix
     if prefix and not text[-1:].isspace():
         text += " "
     return Rendered(text + prefix, add_special_tokens=False)
@@ -278,6 +317,28 @@ def token_ids(
         return encode(render_messages(messages, fmt, tokenizer), tokenizer, most)
     assert isinstance(prompt, str)
     return prompt_ids(prompt, tokenizer, most=most)
+
+
+def begun_answer(prompt: Any) -> str:
+    """The text with which a conversation lets the answer begin; "" for every other prompt."""
+    messages = as_messages(prompt)
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+
+
+def thinking(formats: Mapping[str, PromptFormat]) -> list[str]:
+    """The roles of a system whose models think.
+
+    Raises:
+        UserError: they have different tags, and a text has one thought.
+    """
+    roles = [role for role, fmt in formats.items() if fmt.think_end is not None]
+    odd = next((r for r in roles if formats[r].tags != formats[roles[0]].tags), None)
+    if odd is not None:
+        raise UserError(
+            f"{roles[0]} and {odd} end their thoughts with {formats[roles[0]].think_end!r} and "
+            f"{formats[odd].think_end!r}: all members write one text, so give one think_end"
+        )
+    return roles
 
 
 def as_messages(prompt: Any) -> Sequence[Message] | None:

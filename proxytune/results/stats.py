@@ -125,6 +125,16 @@ def paired_difference(
     return Difference(float(means[0] - means[1]), low, high, _p_value(both[:, 0], both[:, 1]))
 
 
+def paired_values(
+    scores_a: Sequence[Score], scores_b: Sequence[Score], metric: str
+) -> Values | None:
+    """The values of two systems on the examples that both have, [examples, 2].
+
+    A value that is missing is not-a-number. None where some system has no value on them.
+    """
+    return _paired([scores_a, scores_b], metric)
+
+
 def gap_closed(base: float, proxy: float, tuned: float) -> float | None:
     """(proxy - base) / (tuned - base), the paper's measure; None when there is no gap."""
     return None if tuned == base else (proxy - base) / (tuned - base)

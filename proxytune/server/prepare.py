@@ -14,7 +14,7 @@ from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
 from proxytune.errors import UserError
 from proxytune.generator import Generator
-from proxytune.loading.prompting import prompt_ids
+from proxytune.loading.prompting import begun_answer, prompt_ids
 from proxytune.records import Decoding, make_decoding
 from proxytune.server.errors import ApiError
 from proxytune.server.protocol import (
@@ -145,11 +145,12 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
     _check_top("top_logprobs", body.top_logprobs, settings)
     _check_members(body, generator, settings)
     _check_continuation(body)
-    ids = _begun(_conversation(body.messages, generator, "messages"), body, generator)
+    ids, begun = _conversation(body.messages, generator, "messages")
+    ids = _begun(ids, body, generator)
     asked = body.max_completion_tokens or body.max_tokens
     decoding = _decoding(body, asked or _longest_answer(generator, settings), settings)
     job = Job(
-        requests=_requests([ids], decoding, body, generator, "messages"),
+        requests=_requests([ids], decoding, body, generator, "messages", [begun]),
         top=(body.top_logprobs or 0) if body.logprobs else None,
         members_top=body.member_logprobs,
         alpha=_alpha(body.alpha, generator),
@@ -177,10 +178,11 @@ def prepare_response(
         turns = [InputMessage(role="user", content=turns)]
     if body.instructions is not None:
         turns = [InputMessage(role="system", content=body.instructions), *turns]
-    ids = _conversation(turns, generator, "input")
+    ids, begun = _conversation(turns, generator, "input")
     most = body.max_output_tokens or _longest_answer(generator, settings)
+    decoding = _decoding(body, most, settings)
     job = Job(
-        requests=_requests([ids], _decoding(body, most, settings), body, generator, "input"),
+        requests=_requests([ids], decoding, body, generator, "input", [begun]),
         top=(body.top_logprobs or 0) if rated else None,
         alpha=_alpha(body.alpha, generator),
         pieces=bool(body.stream),
@@ -191,8 +193,12 @@ def prepare_response(
 
 def _conversation(
     turns: Sequence[Message | InputMessage], generator: Generator, param: str
-) -> dict[str, list[int]]:
-    """A conversation as each member reads it, in its own format; `param` is for errors."""
+) -> tuple[dict[str, list[int]], str]:
+    """A conversation as each member reads it, in its own format; `param` is for errors.
+
+    Returns:
+        Role -> token ids; and the text with which the answer begins, "" for none.
+    """
     messages = []
     for turn in turns:
         parts = turn.content
@@ -200,7 +206,7 @@ def _conversation(
         role = "system" if turn.role == "developer" else turn.role
         messages.append({"role": role, "content": text})
     try:
-        return generator.encode(messages)
+        return generator.encode(messages), begun_answer(messages)
     except (UserError, UnicodeError, TemplateError) as error:
         raise ApiError(str(error), param=param) from error
 
@@ -321,6 +327,7 @@ def _requests(
     body: AnyRequest,
     generator: Generator,
     param: str,
+    prefixes: Sequence[str] | None = None,
 ) -> list[Request]:
     """The prompts as requests to the decode loop.
 
@@ -330,12 +337,13 @@ def _requests(
         body: the request.
         generator: the system.
         param: the request's field that holds the prompts, for errors.
+        prefixes: as for `Generator.generate`.
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
     if decoding.repetition_penalty != 1 and not generator.base.raw_logits:
         raise ApiError(NO_RAW_LOGITS, param="repetition_penalty")
     try:
-        requests = generator.requests(ids, decoding, seed=seed)
+        requests = generator.requests(ids, decoding, seed=seed, prefixes=prefixes)
     except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param=param) from error
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}

@@ -61,6 +61,8 @@ def check_specs(specs: Mapping[str, ModelSpec], settings: EngineSettings) -> Non
     for role, spec in specs.items():
         if spec.api is not None:
             raise UserError(f"{role}: a model behind an API needs engine=own, not engine=vllm")
+        if spec.format.think_end is not None:
+            raise UserError(f"{role}: format.think_end needs engine=own, not engine=vllm")
         if spec.quantization:
             raise UserError(
                 f"{role}: quantization is a setting of engine=own; with vLLM, give the base's as "

@@ -54,12 +54,12 @@ class VllmGenerator(Generator):
         check_one_prompt([ids], "the prompt")
         return ids
 
-    def _check_call(self, decoding: Decoding, record: int) -> None:
+    def _check_call(self, decoding: Decoding, record: int, compare: bool) -> None:
         """Refuses what vLLM cannot do, too; see `Generator`."""
-        if record:
+        if record or compare:
             raise UserError("vLLM records no trace; leave it out, or use engine=own")
         check_decoding("this call", decoding, self.engine.settings)
-        super()._check_call(decoding, record)
+        super()._check_call(decoding, record, compare)
 
     def check_alpha(self, alpha: float | None) -> None:
         """Refuses an own alpha where the model runner has one for all; see `Generator`."""

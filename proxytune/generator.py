@@ -62,9 +62,9 @@ class Generation:
             this member gave to tokens that the base lacks; "base" -> the base's of tokens without
             a shift. "agreed", where `generate` was asked to compare: how many tokens each member
             alone would have chosen, with the same noise, and their number, under "system"; the
-            end-of-sequence token counts. "thought", where a member thinks: {"tokens": its length, the
-            tag included, "end": "own", "budget", "none" (no thought was written) or None (it was
-            never ended)}.
+            end-of-sequence token counts. "thought", where a member thinks: {"tokens": its length,
+            the tag included, "end": "own", "budget", "none" (no thought was written) or None (it
+            was never ended)}.
     """
 
     prompt_index: int

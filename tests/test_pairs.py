@@ -85,11 +85,11 @@ def test_a_pair_on_the_command_line_and_a_trace(tmp_path):
 
 REFUSED = {
     "systems=[expert]": "the triple has no expert",
-    "triple.pairs.a.expert=null": "",
-    "formula=gated": "",
-    "engine=vllm": "",
-    "triple.pairs.a.expert.id=nowhere": "nowhere",
-    "triple.pairs.a.alpha=.inf": "alpha of a must be a finite number",
+    "triple.pairs.a.expert=null": "triple.pairs.a.expert",
+    "formula=gated": "the triple has no expert",
+    "engine=vllm": "engine=vllm",
+    "triple.pairs.a.expert.id=/nowhere": "/nowhere",
+    "triple.pairs.a.alpha=inf": "alpha of a must be a finite number",
 }
 
 

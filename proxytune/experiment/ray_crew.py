@@ -1,4 +1,5 @@
 """Replicas as Ray actors: `machine.replicas=N`, `machine.ray_address=...`; docs/scale.md."""
+# pyright: reportMissingImports=false
 
 import logging
 import os

@@ -4,6 +4,7 @@ A line on the terminal says where each job writes, and one more each time that i
 What a job itself prints is in the folder `.submitit`. SLURM (or a test) sends SIGUSR2 before it
 takes a job's machine away: the job is queued again, and goes on where it stopped.
 """
+# pyright: reportMissingImports=false
 
 import os
 import pickle

@@ -35,8 +35,9 @@ class JobsLauncher(Launcher):
         from hydra_plugins._jobs import LocalJobs, SlurmJobs
 
         kind = {"slurm": SlurmJobs, "local": LocalJobs}[self._executor]
-        self._jobs = kind(**self._params)
-        self._jobs.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        jobs: Launcher = kind(**self._params)
+        jobs.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._jobs = jobs
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

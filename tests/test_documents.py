@@ -162,8 +162,7 @@ RULES = [
     Rule(r"own.md: results/runs/NAME/alpha=0\.5", skip, "a folder's name"),
     Rule(r"serving.md: PROXYTUNE_API_KEY=secret", skip, "how the server of these tests is started"),
     Rule(
-        r"(README|black_box|judges|lm_eval|models|own|performance|repro|scale)\.md: "
-        r"(-m )?[\w.]+=\S+",
+        r"(README|black_box|judges|lm_eval|models|own|performance|repro)\.md: (-m )?[\w.]+=\S+",
         composes,
     ),
     # check
@@ -232,6 +231,8 @@ RULES = [
     Rule(r"developing.md: engine=vllm", composes),
     # several processes; tests/test_replicas.py, test_jobs.py and test_ranks.py start them
     Rule(r"scale.md: machine\.max_memory\.\w+=\S+", composes, "config machine=sharded"),
+    Rule(r"scale.md: (machine(\.\w+)?|engine)=\S+", composes),
+    Rule(r"scale.md: -m decoding\.batch_size=2,4", composes),
     Rule(r"scale.md: hydra/launcher=\w+", composes),
     Rule(r"scale.md: hydra\.launcher\.\S+", composes, "config hydra/launcher=slurm"),
     Rule(r"scale.md: python run\.py -m hydra/launcher=slurm .*", composes),

@@ -1,4 +1,5 @@
 """Replicas as Ray actors: `machine.replicas=N`, `machine.ray_address=...`; docs/scale.md."""
+# pyright: reportMissingImports=false
 
 import logging
 import os
@@ -44,12 +45,12 @@ class RayCrew:
         with extra("ray", f"machine.replicas={size}"):
             import ray
         self.size = size
-        self._ray = ray
+        self._ray: Any = ray
         _start(ray, size, threads, address)
         try:
             each = gpus(int(ray.cluster_resources().get("GPU", 0)))
             _check_room(ray, size, each, threads)
-            actor = ray.remote(
+            actor = self._ray.remote(
                 num_cpus=threads, num_gpus=each, max_restarts=-1, max_task_retries=-1
             )(_Actor)
             self._actors = [actor.remote(make) for _ in range(size)]

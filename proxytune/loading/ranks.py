@@ -93,7 +93,7 @@ def distributed_config() -> Any:
     from transformers import __version__
 
     try:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         return DistributedConfig(tp_size=launched()[1])
     except (ImportError, TypeError) as error:

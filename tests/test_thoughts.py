@@ -204,7 +204,7 @@ def test_choices_are_about_the_answer():
     ):
         assert set(each.text) <= set("ab ")
     single = generator.generate([PROMPTS[0]], think_budget=6, choices=["a"], max_new_tokens=30)
-    assert single[0].text and set(single[0].text) == {"a"}
+    assert single[0].text.strip() and set(single[0].text) <= set("a ")
 
 
 def test_without_a_thought_nothing_changes():

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import proxytune
 from proxytune.config.schema import register
+from proxytune.engine.loop import DecodeLoop
 from proxytune.files import ROOT
 from proxytune.loading.prompting import PromptFormat, encode, render
 
@@ -38,7 +39,7 @@ def acceptance() -> dict[str, float]:
             for example in task.examples()[:PROMPTS]
         ]
         loop = generator.loop(batch_size=8, speculative=1)
-        assert loop.pace is not None
+        assert isinstance(loop, DecodeLoop) and loop.pace is not None
         before = loop.pace.accepted, loop.pace.drafted
         for _ in loop.run(generator.requests(prompts, replace(task.decoding, n=1))):
             pass

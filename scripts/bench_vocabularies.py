@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -86,7 +87,8 @@ def _times(size: int, own_size: int, made, rows: int, *, steps: bool) -> None:
 
 def _step_ms(vocab: int, rows: int) -> float:
     """The time of one step of a random Llama with this vocabulary."""
-    config = LlamaConfig(vocab_size=vocab, tie_word_embeddings=True, **LAYERS, **HEADS)
+    sizes: dict[str, Any] = {**LAYERS, **HEADS}
+    config = LlamaConfig(vocab_size=vocab, tie_word_embeddings=True, **sizes)
     member = make_member(AutoModelForCausalLM.from_config(config).eval(), vocab)
     member.prefill([list(range(PROMPT))] * rows)
     tokens = torch.zeros(rows, dtype=torch.long)

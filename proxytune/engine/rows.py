@@ -250,8 +250,8 @@ class Row:
         if before in (BEFORE, INSIDE):
             self.thought["tokens"] = len(self.tokens)
             if self.text.phase == INSIDE and not self.imposed:
-                spent = decoding.think_budget is not None
-                if spent and len(self.tokens) >= decoding.think_budget:
+                budget = decoding.think_budget
+                if budget is not None and len(self.tokens) >= budget:
                     self.imposed = list(thought.closing)
                     self.thought["end"] = "budget"
             elif self.text.phase in (AFTER, ANSWER):

@@ -125,7 +125,8 @@ class Cell(ABC):
     @property
     def members(self) -> dict[str, str]:
         """The engine's role -> the triple's role of the model that plays it here."""
-        return {role: MEMBERS[self.system].get(role, role) for role in self.identity["members"]}
+        roles: list[str] = list(self.identity["members"])
+        return {role: MEMBERS[self.system].get(role, role) for role in roles}
 
     def models(self) -> dict[str, Any]:
         """Role of the triple -> the model that plays it here, as in cell.json."""

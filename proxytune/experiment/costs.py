@@ -103,7 +103,7 @@ def measure(
     return Costs(
         vocab_size=generator.vocab_size,
         weights=_weights(generator),
-        cache_per_token=sum(member.bytes_per_token() for member in members.values()),
+        cache_per_token=sum(sum(each.bytes_per_token().values()) for each in members.values()),
         longest=longest,
         rows=rows,
         peak=sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,

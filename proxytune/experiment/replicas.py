@@ -25,6 +25,7 @@ from proxytune.experiment.generate import ModelPool
 from proxytune.generator import Generation, Generator, Pairs, Prompts, Speculative
 from proxytune.loading.load import load_tokenizer
 from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.prompting import begun_answer
 from proxytune.loading.spec import ModelSpec
 from proxytune.proxy import SharedEnd
 from proxytune.records import DecodingSettings, make_decoding
@@ -243,6 +244,8 @@ class Replicas(Generator):
         sample_keys: Sequence[str] | None = None,
         on_finish: Callable[[Generation], None] | None = None,
         record: bool | int | None = None,
+        compare: bool = False,
+        prefixes: Sequence[str] | None = None,
         **settings: Unpack[DecodingSettings],
     ) -> list[Generation]:
         """Continues every prompt; see `Generator.generate`.
@@ -252,18 +255,27 @@ class Replicas(Generator):
         decoding = make_decoding(**settings)
         # refused here, a prompt is named by its own number
         requests = self.requests(
-            prompts, decoding, seed=seed, sample_keys=sample_keys, record=record
+            prompts,
+            decoding,
+            seed=seed,
+            sample_keys=sample_keys,
+            record=record,
+            compare=compare,
+            prefixes=prefixes,
         )
         if not requests:
             return []
         longest = max(request.room for request in requests)
         rows = self.ask(0, "rows", longest, batch_size)
         more = {"seed": seed, "speculative": speculative, "batch_size": batch_size}
-        more |= {"record": record, **settings}
+        more |= {"record": record, "compare": compare, **settings}
+        # the replicas get token ids, which do not say what text an answer begins with
+        begun = list(prefixes) if prefixes else [begun_answer(prompt) for prompt in prompts]
 
         def arguments(chunk: range) -> tuple[Any, ...]:
             part = [requests[index] for index in chunk]
-            return [each.prompt for each in part], [each.key for each in part], more
+            own = more | {"prefixes": [begun[index] for index in chunk]}
+            return [each.prompt for each in part], [each.key for each in part], own
 
         results: list[Generation | None] = [None] * (len(requests) * decoding.n)
 

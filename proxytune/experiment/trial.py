@@ -140,7 +140,9 @@ def _scales(run: DictConfig) -> bool:
         return True
     from proxytune.loading.formulas import needs_of
 
-    return bool(needs_of(formula_of(run))[1])
+    formula = formula_of(run)
+    assert formula is not None  # only the default's is
+    return bool(needs_of(formula)[1])
 
 
 def _alphas(cfg: DictConfig) -> list[float]:
@@ -235,7 +237,7 @@ def _trial(
     scan = {alpha: versus_base(each, len(triple)) for alpha, each in at_alpha.items()}
     alone = compare(scores["expert"], at_alpha[run.alpha], metric, info) if gain else None
     agreed = {alpha: _agreed(cell) for alpha, cell in triple.items()}
-    own = {alpha: each and costs.confirmed(each, "base") for alpha, each in agreed.items()}
+    own = {a: costs.confirmed(each, "base") if each else None for a, each in agreed.items()}
     one = triple[run.alpha]
     available = one.identity["dataset"]["examples"] if isinstance(one, TaskCell) else None
     return TaskTrial(
@@ -248,7 +250,9 @@ def _trial(
         alphas={alpha: versus_base(each) for alpha, each in at_alpha.items()},
         metrics={alpha: _metric(name, "proxy", each, metric) for alpha, each in at_alpha.items()},
         changed={a: None if share is None else 1 - share for a, share in own.items()},
-        confirmed={a: each and costs.confirmed(each, "expert") for a, each in agreed.items()},
+        confirmed={
+            a: costs.confirmed(each, "expert") if each else None for a, each in agreed.items()
+        },
         verdict=sentence(
             found,
             task=name,

@@ -33,7 +33,7 @@ def packed_passes(size: Any, rounds: int, load: Any, generate: Generate) -> dict
 
 def narrow_products(size: Any, rounds: int, load: Any, generate: Generate) -> dict[str, float]:
     """Products of two to five tokens: drafted blocks, and few rows in lockstep."""
-    triple = agreeing_triple(*size.draft_pair, 0.8, size.device, size.dtype)
+    triple = agreeing_triple(size.draft_pair[0], size.draft_pair[1], 0.8, size.device, size.dtype)
     switched = partial(patch.object, cached, "narrow_products", lambda *_: nullcontext())
     ways: dict[str, tuple[int, Any]] = {
         "drafts, acceptance 0.8": (1, "auto"),
@@ -56,7 +56,9 @@ def adapted_drafts(size: Any, rounds: int, load: Any, generate: Generate) -> dic
     """Drafted blocks of a measured width, against three drafted tokens in every block."""
     found = {}
     for acceptance in size.acceptances:
-        triple = agreeing_triple(*size.draft_pair, acceptance, size.device, size.dtype)
+        triple = agreeing_triple(
+            size.draft_pair[0], size.draft_pair[1], acceptance, size.device, size.dtype
+        )
         generator, work = load(triple), _prompts(size, 1)
         generate(generator, work, 1, "auto")
         runs: dict[str, Callable[[], object]] = {
@@ -71,7 +73,8 @@ def adapted_drafts(size: Any, rounds: int, load: Any, generate: Generate) -> dic
 def probing(size: Any, rounds: int, load: Any, generate: Generate) -> dict[str, float]:
     """Trials of widths that are not in use: where the acceptance stays, and where it rises."""
     triples = {
-        a: agreeing_triple(*size.draft_pair, a, size.device, size.dtype) for a in (0.05, 0.8)
+        a: agreeing_triple(size.draft_pair[0], size.draft_pair[1], a, size.device, size.dtype)
+        for a in (0.05, 0.8)
     }
     return {
         "acceptance 0.8": _probing([triples[0.8]], size, rounds, load, generate),

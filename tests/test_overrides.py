@@ -30,11 +30,16 @@ STARTS = {
 
 
 def optional(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and type of every field that may be null, and of every mapping that takes new keys."""
+    """Path and type of every field that may be null, and of every mapping that takes new keys.
+
+    A mapping to parts (`triple.pairs`) has tests of its own (test_pairs.py).
+    """
     hints = get_type_hints(schema)
     for field in fields(schema):
         path, hint = f"{prefix}{field.name}", hints[field.name]
         part, closed = part_of(schema, field.name)
+        if part is dict and any(map(is_dataclass, get_args(hint))):
+            continue
         if NoneType in get_args(hint) or (part is dict and not closed):
             yield path, part or next(kind for kind in get_args(hint) if kind is not NoneType)
         if part is not None and is_dataclass(part):
@@ -71,10 +76,11 @@ def test_the_walk_finds_them_all():
     found = OPTIONAL["config"]
     members = ("base", "expert", "antiexpert", "tuned")
     parts = PARTS["config"].keys()
-    assert parts == {"triple.tuned", "paper", "machine.devices", "engine.options"} | {
+    own = {"triple.tuned", "paper", "machine.devices", "machine.max_memory", "engine.options"}
+    assert parts == own | {
         f"triple.{member}.{part}"
         for member in members
-        for part in ("api", "quantization", "format.template_kwargs")
+        for part in ("api", "quantization", "max_memory", "format.template_kwargs")
     }
     assert {"limit", "decoding.n", "triple.base.api.max_requests"} <= found.keys() - parts
     assert "task" not in found  # its names come from files

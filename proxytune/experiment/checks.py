@@ -362,6 +362,7 @@ def _specs_in_use(cfg: DictConfig) -> dict[str, Any]:
     return {role: spec for role, spec in model_specs(cfg).items() if role in used}
 
 
-def _members_in_use(cfg: DictConfig) -> set[str]:
-    """The members of the triple that the run's systems consist of."""
-    return {role for system in cfg.systems for role in members_of(cfg, system).values()}
+def _members_in_use(cfg: DictConfig) -> list[str]:
+    """The members of the triple that the run's systems consist of, each once."""
+    members = (role for system in cfg.systems for role in members_of(cfg, system).values())
+    return list(dict.fromkeys(members))

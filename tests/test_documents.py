@@ -282,14 +282,19 @@ def rule_of(snippet: Snippet) -> Rule | None:
 
 
 def cases() -> Iterator[pytest.ParameterSet]:
-    """Every snippet with its rule; a command that several documents print comes once."""
+    """Every snippet with its rule; a command that several documents print comes once.
+
+    README's are fast tests; of the other documents, what starts a run or a server is slow.
+    """
     seen = set()
     for snippet in SNIPPETS:
         rule = rule_of(snippet)
         known = (snippet.kind, snippet.text.removeprefix(".venv/bin/"), rule and rule.more)
         if rule and known not in seen:
             seen.add(known)
-            marks = [pytest.mark.slow] if rule.slow else []
+            runs = snippet.document != "README.md" and rule.action in (run, run_outside, rescored)
+            slow = rule.slow or runs or rule.action is serves_the_page
+            marks = [pytest.mark.slow] if slow else []
             yield pytest.param(snippet, rule, id=snippet.name[:70], marks=marks)
 
 

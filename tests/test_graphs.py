@@ -38,7 +38,13 @@ class Tracer:
         return replay
 
 
-LONG = ("gemma3", "mistral_sliding", "qwen2", "qwen3")  # these take six to twenty seconds each
+LONG = (
+    "gemma3",
+    "gpt2",
+    "mistral_sliding",
+    "qwen2",
+    "qwen3",
+)  # these take six to twenty seconds each
 SLOW = ((), (pytest.mark.slow,))
 
 

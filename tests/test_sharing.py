@@ -234,8 +234,12 @@ def test_points_that_would_write_to_one_folder_are_refused(words, said, started,
         (["alpha=0.5,1.0,1.5"], 3),
         (["formula=proxy,dexperts"], 2),
         (["decoding.batch_size=2,4", "output_dir=OUT/${decoding.batch_size}"], 2),
-        (["experiment=pocket,pocket_gsm", "output_dir=OUT/${name}"], 2),
-        (["systems=[base],[tuned]", "decoding.seed=range(2)"], 4),
+        pytest.param(
+            ["experiment=pocket,pocket_gsm", "output_dir=OUT/${name}"], 2, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["systems=[base],[tuned]", "decoding.seed=range(2)"], 4, marks=pytest.mark.slow
+        ),
         (["alpha=1", "decoding.batch_size=3"], 1),
     ],
 )

@@ -132,14 +132,17 @@ def triple(end: str, start: str | None = None, tokenizer=None) -> proxytune.Gene
 PROMPTS = ["One <think>", "Two clips <think>\n", "Three", "Question: What is 4? <think>"]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize(
     "how",
     [
-        {"think_budget": 7},
+        pytest.param({"think_budget": 7}, marks=pytest.mark.slow),
         {"think_budget": 9, "choices": ["a", "b"]},
         {"think_budget": 12, "think_least": 8, "think_word": "W", "stop": [" "]},
-        {"banned_first": ["a", "e", "t"], "stop": ["a"], "repetition_penalty": 1.3},
+        pytest.param(
+            {"banned_first": ["a", "e", "t"], "stop": ["a"], "repetition_penalty": 1.3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_thoughts_do_not_depend_on_batch_or_drafts(how, temperature):

@@ -89,6 +89,7 @@ def test_a_member_agrees_where_it_would_draw_the_same_token(speculative, tempera
                 assert each.extra["agreed"]["antiexpert"] < 12
 
 
+@pytest.mark.slow
 def test_a_triple_that_hurts(tmp_path):
     """The over-tuned expert of docs/pocket.md still helps at alpha 1; twice its push does harm."""
     asked = ["task=pocket_triviaqa", "limit=null", "alpha=2.0", "alphas=[0.5]", "machine=cpu"]
@@ -106,6 +107,7 @@ def test_twenty_examples_that_cannot_tell(tmp_path):
     assert needed > 120 and "(the task has 120)" in verdict
 
 
+@pytest.mark.slow
 def test_a_check_goes_on_and_takes_no_other_triple(helped):
     """More examples keep the completions so far; another expert's are refused."""
     _, folder = helped
@@ -119,6 +121,7 @@ def test_a_check_goes_on_and_takes_no_other_triple(helped):
     assert done.returncode == 1 and "holds completions of another configuration" in done.stderr
 
 
+@pytest.mark.slow
 def test_several_tasks_and_one_of_lm_eval(tmp_path):
     own = f"task.lm_eval_tiny_choice.include_path={ROOT / 'tests' / 'lm_eval_tasks'}"
     tasks = "task=[pocket_toxigen,lm_eval/tiny_choice]"
@@ -130,6 +133,7 @@ def test_several_tasks_and_one_of_lm_eval(tmp_path):
     assert other["changed"] == {"1.0": None}
 
 
+@pytest.mark.slow
 def test_a_formula_without_expert_and_a_base_behind_an_api(tmp_path):
     done = check(
         tmp_path / "contrastive",
@@ -169,6 +173,7 @@ def test_a_mistake_is_one_line(arguments, said, tmp_path):
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_folders_are_named_by_triples(tmp_path, monkeypatch):
     monkeypatch.setattr("proxytune.experiment.trial.ROOT", tmp_path)
     models = [f"triple.{role}.id={MODELS / role}" for role in ("base", "expert", "antiexpert")]

@@ -252,7 +252,9 @@ def run_config(**changes: Any) -> Any:
     machine = {"cuda_graphs": changes.pop("cuda_graphs", False)}
     formula = changes.pop("formula", DEFAULT_FORMULA)
     decoding = {"speculative": "auto", "trace": False} | changes
-    return OmegaConf.create({"machine": machine, "decoding": decoding, "formula": formula})
+    triple = {"pairs": {}, "vocabulary": "strict"}
+    parts = {"machine": machine, "decoding": decoding, "formula": formula, "triple": triple}
+    return OmegaConf.create(parts)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,12 +137,13 @@ class _Jobs(BaseSubmititLauncher):
                 return
             time.sleep(_LOOK_S)
 
+    @abstractmethod
     def _states(self, jobs: Sequence[Any]) -> dict[str, str]:
         """Job id -> state, of those that the queue knows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _way_to_end(self, jobs: Sequence[Any]) -> str:
-        raise NotImplementedError
+        """How a person ends the jobs."""
 
 
 class SlurmJobs(_Jobs, SlurmLauncher):

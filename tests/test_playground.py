@@ -324,20 +324,20 @@ def test_it_fits_a_phone_and_can_be_read(browser, home, dark):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-# The least contrast of a text with what lies behind it (WCAG 2).
+# The least contrast of any text with its background (WCAG 2).
 CONTRAST = """
 const light = (c) => c.map((v) => v / 255).map((v) => v <= 0.03928 ? v / 12.92
   : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
 const parts = (color) => color.match(/[\\d.]+/g).map(Number);
-function behind(node) {
+function ground(node) {
   const [r, g, b, a = 1] = parts(getComputedStyle(node).backgroundColor);
   if (a === 1 || !node.parentElement) return a === 1 ? [r, g, b] : [255, 255, 255];
-  return behind(node.parentElement).map((v, i) => v * (1 - a) + [r, g, b][i] * a);
+  return ground(node.parentElement).map((v, i) => v * (1 - a) + [r, g, b][i] * a);
 }
 const texts = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility()
   && !e.disabled && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()));
 return Math.min(...texts.map((e) => {
-  const [a, b] = [light(parts(getComputedStyle(e).color).slice(0, 3)), light(behind(e))];
+  const [a, b] = [light(parts(getComputedStyle(e).color).slice(0, 3)), light(ground(e))];
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 }));
 """

@@ -98,17 +98,21 @@ def progress(clock, terminal, file=None):
     return RunProgress(cells, bars, terminal=terminal, clock=clock)
 
 
-def test_without_a_terminal_there_is_a_line_a_minute(clock, caplog):
-    caplog.set_level(logging.INFO)
-    shown = progress(clock, terminal=False)
+def work(shown, clock, examples):
+    """Loads for 42 seconds; then an example of 50 tokens of the first cell ends each second."""
     with shown.loading("base"):
         clock.now += 42
     (cell, _) = shown.cells
     cell.begin()
-    for _ in range(300):
+    for _ in range(examples):
         clock.now += 1
         cell.tokens(50)
         cell.advance()
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(clock, caplog):
+    caplog.set_level(logging.INFO)
+    work(progress(clock, terminal=False), clock, 300)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[:2] == ["base: loading its models", "base: loaded in 42 s"]
     assert 5 <= len(lines[2:]) <= 6  # 300 s of work, and the cell's end
@@ -120,14 +124,7 @@ def test_without_a_terminal_there_is_a_line_a_minute(clock, caplog):
 def test_on_a_terminal_the_log_stays_empty_and_the_run_has_a_bar(clock, caplog):
     caplog.set_level(logging.INFO)
     shown = progress(clock, terminal=True)
-    with shown.loading("base"):
-        clock.now += 42
-    (cell, _) = shown.cells
-    cell.begin()
-    for _ in range(60):
-        clock.now += 1
-        cell.tokens(50)
-        cell.advance()
+    work(shown, clock, 60)
     assert not caplog.records
     (whole,) = [task for task in shown.bars.tasks if task.description == "the run"]
     assert whole.completed == 60 and whole.total == 600

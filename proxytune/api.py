@@ -25,7 +25,7 @@ from proxytune.loading.load import check_endpoints, check_triple, load_member, l
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import thinking
 from proxytune.loading.spec import ModelSpec
-from proxytune.loading.vocabulary import STRICT, check_kind
+from proxytune.loading.vocabulary import STRICT, check_kind, check_thinks
 from proxytune.proxy import Formula
 from proxytune.records import finite, make_decoding
 from proxytune.roles import check_pair
@@ -93,7 +93,8 @@ def load(
     specs = {role: source for role, source in sources.items() if isinstance(source, ModelSpec)}
     check_kind(vocabulary)
     vocab_size = check_triple(specs, vocabulary if helpers else STRICT) if specs else None
-    thinking({role: spec.format for role, spec in specs.items() if role != "draft"})
+    formats = {role: spec.format for role, spec in specs.items() if role != "draft"}
+    check_thinks(vocabulary, thinking(formats))
     if helpers or formula is not None:  # `build` tries it on models that the caller has loaded
         settle(
             formula,

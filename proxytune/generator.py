@@ -16,14 +16,14 @@ from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.engine.rows import Finished, Request, longest
-from proxytune.engine.sampling import Sampler, token_texts, tokens_of
+from proxytune.engine.sampling import Sampler
 from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
-from proxytune.engine.thought import AFTER, BEFORE, FIRST, INSIDE, Thought, thought_of
 from proxytune.errors import UserError
 from proxytune.loading.encoding import Encoder
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, begun_answer, thinking
+from proxytune.loading.samplers import Samplers, thought_for
 from proxytune.loading.vocabulary import Vocabulary
 from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
 from proxytune.records import (
@@ -37,7 +37,6 @@ from proxytune.records import (
 Prompts = Sequence[PromptLike | Mapping[str, Sequence[int]]]
 Pairs = Sequence[tuple[PromptLike | Mapping[str, Sequence[int]], Sequence[int]]]
 Speculative = Literal["auto"] | bool | int
-_TAIL = 32  # last tokens of a prompt, among which the tag that opens a thought would be
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Generator:
         self.vocab_size = vocab_size
         self.tokenizer = members["base"].tokenizer
         self._paces: dict[int | None, Pace] = {}
-        self._texts: list[str] | None = None
+        self._samplers = Samplers(members["base"], vocab_size, self.sampler_type)
         limits = [each.max_positions for each in facts.values()]
         self.max_positions = min((limit for limit in limits if limit), default=None)
         alike = (each for role, each in members.items() if role not in translations)
@@ -286,14 +285,18 @@ class Generator:
             raise UserError(f"seed must be a whole number, not {seed!r}")
         top = 5 if record is True else whole_number("record", record or 0, 0)
         self._check_call(decoding, top, compare)
-        sampler = self._sampler(decoding)
+        sampler = self._samplers.of(decoding)
         thinks = thinking({role: self.members[role].format for role in self.roles})
-        samplers = self._samplers(decoding, thinks)
+        phases = self._samplers.by_phase(decoding, self.members[thinks[0]]) if thinks else {}
         seen: Counter[str] = Counter()
         requests = []
         for index, prompt in enumerate(prompts):
             ids = self.encode(prompt)
             room = self._room(index, ids)
+            thought = None
+            if thinks:
+                prefix = prefixes[index] if prefixes else begun_answer(prompt)
+                thought = thought_for(self.members, thinks, ids, prefix, decoding)
             if sample_keys is not None:
                 key = sample_keys[index]
             else:
@@ -316,10 +319,8 @@ class Generator:
                     record=top,
                     count_touched=self._gates,
                     compare=compare,
-                    thought=self._thought(
-                        ids, thinks, prefixes[index] if prefixes else begun_answer(prompt), decoding
-                    ),
-                    samplers=samplers,
+                    thought=thought,
+                    samplers=phases,
                 )
             )
         return requests
@@ -466,71 +467,9 @@ class Generator:
             )
         return room
 
-    def _sampler(self, decoding: Decoding) -> Sampler:
-        """The sampler of these settings: their strings become token ids."""
-        lists = (decoding.banned, decoding.banned_first, decoding.choices)
-        if not any(lists):
-            return self.sampler_type(decoding)
-        if self._texts is None:
-            self._texts = token_texts(self.members["base"].need_tokenizer(), self.vocab_size)
-        banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
-        if decoding.choices and not choices - banned:
-            raise UserError(f"no single token writes any of choices={list(decoding.choices)}")
-        return self.sampler_type(decoding, sorted(banned), sorted(first), sorted(choices))
-
     def _rows(self, batch_size: int | Literal["auto"]) -> Callable[[int], int]:
         """How many rows of a given length run at once; see `memory.row_budget`."""
         return row_budget(self.system.members.values(), batch_size)
-
-    def _thought(
-        self, ids: Mapping[str, Sequence[int]], thinks: Sequence[str], prefix: str, how: Decoding
-    ) -> Thought | None:
-        """How the completions of a prompt think; None where no member does.
-
-        Args:
-            ids: the prompt, role -> token ids.
-            thinks: the roles whose models think.
-            prefix: text that begins the answer after a thought.
-            how: the settings.
-        """
-        if not thinks:
-            return None
-        start, end = self.members[thinks[0]].format.tags
-        ends = [
-            self.members[role]
-            .need_tokenizer()
-            .decode(ids[role][-_TAIL:], skip_special_tokens=False)
-            for role in thinks
-        ]
-        return thought_of(
-            start,
-            end,
-            self.members[thinks[0]].need_tokenizer(),
-            opened=any(text.rstrip().endswith(start) for text in ends),
-            prefix=prefix,
-            word=None if how.think_least is None else how.think_word,
-        )
-
-    def _samplers(self, decoding: Decoding, thinks: Sequence[str]) -> dict[str, Sampler]:
-        """What chooses tokens before, in and right after a thought: lists are about the answer."""
-        if not thinks or not (decoding.banned or decoding.banned_first or decoding.choices):
-            return {}
-        member = self.members[thinks[0]]
-        tag = member.need_tokenizer()(member.format.tags[0], add_special_tokens=False)["input_ids"]
-        assert self._texts is not None
-        lists = (decoding.banned, decoding.banned_first, decoding.choices)
-        banned, first, choices = (tokens_of(strings, self._texts) for strings in lists)
-        after = self.sampler_type(decoding, sorted(banned | first), (), sorted(choices))
-        # Of a tag of several tokens, the first one alone would be no answer.
-        before = sorted(choices | set(tag if len(tag) == 1 else [])) if choices else []
-        return {
-            BEFORE: self.sampler_type(
-                decoding, sorted(banned - {*tag}), sorted(first - {*tag}), before
-            ),
-            INSIDE: self.sampler_type(decoding),
-            AFTER: after,
-            FIRST: after,
-        }
 
     def _pace(self, speculative: Speculative) -> Pace | None:
         """The pace of speculative decoding; None for lockstep. Calls share what it has learnt."""

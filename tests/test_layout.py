@@ -1,6 +1,7 @@
 """The floors of the house: every import runs down, and there is no circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -121,3 +122,13 @@ def test_importing_the_command_line_does_not_import_torch():
     code = f"import proxytune.cli.composed, sys; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in modules().values()} - {ROOT / "proxytune"})
+)
+def test_a_package_says_what_each_of_its_files_is_for(folder):
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"^(\w+\.py) ", said, re.M))
+    assert len(re.findall(r"^\w+\.py ", said, re.M)) == len(files), "a file is named twice"

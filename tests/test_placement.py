@@ -60,6 +60,7 @@ API = ["triple.base.api.base_url=http://127.0.0.1:1/v1", "triple.base.api.model=
         (2, ["machine.tensor_parallel=2", *API], "behind an API"),
         (1, ["machine.replicas=2", *API], "behind an API"),
         (1, ["machine.replicas=2", "engine=vllm"], "setting of engine=own"),
+        (1, ["machine.replicas=2", "triple.vocabulary=map"], "vocabulary=strict and special"),
         (1, ["+machine.max_memory.0=20GiB"], "machine=sharded"),
         (1, ["machine=sharded", "+machine.max_memory.gpu0=20GiB"], "gpu0"),
         (1, ["machine=sharded", "+machine.max_memory.0=lots"], "lots"),

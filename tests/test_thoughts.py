@@ -15,6 +15,7 @@ from proxytune.errors import UserError
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptFormat, render, thinking
 from proxytune.loading.spec import ModelSpec
+from proxytune.loading.vocabulary import check_thinks
 from proxytune.records import Decoding, Prompt
 from tests.commands import call
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -194,6 +195,14 @@ def test_a_word_replaces_an_early_end():
             assert after.token_ids[:cut] == before.token_ids[:cut]
     with pytest.raises(UserError, match="tokens"):
         generator.generate(PROMPTS[:1], think_least=4, think_word="Wait!", max_new_tokens=9)
+
+
+def test_a_helper_of_another_vocabulary_does_not_think():
+    for kind in ("strict", "special"):
+        check_thinks(kind, ["expert"])
+    check_thinks("map", ["base"])
+    with pytest.raises(UserError, match=r"expert: format\.think_end does not go with"):
+        check_thinks("map", ["base", "expert"])
 
 
 def test_choices_are_about_the_answer():

@@ -6,6 +6,7 @@ None of this could be done on 538a493: every test here fails on it, for `load` k
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 import proxytune
 from proxytune.errors import UserError
+from proxytune.experiment.ranks import RanksGenerator
+from proxytune.experiment.replicas import Replica
 from proxytune.formula import contrastive
 from proxytune.loading.formulas import settle
 from proxytune.loading.loaded import LoadedModel
@@ -309,6 +312,18 @@ def test_rows_that_pause_and_are_read_again_keep_their_texts():
             loop.resume([0, 2])
         done += loop.step()
     assert [f.token_ids for f in sorted(done, key=lambda f: f.index)] == want
+
+
+def test_ranks_and_replicas_read_prompts_as_one_process_does():
+    special = loaded(triple(), [TOKENIZER] * 3, vocabulary="special")
+    facts = pickle.loads(pickle.dumps(Replica.describe(special)))  # as Ray sends them
+    assert facts.vocabulary == special.vocabulary
+    got = loaded(triple(vocab=280), [TOKENIZER, SMALL, SMALL], vocabulary="map")
+    ranked = RanksGenerator.of(got)
+    assert ranked.vocabulary is got.vocabulary
+    for text in TEXTS:
+        assert ranked.encode(text) == got.encode(text)
+        assert got.encode(text)["expert"] != got.encode(text)["base"]
 
 
 def test_a_row_ends_where_the_context_of_a_helper_does():

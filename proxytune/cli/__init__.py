@@ -4,6 +4,7 @@ composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
 sweep.py       which folder each point of a sweep writes to
 serve.py       `proxytune serve`, and the line that serves the same by plain vLLM
+playground.py  what the page of `proxytune serve` shows of a triple
 helping.py     what --help prints
 doctor.py      `proxytune doctor`: what an issue needs to know of a machine
 interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does

@@ -99,10 +99,13 @@ def _check_vocabularies(cfg: DictConfig, specs: Mapping[str, Any]) -> int:
 def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
     """Refuses members of a system that end their thoughts otherwise, and thoughts without room."""
     from proxytune.loading.prompting import thinking
+    from proxytune.loading.vocabulary import check_thinks
 
     for system in cfg.systems:
         members = members_of(cfg, system)
-        if not thinking({role: specs[name].format for role, name in members.items()}):
+        thinks = thinking({role: specs[name].format for role, name in members.items()})
+        check_thinks(cfg.triple.vocabulary, thinks)
+        if not thinks:
             continue
         for name, task in tasks.items():
             if not task.runs_itself and decoding_of(cfg, task).max_new_tokens < _SHORTEST:

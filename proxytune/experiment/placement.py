@@ -64,6 +64,11 @@ def _check_replicas(cfg: DictConfig, members: Collection[str]) -> None:
         "machine.ray_address" if machine.replicas == 1 else f"machine.replicas={machine.replicas}"
     )
     need("ray", "ray", name)
+    if cfg.triple.vocabulary == "map":
+        raise UserError(
+            f"{name}: replicas run vocabulary=strict and special; with vocabulary=map use one "
+            "process, or machine.tensor_parallel"
+        )
     if engine_settings(cfg).name != OWN:
         raise UserError(
             f"{name} is a setting of engine=own; vLLM spreads its work itself "

@@ -59,7 +59,12 @@ class RanksGenerator(Generator):
     @classmethod
     def of(cls, generator: Generator) -> Self:
         """The same system."""
-        return cls(generator.members, generator.system, lambda: generator.sibling().system)
+        return cls(
+            generator.members,
+            generator.system,
+            lambda: generator.sibling().system,
+            generator.vocabulary,
+        )
 
     def loop(
         self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"

@@ -27,6 +27,7 @@ from proxytune.loading.load import load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import begun_answer
 from proxytune.loading.spec import ModelSpec
+from proxytune.loading.vocabulary import Vocabulary
 from proxytune.proxy import SharedEnd
 from proxytune.records import DecodingSettings, make_decoding
 
@@ -42,7 +43,7 @@ class SystemFacts:
         facts: role -> what is known of the model.
         sizes: role -> entries of its logits.
         ends: role -> tokens that end its text.
-        vocab_size, alphas, end: as in `Generator`.
+        vocab_size, alphas, end, vocabulary: as in `Generator`.
     """
 
     facts: Mapping[str, Facts]
@@ -51,6 +52,7 @@ class SystemFacts:
     vocab_size: int
     alphas: Mapping[str, float]
     end: SharedEnd | None
+    vocabulary: Vocabulary | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Replica:
             vocab_size=generator.system.vocab_size,
             alphas=dict(generator.alphas),
             end=generator.end,
+            vocabulary=generator.vocabulary,
         )
 
     @staticmethod
@@ -232,7 +235,14 @@ class Replicas(Generator):
             )
             for role, spec in specs.items()
         }
-        self._describe(members, known.facts, known.vocab_size, known.alphas, known.end)
+        self._describe(
+            members,
+            known.facts,
+            known.vocab_size,
+            known.alphas,
+            known.end,
+            known.vocabulary,
+        )
 
     def generate(
         self,

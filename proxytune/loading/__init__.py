@@ -3,6 +3,11 @@
 spec.py        where a model comes from and how it is loaded
 loaded.py      a model in memory
 vocabulary.py  whether models share a vocabulary
+translation.py tokens of one vocabulary as those of another
+encoding.py    prompts as each member reads them
+length.py      texts that are too long, found before all of them is encoded
+formulas.py    whether a formula fits the models and their alphas
+samplers.py    from settings to what chooses tokens, and to how completions think
 ends.py        which tokens end a model's text, and which of them the base lacks
 prompting.py   one example -> the text and the ids that each member reads
 adapters.py    whether an adapter fits its model, and whether it arrived

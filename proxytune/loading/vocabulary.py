@@ -5,7 +5,7 @@ special  added tokens (`<|im_end|>`) may have other names: such an id gets no sh
 map      members of other vocabularies speak the base's ids (`translation`)
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -269,6 +269,24 @@ def check_kind(kind: str) -> None:
     """
     if kind not in KINDS:
         raise UserError(f"vocabulary={kind!r} is none of {', '.join(KINDS)}")
+
+
+def check_thinks(kind: str, thinks: Sequence[str]) -> None:
+    """Refuses a helper that thinks in another vocabulary: its tags are tokens of its own.
+
+    Args:
+        kind: one of `KINDS`.
+        thinks: the roles whose models think.
+
+    Raises:
+        UserError: a helper is among them, and its tokens are translated.
+    """
+    helper = next((role for role in thinks if role != "base"), None)
+    if kind == MAP and helper is not None:
+        raise UserError(
+            f"{helper}: format.think_end does not go with vocabulary=map, which translates each of "
+            "its tokens; use a helper of the base's family"
+        )
 
 
 def _refuse_token(

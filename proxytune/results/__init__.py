@@ -7,6 +7,8 @@ tables.py              a comparison as Markdown, as HTML, in the terminal
 paper.py               the paper's numbers
 paper_tables.py        the paper's tables of systems with our numbers in them; makes every table
 paper_tables_other.py  the paper's other tables: tokens, speed, training time
+verdict.py             whether a triple helps, and how many examples would tell
+trial_tables.py        what `proxytune check` prints
 analysis.py            what proxy-tuning did, token by token
 figures.py             the paper's figures, and the bars of the gap closed
 report.py              the page of an experiment

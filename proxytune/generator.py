@@ -205,14 +205,26 @@ class Generator:
             compare=compare,
             prefixes=prefixes,
         )
-        loop = self.loop(batch_size, speculative)
         results: list[Generation | None] = [None] * (len(prompts) * decoding.n)
-        for finished in loop.run(requests):
-            generation = _generation(finished)
-            results[finished.index * decoding.n + finished.sample] = generation
+
+        def take(generation: Generation) -> None:
+            results[generation.prompt_index * decoding.n + generation.sample] = generation
             if on_finish is not None:
                 on_finish(generation)
+
+        self._complete(requests, batch_size, speculative, take)
         return [generation for generation in results if generation is not None]
+
+    def _complete(
+        self,
+        requests: Sequence[Request],
+        batch_size: int | Literal["auto"],
+        speculative: Speculative,
+        take: Callable[[Generation], None],
+    ) -> None:
+        """Continues requests; `take` gets each generation as soon as it ends."""
+        for finished in self.loop(batch_size, speculative).run(requests):
+            take(_generation(finished))
 
     def stream(
         self,

@@ -27,6 +27,7 @@ class Thought:
         after: the tokens that are written after a thought, before the answer ("Answer:").
         instead: the token that takes the place of an `end` that comes too early ("Wait").
         tags: token -> tag, for tags that are one token; decoding may drop these.
+        prefix: the text of `after`.
     """
 
     start: str
@@ -36,6 +37,7 @@ class Thought:
     after: tuple[int, ...] = ()
     instead: int | None = None
     tags: Mapping[int, str] = field(default_factory=dict)
+    prefix: str = ""
 
 
 def thought_of(
@@ -66,7 +68,7 @@ def thought_of(
                 f"{len(ids(text))} tokens"
             )
     instead = None if word is None else ids(word)[0]
-    return Thought(start, end, opened, ids(end), ids(after), instead, single)
+    return Thought(start, end, opened, ids(end), ids(after), instead, single, prefix)
 
 
 class Splitter:

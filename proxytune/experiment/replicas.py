@@ -14,22 +14,21 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol, Unpack
+from typing import Any, Literal, Protocol
 
 import torch
 
 from proxytune.engine.memory import row_budget
+from proxytune.engine.rows import Request
 from proxytune.engine.system import Facts
 from proxytune.errors import UserError
 from proxytune.experiment.generate import ModelPool
 from proxytune.generator import Generation, Generator, Pairs, Prompts, Speculative
 from proxytune.loading.load import load_tokenizer
 from proxytune.loading.loaded import LoadedModel
-from proxytune.loading.prompting import begun_answer
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import Vocabulary
 from proxytune.proxy import SharedEnd
-from proxytune.records import DecodingSettings, make_decoding
 
 _CHUNK = 2  # chunks of so many times the rows that a replica decodes at once
 _PAIRS = 256  # pairs whose log-likelihoods are one chunk
@@ -244,62 +243,35 @@ class Replicas(Generator):
             known.vocabulary,
         )
 
-    def generate(
+    def _complete(
         self,
-        prompts: Prompts,
-        *,
-        seed: int = 0,
-        speculative: Speculative = "auto",
-        batch_size: int | Literal["auto"] = "auto",
-        sample_keys: Sequence[str] | None = None,
-        on_finish: Callable[[Generation], None] | None = None,
-        record: bool | int | None = None,
-        compare: bool = False,
-        prefixes: Sequence[str] | None = None,
-        **settings: Unpack[DecodingSettings],
-    ) -> list[Generation]:
-        """Continues every prompt; see `Generator.generate`.
-
-        `on_finish` is called chunk by chunk, in the order in which they arrive.
-        """
-        decoding = make_decoding(**settings)
-        # refused here, a prompt is named by its own number
-        requests = self.requests(
-            prompts,
-            decoding,
-            seed=seed,
-            sample_keys=sample_keys,
-            record=record,
-            compare=compare,
-            prefixes=prefixes,
-        )
+        requests: Sequence[Request],
+        batch_size: int | Literal["auto"],
+        speculative: Speculative,
+        take: Callable[[Generation], None],
+    ) -> None:
+        """Continues requests; `take` gets chunk by chunk, in the order in which they arrive."""
         if not requests:
-            return []
-        longest = max(request.room for request in requests)
-        rows = self.ask(0, "rows", longest, batch_size)
-        more = {"seed": seed, "speculative": speculative, "batch_size": batch_size}
-        more |= {"record": record, "compare": compare, **settings}
-        # the replicas get token ids, which do not say what text an answer begins with
-        begun = list(prefixes) if prefixes else [begun_answer(prompt) for prompt in prompts]
+            return
+        first = requests[0]  # a call has one setting for all of its prompts
+        rows = self.ask(0, "rows", max(each.room for each in requests), batch_size)
+        how = {"seed": first.seed, "record": first.record, "compare": first.compare}
+        how |= {"speculative": speculative, "batch_size": batch_size, **vars(first.decoding)}
 
         def arguments(chunk: range) -> tuple[Any, ...]:
             part = [requests[index] for index in chunk]
-            own = more | {"prefixes": [begun[index] for index in chunk]}
+            # token ids do not say what text an answer begins with
+            prefixes = ["" if each.thought is None else each.thought.prefix for each in part]
+            own = how | {"prefixes": prefixes}
             return [each.prompt for each in part], [each.key for each in part], own
 
-        results: list[Generation | None] = [None] * (len(requests) * decoding.n)
-
-        def take(chunk: range, found: list[Generation], ran: Ran) -> None:
+        def give(chunk: range, found: list[Generation], ran: Ran) -> None:
             for each in found:
-                generation = replace(each, prompt_index=chunk[each.prompt_index])
                 ran.tokens += len(each.token_ids)
-                results[generation.prompt_index * decoding.n + each.sample] = generation
-                if on_finish is not None:
-                    on_finish(generation)
+                take(replace(each, prompt_index=chunk[each.prompt_index]))
 
-        chunks = _chunks(len(requests), self._crew.size, rows, decoding.n)
-        self._spread("generate", chunks, arguments, take)
-        return [generation for generation in results if generation is not None]
+        chunks = _chunks(len(requests), self._crew.size, rows, first.decoding.n)
+        self._spread("generate", chunks, arguments, give)
 
     def loglikelihood(
         self, pairs: Pairs, *, batch_size: int | Literal["auto"] = "auto"

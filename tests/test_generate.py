@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 
+import proxytune.api  # noqa: F401  imported later, it would keep the `load_member` of `loads`
 from proxytune.experiment.cells import GenerationSettings, TaskCell
 from proxytune.experiment.generate import ModelPool, generate
 from proxytune.loading import load

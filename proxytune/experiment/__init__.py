@@ -2,6 +2,7 @@
 
 runner.py       one experiment, from its configuration to its table
 cells.py        one system on one task: what it lacks, and its scores
+planned.py      the cells that a configuration asks for
 identity.py     what the completions of a cell depend on; who may write to a folder
 generate.py     opens one system after the other and lets its cells generate
 sharing.py      the points of a sweep read each other's finished cells

@@ -24,8 +24,8 @@ from proxytune.config.formulas import (
 from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
-from proxytune.experiment.cells import decoding_of
 from proxytune.experiment.placement import check_placement
+from proxytune.experiment.planned import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
 from proxytune.members.api.settings import LOCAL
 from proxytune.roles import ROLES, SYSTEMS

@@ -28,10 +28,8 @@ from proxytune.config.schema import to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.experiment.cells import (
-    DECODING_OVERRIDES,
     Cell,
     GenerationSettings,
-    make_cells,
 )
 from proxytune.experiment.checks import (
     check_before_models,
@@ -42,6 +40,7 @@ from proxytune.experiment.checks import (
 from proxytune.experiment.generate import ModelPool, Pool, generate
 from proxytune.experiment.identity import claim, sole_writer
 from proxytune.experiment.placement import ray_pool, uses_ray
+from proxytune.experiment.planned import DECODING_OVERRIDES, make_cells
 from proxytune.experiment.prompts import check_one_prompt, check_prompts
 from proxytune.files import read_json, read_jsonl, set_aside, write_json, write_jsonl
 from proxytune.hashes import sha256_json

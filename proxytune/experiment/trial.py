@@ -24,11 +24,12 @@ from proxytune.config.schema import RunConfig, to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.experiment import costs
-from proxytune.experiment.cells import Cell, GenerationSettings, TaskCell, make_cells
+from proxytune.experiment.cells import Cell, GenerationSettings, TaskCell
 from proxytune.experiment.checks import check_before_models, check_writable, serve_local
 from proxytune.experiment.completions import read_completions
 from proxytune.experiment.generate import ModelPool, generate
 from proxytune.experiment.identity import claim, sole_writer
+from proxytune.experiment.planned import make_cells
 from proxytune.experiment.prompts import check_prompts
 from proxytune.files import ROOT, folder_name, write_json, write_jsonl
 from proxytune.records import MetricInfo, Score

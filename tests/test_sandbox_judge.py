@@ -3,13 +3,16 @@
 The programs of `CHEATS` that issue 14 names pass on 538a493; `HONEST` ones fail there where noted.
 """
 
+import gc
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tasks.humaneval import program as humaneval_program
-from tasks.sandbox import Program, Sandbox, run_programs
+from tasks.sandbox import Program, Sandbox, requirements, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -456,3 +459,27 @@ def test_the_test_is_not_among_the_programs_objects() -> None:
     apart = [Program(look, test)] * 2
     verdicts = Sandbox(workers=1, timeout_s=20).run(apart)
     assert all(v.passed for v in verdicts), verdicts
+
+
+def test_threads_read_tests_beside_each_other():
+    """Python 3.11 fails where a collection lets another thread in (python/cpython#106905)."""
+    test = (
+        "def check(f):\n    assert f([{0}, [{1}, [3, (4, 5)]]]) == {{'a': [1, {{'b': (3, 4)}}]}}\n"
+    )
+
+    def read(thread: int) -> list[object]:
+        return [requirements._read(test.format(thread, number)) for number in range(30)]
+
+    def let_others_in(*_: object) -> None:
+        time.sleep(1e-5)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(let_others_in)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(read, range(4)))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(let_others_in)
+    assert all(each is not None for part in found for each in part)

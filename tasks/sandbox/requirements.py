@@ -5,11 +5,17 @@ import builtins
 import functools
 import re
 import symtable
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from tasks.sandbox.sandbox import Program
+
+# Python 3.11 counts the depth of all syntax trees that are being made together; a thread that makes
+# one beside another fails with a SystemError (python/cpython#106905). The sandbox has a thread for
+# each worker.
+_ONE_TREE = threading.Lock()
 
 # A test that uses one of these looks at, or changes, the state of the process that it runs in, or
 # looks at a function instead of calling it.
@@ -74,7 +80,8 @@ def _read(test: str) -> tuple[list[str], str, list[str]] | None:
     Returns: None if the test cannot be apart.
     """
     try:
-        tree = ast.parse(test)
+        with _ONE_TREE:
+            tree = ast.parse(test)
         names = sorted(_outside_names(test))
     except (SyntaxError, ValueError, RecursionError):
         return None

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxytune.cli.guard import guarded
-from proxytune.experiment.generate import ModelPool
-from proxytune.experiment.ray_crew import RayCrew
-from proxytune.experiment.replicas import Crew, Ran, Replica, Replicas, open_replicas
 from proxytune.files import ROOT, read_rows, write_json
 from proxytune.loading.prompting import PromptFormat
 from proxytune.loading.spec import ModelSpec
-from proxytune.provenance import hardware
 from proxytune.roles import MEMBERS
+
+if TYPE_CHECKING:
+    from proxytune.experiment.replicas import Crew, Ran, Replicas
 
 SYSTEM = "proxy"
 MODELS = ROOT / "pocket" / "models"
@@ -37,7 +36,7 @@ SPECS = {
 class First:
     """A crew of which only the first replicas are used."""
 
-    crew: Crew
+    crew: "Crew"
     size: int
 
     def __post_init__(self) -> None:
@@ -69,6 +68,12 @@ def measure(count: int, rounds: int, prompts: int, tokens: int) -> dict[str, Any
         prompts: per round.
         tokens: of every completion.
     """
+    # torch is imported where it is needed, so that --help comes at once
+    from proxytune.experiment.generate import ModelPool
+    from proxytune.experiment.ray_crew import RayCrew
+    from proxytune.experiment.replicas import Replica
+    from proxytune.provenance import hardware
+
     pool = partial(ModelPool, SPECS, {SYSTEM: MEMBERS[SYSTEM]}, alpha=1.0, cuda_graphs=False)
     began = time.perf_counter()
     crew = RayCrew(count, partial(Replica, pool, 1), gpus=lambda total: 0, threads=1, address=None)
@@ -103,7 +108,9 @@ def measure(count: int, rounds: int, prompts: int, tokens: int) -> dict[str, Any
     }
 
 
-def _open(crew: First) -> tuple[Replicas, list[Ran]]:
+def _open(crew: First) -> "tuple[Replicas, list[Ran]]":
+    from proxytune.experiment.replicas import Ran, open_replicas
+
     ran = [Ran() for _ in range(crew.size)]
     specs = {role: SPECS[name] for role, name in MEMBERS[SYSTEM].items()}
     return open_replicas(crew, SYSTEM, specs, ran), ran
@@ -115,7 +122,7 @@ def _prompts(count: int) -> list[str]:
 
 
 def _round(
-    replicas: Replicas, ran: Sequence[Ran], prompts: Sequence[str], tokens: int
+    replicas: "Replicas", ran: "Sequence[Ran]", prompts: Sequence[str], tokens: int
 ) -> dict[str, float]:
     before = sum(each.processor for each in ran)
     wall, own = time.perf_counter(), time.process_time()
@@ -129,7 +136,7 @@ def _round(
     }
 
 
-def _call_seconds(replicas: Replicas) -> float:
+def _call_seconds(replicas: "Replicas") -> float:
     """The median time of a call that does next to nothing."""
     times = []
     for _ in range(100):

@@ -16,13 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-from proxytune.engine.unshifted import Unshifted
 from proxytune.files import ROOT
-from proxytune.loading.translation import Tokens, counterparts, make_translation
-from proxytune.members.choose import make_member
 
 LAYERS = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}  # with the embedding, 100M weights
@@ -38,7 +32,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--no-steps", action="store_true", help="times no models")
     args = parser.parse_args()
-    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (args.base, args.expert)]
+    _measure(args.base, args.expert, args.text, args.rows, steps=not args.no_steps)
+
+
+def _measure(base_name: str, expert_name: str, text: Path, rows: int, *, steps: bool) -> None:
+    """Prints what one pair of tokenizers costs and lacks."""
+    # imported here, so that --help comes at once
+    import torch
+    from transformers import AutoTokenizer
+
+    from proxytune.loading.translation import Tokens, counterparts, make_translation
+
+    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (base_name, expert_name)]
     start = time.perf_counter()
     base, own = (Tokens(t, len(t), [t.eos_token_id]) for t in tokenizers)
     made = make_translation(base, own, tokenizers[0].eos_token_id)
@@ -46,9 +51,9 @@ def main() -> None:
     known = counterparts(made)
     print(f"ids of the base with a counterpart: {known['ids']:,} of {base.size:,}", end="")
     print(f" ({known['share']:.1%})")
-    _of_a_text(args.text.read_text(), tokenizers, made)
+    _of_a_text(text.read_text(), tokenizers, made)
     with torch.inference_mode():
-        _times(base.size, own.size, made, args.rows, steps=not args.no_steps)
+        _times(base.size, own.size, made, rows, steps=steps)
 
 
 def _of_a_text(text: str, tokenizers: list, made) -> None:
@@ -65,6 +70,10 @@ def _of_a_text(text: str, tokenizers: list, made) -> None:
 
 def _times(size: int, own_size: int, made, rows: int, *, steps: bool) -> None:
     """Prints the time of a step's translation, for expert and antiexpert, and of a whole step."""
+    import torch
+
+    from proxytune.engine.unshifted import Unshifted
+
     logits = {
         role: torch.randn(rows, size if role == "base" else own_size)
         for role in ("base", "expert", "antiexpert")
@@ -87,6 +96,11 @@ def _times(size: int, own_size: int, made, rows: int, *, steps: bool) -> None:
 
 def _step_ms(vocab: int, rows: int) -> float:
     """The time of one step of a random Llama with this vocabulary."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from proxytune.members.choose import make_member
+
     sizes: dict[str, Any] = {**LAYERS, **HEADS}
     config = LlamaConfig(vocab_size=vocab, tie_word_embeddings=True, **sizes)
     member = make_member(AutoModelForCausalLM.from_config(config).eval(), vocab)

@@ -1,11 +1,14 @@
 """Hydra's own sweeper (`-m`), which also refuses points that would write to one folder."""
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from proxytune.cli.sweep import check_points, point_folder
+
+log = logging.getLogger(__name__)
 
 
 class PointsSweeper(BasicSweeper):
@@ -21,9 +24,16 @@ class PointsSweeper(BasicSweeper):
         if self.batch_index > 1 or self.overrides is None:
             return
         loader = self.hydra_context.config_loader
-        points = []
+        points, sweeps = [], set()
         for settings in chain.from_iterable(self.overrides):
             cfg = loader.load_sweep_config(self.config, list(settings))
+            sweeps.add(str(cfg.output_dir))
             folder = point_folder(str(cfg.output_dir), cfg.hydra.job.override_dirname)
             points.append((settings, folder))
         check_points(points)
+        if len(sweeps) > 1:
+            log.warning(
+                "the points have %d values of output_dir, and points in one alone share what they "
+                "generate; without output_dir, each still writes to a folder of its own",
+                len(sweeps),
+            )

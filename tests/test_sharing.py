@@ -243,11 +243,13 @@ def test_points_that_would_write_to_one_folder_are_refused(words, said, started,
         (["alpha=1", "decoding.batch_size=3"], 1),
     ],
 )
-def test_points_with_folders_of_their_own_all_start(words, points, started, tmp_path):
+def test_points_with_folders_of_their_own_all_start(words, points, started, tmp_path, caplog):
     words = [word.replace("OUT", str(tmp_path)) for word in words]
     done = call(cli.run, "-m", f"output_dir={tmp_path}", *words)
     assert done.returncode == 0, done.stderr
     assert len(set(started)) == len(started) == points
+    apart = any("${" in word for word in words)
+    assert ("points in one alone share" in caplog.text) == apart
 
 
 def test_an_alpha_s_cells_know_the_sweep(started, tmp_path, monkeypatch):

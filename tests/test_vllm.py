@@ -94,18 +94,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(way: str, folder: Path) -> dict[str, str]:
     environment, settings, cases = WAYS[way]
     arguments = [str(folder), json.dumps(settings), json.dumps(cases)]
+    return said("tests.vllm_cases", arguments, environment)
+
+
+def said(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """The results that a module prints, run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm_cases", *arguments],
+        [sys.executable, "-m", module, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | ON_CPU | environment,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert lines, f"{way}: {done.stderr[-3000:]}"
+    assert lines, f"{module} {arguments}: {done.stderr[-3000:]}"
     return json.loads(lines[-1].removeprefix("RESULTS "))
 
 
 @pytest.mark.parametrize(("way", "case"), ASKED, ids=[f"{w}-{c}" for w, c in ASKED])
 def test_it_writes_what_our_own_engine_writes(way, case, folder):
     assert results(way, folder)[case] == ""
+
+
+def test_a_base_in_8_bits_beside_helpers_in_float32(tmp_path):
+    found = said("tests.vllm_quantised", [str(tmp_path)], {})
+    assert found["rows"] > 20
+    assert found["quantised"] > 0.01, "it is another model than the base in float32"
+    assert found["triple"] < 1e-3, "the triple's logits are the sum of its members' in vLLM"

@@ -224,7 +224,7 @@ RULES = [
     Rule(ANY + r"proxytune doctor", skip, "it asks the network; tests/test_help.py runs it"),
     Rule(r"models.md: pytest .* tests/test_families\.py", skip, "a test; `make test-slow` runs it"),
     # vLLM's environment; tests/test_vllm.py runs it
-    Rule(r"performance.md: python scripts/bench_vllm\.py", skip, "needs vLLM's environment"),
+    Rule(r"performance.md: python scripts/bench_vllm\.py.*", skip, "needs vLLM's environment"),
     Rule(r"vllm.md: engine(\.\w+)*=\S+", composes),
     Rule(r"vllm.md: decoding(\.trace)?=\S+", composes),
     Rule(r"vllm.md: VLLM_USE_V2_MODEL_RUNNER=0", skip, "a switch of vLLM's"),

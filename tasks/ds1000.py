@@ -6,11 +6,13 @@ One row, in the dataset's simplified form (hub: xlangai/DS-1000):
      "metadata": {"library": "Pandas", "library_problem_id": 0, [...]}}
 
 `code_context` defines `test_execution(solution)` and, for some rows, `test_string(solution)`; a
-solution is right when both run without an exception. Metrics: `pass@10` (the paper's), `pass@1`,
-pass@10 by library, `refused` as in HumanEval, and `together`, which is always 1: the test runs the
-solution itself, so test and solution share a process, and a solution that sets out to cheat can
-(docs/sandbox.md). `subset: 200` is the paper's random sample of problems; `subset: 1000` is
-all of them, under the name ds1000_full.
+solution is right when both run without an exception. The test runs in a process of its own; where
+it calls `exec`, the solution runs in another, and its variables come back as plain data. Metrics:
+`pass@10` (the paper's), `pass@1`, pass@10 by library, `refused` as in HumanEval, and `together`,
+the share that was judged in the solution's own process, where a solution that sets out to cheat can
+(docs/sandbox.md): Matplotlib's problems, because their tests look at the figures.
+`subset: 200` is the paper's random sample of problems; `subset: 1000` is all of them, under the
+name ds1000_full.
 
 The tests need the libraries of the dataset's environment.yml, which are older than this project's;
 `python` names an interpreter that has them.
@@ -189,9 +191,8 @@ def program(example: Example, solution: str) -> Program:
     """The program to run for one solution: the dataset's definitions, then its tests."""
     context = example.row["code_context"]
     tests = ["test_execution"] + ["test_string"] * ("test_string(" in context)
-    # The context runs the solution itself, so judge and program cannot be apart.
-    test = "".join(f"{test}({solution!r})\n" for test in tests)
-    return Program(code=context, test=test, together=True)
+    calls = "".join(f"{test}({solution!r})\n" for test in tests)
+    return Program(code="", test=f"{context}\n{calls}", executes=True)
 
 
 def paper_subset() -> list[int]:

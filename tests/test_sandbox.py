@@ -204,7 +204,8 @@ def test_verdicts_do_not_depend_on_the_run() -> None:
 def test_inside_there_is_nothing_to_see() -> None:
     probe = (
         "import os\n"
-        "assert os.listdir('/proc') == [], 'processes'\n"
+        "assert os.listdir('/proc') == ['self'], 'processes'\n"
+        "assert sorted(os.listdir('/proc/self')) == ['cmdline', 'exe'], 'processes'\n"
         "assert os.getpid() < 100, 'no PID namespace'\n"
         "assert os.getuid() != 0, 'root'\n"
         "for path in ('/etc', '/usr', '/var/tmp', '/dev/shm', '/'):\n"

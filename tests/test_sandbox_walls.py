@@ -165,7 +165,7 @@ def test_inside_there_are_five_devices_and_no_folders_of_others() -> None:
         _, top, *rest = Path(folder).parts
         ways.setdefault(f"/{top}", set()).update(rest[:1])
     look = (
-        f"import os, stat\nways = {ways}\n"
+        f"import os, stat, sys\nways = {ways}\n"
         "names = ['full', 'null', 'random', 'shm', 'urandom', 'zero']\n"
         "assert sorted(os.listdir('/dev')) == names and os.listdir('/dev/shm') == []\n"
         "open('/dev/null', 'w').write('x')\n"
@@ -174,7 +174,9 @@ def test_inside_there_are_five_devices_and_no_folders_of_others() -> None:
         "for name in ('/home', '/run', '/var', '/sys', '/boot', '/mnt'):\n"
         "    assert not os.path.exists(name) or set(os.listdir(name)) <= ways[name], name\n"
         "assert set(os.listdir('/tmp')) <= ways.get('/tmp', set())\n"
-        "assert os.listdir('/proc') == [] == os.listdir('.')\n"
+        "assert os.listdir('/proc') == ['self'] and os.listdir('.') == []\n"
+        "assert sorted(os.listdir('/proc/self')) == ['cmdline', 'exe']\n"
+        "assert os.path.samefile('/proc/self/exe', sys.executable)\n"
         "assert not os.path.exists('/etc/shadow')\n"
         "assert os.getuid() != 0"
     )

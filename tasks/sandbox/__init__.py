@@ -7,6 +7,9 @@ sandbox_judge.py    the judge's process: it runs the test, and never the program
 sandbox_program.py  the program's process, which does what the judge asks for
 sandbox_together.py program and test in one process, where the test needs it
 sandbox_link.py     calls between the two, as plain data (sandbox_codec.py)
+sandbox_data.py     arrays, tables and tensors as plain data: sandbox_arrays.py (numpy, scipy),
+                    sandbox_tables.py (pandas), sandbox_tensors.py (torch, TensorFlow)
+sandbox_random.py   the states of random number generators, for tests that seed them
 sandbox_child.py    what each of these processes does first
 sandbox_jail.py     the isolation by the kernel
 sandbox_hook.py     the isolation by Python's audit events

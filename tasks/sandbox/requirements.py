@@ -28,21 +28,38 @@ SHARED_STATE = frozenset(
 )  # fmt: skip
 
 
+# The same for a test that runs the program by `exec`: what it sets up before goes along with the
+# text, but what the program leaves in its process (its output, its figures) does not come back.
+SHARED_BY_EXEC = frozenset(
+    ["gca", "gcf", "get_fignums", "redirect_stderr", "redirect_stdout", "stderr", "stdin", "stdout"]
+)
+# Names by which such a test would run the program's text in its own process, or its pickles.
+OTHER_EXEC = frozenset(
+    [
+        "__import__", "builtins", "compile", "dill", "eval", "importlib", "joblib", "locals",
+        "pickle", "read_pickle", "runpy", "subprocess",
+    ]
+)  # fmt: skip
+
+
 class Requirements(NamedTuple):
     """What the judge's process needs.
 
     Attributes:
         prelude: the prompt's text before the function to write.
-        names: what the test takes from outside: the prompt or the program.
+        names: what the test takes from outside: the prompt or the program. If the test runs the
+            program itself, the variables that it looks at afterwards.
         entry_points: those of them that come from the program even if the prompt has them: the one
             that the program names, else those in the test's last statement, `check(f)`.
         imports: the imports of the test, which the program sees, too.
+        executes: whether the test runs the program itself, by `exec`.
     """
 
     prelude: str
     names: list[str]
     entry_points: list[str]
     imports: str
+    executes: bool = False
 
 
 def requirements(program: "Program") -> Requirements | None:
@@ -53,6 +70,8 @@ def requirements(program: "Program") -> Requirements | None:
     """
     if program.together or not program.test:
         return None
+    if program.executes:
+        return _read_executing(program.test)
     found = _read(program.test)
     if found is None:
         return None
@@ -90,6 +109,28 @@ def _read(test: str) -> tuple[list[str], str, list[str]] | None:
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     last = sorted(set(names) & set(_words(tree.body[-1]))) if tree.body else []
     return names, "\n".join(map(ast.unparse, imports)), last
+
+
+@functools.cache
+def _read_executing(test: str) -> Requirements | None:
+    """What the judge needs for a test that runs the program; None if the test cannot be apart."""
+    try:
+        with _ONE_TREE:
+            tree = ast.parse(test)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    names = {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
+    names |= {part.name for part in ast.walk(tree) if isinstance(part, ast.alias)}
+    names |= {"read_pickle"} & set(_words(tree))
+    if SHARED_BY_EXEC & set(_words(tree)) or OTHER_EXEC & names:
+        return None
+    looked_at = set()
+    for part in ast.walk(tree):
+        keys = [part.slice] if isinstance(part, ast.Subscript) else []
+        keys += part.args if isinstance(part, ast.Call) else []
+        looked_at |= {k.value for k in keys if isinstance(k, ast.Constant)}
+    wanted = sorted(n for n in looked_at if isinstance(n, str) and n.isidentifier())
+    return Requirements("", wanted, [], "", executes=True)
 
 
 def _words(tree: ast.AST) -> Iterator[str]:

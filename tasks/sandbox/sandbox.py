@@ -60,14 +60,16 @@ class Program:
         prompt: the task's own text, with which `code` begins. The judge takes helper functions
             from it, so that the program cannot replace them.
         entry_point: the function that the prompt leaves to write.
-        together: judges in the program's own process, for tests that run the program themselves
-            (DS-1000); weaker, see docs/sandbox.md.
+        executes: the test has the program's text as a string and runs it by `exec(text, names)`
+            (DS-1000); `code` is then empty.
+        together: judges in the program's own process; weaker, see docs/sandbox.md.
     """
 
     code: str
     test: str = ""
     prompt: str = ""
     entry_point: str | None = None
+    executes: bool = False
     together: bool = False
 
 
@@ -227,7 +229,7 @@ class _Server:
                 _send(channel, {**job, "test": program.test})
             else:
                 helpers = sorted(set(known.names) - set(known.entry_points))
-                helpers = [] if program.prompt else helpers
+                helpers = [] if program.prompt or known.executes else helpers
                 _send(channel, {**job, "imports": known.imports, "helpers": helpers})
             reply = _receive(channel)
             if known is not None and reply is not None and "wants" in reply:

@@ -8,7 +8,8 @@ sender writes, no class, function or code of its own arrives.
 
 The program's side packs an instance of a subclass (of int, str, list, ...) as its plain base value,
 and any other object as a handle, a number that only its owner resolves. The judge's side is strict:
-it raises `CannotCross`, because a test that passes such an object means that object.
+it raises `CannotCross`, because a test that passes such an object means that object. (Where a test
+runs the program by `exec`, it sends a pickle instead; the judge never reads one.)
 
 Valid for Python 3.8, standard library only: it runs under other interpreters, too.
 """
@@ -21,8 +22,9 @@ import fractions
 import itertools
 import json
 import keyword
-import re
 import sys
+
+import sandbox_data as data
 
 SMALL = 1 << 63
 TYPES = {
@@ -33,6 +35,8 @@ TYPES = {
 ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, BaseException)}
 # Modules that a value may name although the receiver has not loaded them.
 MODULES = frozenset(getattr(sys, "stdlib_module_names", ())) | {"numpy"}
+# Nodes of arrays, which change in place.
+ARRAYS = frozenset(["numpy", "objects"])
 EMPTY = {
     "list": list,
     "dict": dict,
@@ -55,7 +59,6 @@ PLAIN_VALUE = {
 }
 # The plain bases of a subclass, in the order in which they are tried.
 BASES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
-NUMPY_DTYPE = re.compile(r"[<>|=]?[biufcUS][0-9]+")
 
 
 class CannotCross(Exception):
@@ -94,7 +97,7 @@ class Packer:
         """[number, node] of each container of `nodes` (what arrived) that has changed since."""
         changed = []
         for number, old in enumerate(nodes):
-            if old[0] in EMPTY or old[0] in ("deque", "numpy"):
+            if old[0] in EMPTY or old[0] in ("deque", *ARRAYS):
                 new = self._node(self.objects[number])
                 if json.dumps(new) != json.dumps(old):
                     changed.append([number, new])
@@ -123,7 +126,7 @@ class Packer:
             return [kind.__name__, *map(self._refer, value)]
         if kind is collections.deque:
             return ["deque", value.maxlen, *map(self._refer, value)]
-        special = self._special(kind, value) or _numpy_node(value)
+        special = self._special(kind, value) or data.node(value, self._refer, self._strict)
         if special is not None:
             return special
         if _is_named_tuple(kind):
@@ -230,8 +233,8 @@ class Unpacker:
     def change(self, number, node):
         """Gives a known container the contents of a node."""
         target = self.objects[number]
-        if node[0] == "numpy":
-            target[...] = _numpy_value(node)
+        if node[0] in ARRAYS:
+            data.assign(target, node, self.value)
         else:
             target.clear()
             self._fill(target, node)
@@ -273,8 +276,8 @@ class Unpacker:
             return named_tuple(node[1], tuple(node[2]))(*map(self.value, node[3:]))
         if kind == "error":
             return make_error(node[1], self.value(node[2]))
-        if kind == "numpy":
-            return _numpy_value(node)
+        if kind in data.BUILDERS:
+            return data.BUILDERS[kind](self.value, *parts)
         return self._handle(node)
 
     def _view(self, kind, parts):
@@ -346,23 +349,3 @@ BUILDERS = {
     "type": TYPES.__getitem__,
     "module": _import,
 }
-
-
-def _numpy_node(value):
-    """The node of an array or a number of numpy; None if it is none, or holds objects."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
-        return None
-    if not NUMPY_DTYPE.fullmatch(value.dtype.str):
-        return None
-    is_array = type(value) is numpy.ndarray
-    return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex(), is_array]
-
-
-def _numpy_value(node):
-    numpy = _import("numpy")
-    _, dtype, shape, data, is_array = node
-    if not NUMPY_DTYPE.fullmatch(dtype):
-        raise ValueError(dtype)
-    array = numpy.frombuffer(bytes.fromhex(data), numpy.dtype(dtype)).reshape(shape)
-    return array.copy() if is_array else array[()]

@@ -5,7 +5,7 @@ under the interpreters of other environments. Without Linux, only the resource l
 """
 
 # The server imports as little as possible before it isolates itself, so no pathlib.
-# ruff: noqa: PTH100, PTH103, PTH106, PTH110, PTH111, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
+# ruff: noqa: PTH100, PTH102, PTH103, PTH106, PTH110, PTH111, PTH112, PTH114, PTH115, PTH116, PTH120, PTH123, PTH211
 
 import contextlib
 import ctypes
@@ -335,6 +335,8 @@ def write_file(path, text):
 def lock_file_system(mounts):
     """Makes each of `mounts` read-only and without devices (but for ours), and hides /proc.
 
+    The interpreter's path stays in it, as /proc/self/exe and /proc/self/cmdline.
+
     Returns: the mount points that are still writable.
     """
     writable = []
@@ -349,7 +351,13 @@ def lock_file_system(mounts):
             # These errors mean a mount point under another mount: programs cannot reach it either.
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENOTDIR) or path == "/":
                 writable.append(path)
-    mount("hidden", "/proc", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k")
+    flags = MS_NOSUID | MS_NODEV
+    mount("hidden", "/proc", "tmpfs", flags, "size=8k")
+    os.mkdir("/proc/self")  # TensorFlow aborts if it cannot read these two
+    os.symlink(os.path.realpath(sys.executable), "/proc/self/exe")
+    with open("/proc/self/cmdline", "w", encoding="utf-8") as file:
+        file.write(f"{sys.executable}\0program.py\0")
+    mount(None, "/proc", None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
     return writable
 
 

@@ -18,14 +18,17 @@ process. Only what the test does leads there; what the program returns never doe
 import contextlib
 import functools
 import os
+import pickle
 import sys
 import types
 
 import sandbox_child as child
 import sandbox_codec as codec
 import sandbox_link as wire
+import sandbox_random as randomness
 from sandbox_hook import audit_hook
 
+NOWHERE = "/nonexistent"
 VERDICT = 4  # the descriptor of the server's channel; 3 is the program's
 # What a test may pass to a program as something to call back.
 FUNCTIONS = (
@@ -61,12 +64,20 @@ class Remote:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_named", named)
 
+    def __reduce_ex__(self, protocol):
+        self._link.leave("failed", "the test copies an object of the program's")
+
     def __getattr__(self, name):
         if name.startswith("_"):
-            if self._named and name in OF_FUNCTIONS:
+            if self._named and name in OF_FUNCTIONS and not self._link.executes:
                 self._link.leave("together", f"the test reads {name} of the program's function")
             raise AttributeError(f"the program's object does not show {name}")
-        return self._link.ask("get", self, name)
+        value = self._link.ask("get", self, name)
+        if self._link.executes and isinstance(value, Remote):
+            object.__setattr__(
+                value, "_named", False
+            )  # a method, even if it claims to be its owner
+        return value
 
     def __setattr__(self, name, value):
         self._link.ask("set", self, name, value)
@@ -94,6 +105,9 @@ class RemoteFunction(Remote):
 
     def __call__(self, *args, **kwargs):
         """The function's value for these arguments, from the program's process."""
+        if self._link.executes and (args or kwargs) and not self._named:
+            # `result.equals(answer)` would let the program's object judge itself.
+            self._link.leave("failed", "the test passes a value to an object of the program's")
         return self._link.ask("call", self, *args, **kwargs)
 
 
@@ -102,13 +116,16 @@ class JudgeLink(wire.Link):
 
     _strict = True
 
-    def __init__(self, descriptor):
+    def __init__(self, descriptor, executes):
+        """`executes`: whether the test runs the program itself, by `exec`."""
         super().__init__(descriptor)
-        self._named = True
+        self.executes = executes
+        self._named = False
         self.refusals = []
 
     def names(self, wanted):
         """What the program has under these names; those that it lacks are left out."""
+        self._named = True
         found = self.ask("names", None, *wanted)
         self._named = False
         if type(found) is not dict:
@@ -140,7 +157,24 @@ class JudgeLink(wire.Link):
             return known
         if isinstance(value, FUNCTIONS) or hasattr(type(value), "__next__"):
             return self._any_handle(value)
+        if self.executes:
+            with contextlib.suppress(Exception):  # there is no list of what pickling may raise
+                return ["pickle", pickle.dumps(value).hex()]
         raise codec.CannotCross(f"the test passes an object of {type(value).__name__}")
+
+    def execute(self, own, wanted, code, names=None):
+        """Stands for `exec` in a test: the program's process runs the code.
+
+        Args:
+            own: the test's variables, in which no program runs.
+            wanted: the variables that the test looks at afterwards.
+            code: the program's text.
+            names: the variables of the code, as a dict.
+        """
+        if type(code) is not str or type(names) is not dict or names is own:
+            self.leave("together", "the test calls exec in a way that needs its own process")
+        self.ask("exec", None, code, names, randomness.states())
+        names.update(self.names(wanted))
 
     def _make(self, number, kind):
         return (RemoteFunction if kind == "function" else Remote)(self, self._named)
@@ -174,9 +208,11 @@ def run_judge(harness, config, link, verdict, limit_s):
         os.write(verdict, b".")
         child.enter_child(config, limit_s, [link, verdict])
         sys.modules["__main__"] = types.ModuleType("__main__")
+        # Libraries keep caches there, some as pickles; the program could write them.
+        os.environ.update(HOME=NOWHERE, MPLCONFIGDIR=NOWHERE)
         if config["fence"] is not None:
             sys.addaudithook(audit_hook(True, config["fence"]))
-        link = JudgeLink(3)
+        link = JudgeLink(3, job["executes"])
     except BaseException:
         os._exit(1)
     try:
@@ -184,6 +220,8 @@ def run_judge(harness, config, link, verdict, limit_s):
     except BaseException as error:
         known = {id(refusal) for refusal in link.refusals}
         refused = any(id(part) in known for part in child.chain(error))
+        # A test that makes its own data may need what the sandbox refuses, the network for one.
+        refused = refused or (link.executes and child.is_refusal(error))
         text = child.describe(error)[1:].decode("utf-8", "replace").strip()
         link.leave("refused" if refused else "failed", text)
     link.leave("passed", "")
@@ -196,6 +234,10 @@ def judge(link, job):
         BaseException: the program is wrong.
     """
     names = {"__name__": "test"}
+    if job["executes"]:
+        names["exec"] = functools.partial(link.execute, names, job["names"])
+        exec(compile(job["test"], "<test>", "exec"), names)
+        return
     try:
         exec(compile(job["prelude"], "<prompt>", "exec"), names)
     except BaseException as error:

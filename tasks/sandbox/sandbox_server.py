@@ -306,6 +306,7 @@ def main(descriptor):
     report = isolate(harness, config)
     for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
         os.environ[name] = config["workdir"]
+    tempfile.tempdir = None  # a module may have looked it up while it was imported
     if jail.LINUX:
         jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
     send(harness, report)

@@ -78,7 +78,7 @@ lock: ## write constraints.txt, the versions of everything (ARGS=--upgrade: the 
 	$(LOCK)/bin/python $(PIP_INSTALL) uv==0.13.9
 	cp constraints.txt $(LOCK)/constraints.txt
 	$(LOCK)/bin/uv pip compile --quiet --python $(LOCK)/bin/python --universal --python-version 3.11 \
-		--fork-strategy fewest --extra dev --extra quantization --extra ray --extra slurm --no-header --no-annotate $(ARGS) \
+		--fork-strategy fewest --extra dev --extra math --extra quantization --extra ray --extra slurm --no-header --no-annotate $(ARGS) \
 		pyproject.toml --output-file $(LOCK)/constraints.txt
 	{ echo '# Made by `make lock` from pyproject.toml: all extras but vllm, for CPU and CUDA builds of torch.'; \
 	  echo '# Used by `make install`, so by all that make runs but `make test-newest`.'; \

@@ -21,7 +21,7 @@ setup(
     packages=[*packages, *folders],
     package_dir=folders,
     package_data={
-        "proxytune": ["loading/templates/*.jinja", "results/page_assets/*"],
+        "proxytune": ["loading/templates/*.jinja", "results/page_assets/*", "harness/tasks/*.yaml"],
         **{folder: ["*.yaml", "*.csv"] for folder in folders},
     },
 )

@@ -9,11 +9,13 @@ A formula of one's own is such a function in any module (docs/formulas.md).
 """
 
 import math
+from collections.abc import Mapping
+from functools import lru_cache, partial
 
 import torch
 
 from proxytune.errors import UserError
-from proxytune.proxy import combine_logits, traits
+from proxytune.proxy import Formula, combine_logits, traits
 
 Alpha = float | torch.Tensor  # a tensor where rows have alphas of their own, [rows, 1, ...]
 
@@ -129,3 +131,35 @@ def guidance(base: torch.Tensor, antiexpert: torch.Tensor, alpha: Alpha) -> torc
         alpha: 0 is the base alone.
     """
     return combine_logits(base, base, antiexpert, alpha)
+
+
+# The formulas that can be chosen by name, and their settings: those of conf/formula.
+SHIPPED: Mapping[str, tuple[Formula, Mapping[str, float]]] = {
+    "proxy": (combine_logits, {}),
+    "dexperts": (dexperts, {"top_k": 0, "top_p": 0.9}),
+    "gated": (gated, {"threshold": 0.4}),
+    "contrastive": (contrastive, {"plausibility": 0.1}),
+    "guidance": (guidance, {}),
+}
+
+
+def shipped(name: str, settings: Mapping[str, float] | None = None) -> Formula:
+    """A formula of `SHIPPED`, with settings that may differ; equal ones are one object.
+
+    Raises:
+        UserError: there is no such formula, it has no such setting, or the setting is impossible.
+    """
+    if name not in SHIPPED:
+        raise UserError(f"there is no formula {name!r}; there is {', '.join(SHIPPED)}")
+    usual = SHIPPED[name][1]
+    odd = next((key for key in settings or {} if key not in usual), None)
+    if odd is not None:
+        known = f"its settings are {', '.join(usual)}" if usual else "it has no settings"
+        raise UserError(f"formula {name} has no {odd}; {known}")
+    return _with_settings(name, tuple(sorted((usual | (settings or {})).items())))
+
+
+@lru_cache(maxsize=256)
+def _with_settings(name: str, settings: tuple[tuple[str, float], ...]) -> Formula:
+    formula, _ = SHIPPED[name]
+    return partial(formula, **dict(settings)) if settings else formula

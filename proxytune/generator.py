@@ -11,6 +11,7 @@ import torch
 
 from proxytune.engine import score
 from proxytune.engine.base_loop import Loop
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
@@ -21,11 +22,13 @@ from proxytune.engine.speculation import Pace
 from proxytune.engine.system import DraftingSystem, Facts, Prompt, System
 from proxytune.errors import UserError
 from proxytune.loading.encoding import Encoder
+from proxytune.loading.formulas import Alphas
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import PromptLike, begun_answer, thinking
+from proxytune.loading.requested import combination_of
 from proxytune.loading.samplers import Samplers, thought_for
 from proxytune.loading.vocabulary import Vocabulary
-from proxytune.proxy import ProxyTunedModel, SharedEnd, traits_of
+from proxytune.proxy import Formula, ProxyTunedModel, SharedEnd, combine_logits, traits_of
 from proxytune.records import (
     Decoding,
     DecodingSettings,
@@ -88,6 +91,7 @@ class Generator:
         members: role -> loaded model.
         system: the members as a system, which the decode loop drives.
         base: what is known of the base.
+        formula: combines the members' logits; None in a single model.
         alphas: the formula's alphas by their names; none in a single model.
         end: the triple's `SharedEnd`; None where it has none.
         roles: ("base",), ("base", "expert", "antiexpert"), or those that another formula needs;
@@ -115,6 +119,7 @@ class Generator:
         triple = system if isinstance(system, ProxyTunedModel) else None
         end = triple and triple.end
         self._describe(members, system.members, system.vocab_size, system.alphas, end, vocabulary)
+        self.formula = triple and triple.formula
         self._gates = triple is not None and traits_of(triple.formula).gates
 
     def _describe(
@@ -133,6 +138,7 @@ class Generator:
         self.encoder = Encoder(self.members, vocab_size, translations)
         self.base = facts["base"]
         self.alphas = alphas
+        self.formula: Formula | None = combine_logits if len(members) > 1 else None
         self._gates = False
         self.end = end
         self.roles = tuple(role for role in members if role != "draft")
@@ -400,31 +406,47 @@ class Generator:
     def rate(
         self,
         prompts: Sequence[Prompt],
-        alphas: Sequence[float | None],
+        own: Sequence[Combination | None],
         tops: Sequence[int],
     ) -> list[list[TokenLogprob | None]]:
         """Rates the tokens of several prompts, all read together; see `score.prompt_logprobs`."""
-        return score.prompt_logprobs(self.system, prompts, alphas, tops)
+        return score.prompt_logprobs(self.system, prompts, own, tops)
 
-    def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    def encode(
+        self,
+        prompt: PromptLike | Mapping[str, Sequence[int]],
+        variables: Mapping[str, Any] | None = None,
+    ) -> dict[str, list[int]]:
         """A prompt as each member reads it: role -> token ids; see `Encoder.encode`."""
-        return self.encoder.encode(prompt, self.max_positions)
+        return self.encoder.encode(prompt, self.max_positions, variables)
 
     @property
     def shows_members(self) -> bool:
         """Whether each member's log-probabilities of a chosen token can be asked for."""
         return len(self.roles) > 1 and all(each.member is None for each in self.members.values())
 
-    def check_alpha(self, alpha: float | None) -> None:
-        """Refuses an alpha of a request's own where it cannot have one; None is always taken.
+    def combination(
+        self, formula: Formula | None = None, alpha: Alphas | None = None
+    ) -> Combination | None:
+        """A request's own formula and alphas; None where it has neither.
+
+        Args:
+            formula: one of `formula.shipped`; None takes the system's.
+            alpha: see `combination_of`; None takes the system's.
 
         Raises:
-            UserError: the formula has none, or several.
+            UserError: this is a single model, or see `combination_of`.
         """
-        if alpha is not None and len(self.alphas) != 1:
-            known = ", ".join(self.alphas)
-            reason = f"this one has {known}" if known else "this model is a single one"
-            raise UserError(f"alpha needs a triple; {reason}")
+        if formula is None and alpha is None:
+            return None
+        if self.formula is None:
+            name = "alpha" if formula is None else "formula"
+            raise UserError(f"{name} needs a triple; this model is a single one")
+        system = Combination(self.formula, self.roles, self.alphas)
+        other = self.members.get("antiexpert")
+        two_prompts = other is not None and other.model is self.members["base"].model
+        few = not self.base.complete
+        return combination_of(formula, alpha, system, few=few, two_prompts=two_prompts)
 
     def _check_call(self, decoding: Decoding, record: int, compare: bool) -> None:
         """Refuses settings that this system cannot serve.

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from proxytune.engine.system import Alphas, Call, DraftingSystem, Group, Pass, Pick, Prompt
+from proxytune.engine.combining import Combination, Combinations, by_formula, combined
+from proxytune.engine.system import Call, DraftingSystem, Group, Pass, Pick, Prompt
 from proxytune.engine.unshifted import Unshifted
 
 # The members' logits by role and their alphas, all by keyword -> the combined logits, float32.
@@ -186,7 +187,7 @@ class ProxyTunedModel(DraftingSystem):
         self.unshifted = unshifted
         sizes = [member.vocab_size for member in self.members.values()]
         self.vocab_size = end.vocab_size if end else min(sizes)
-        self._own: list[float | None] = []  # each row's alpha; None takes the system's
+        self._own: list[Combination | None] = []  # each row's; None takes the system's
         self._drafted: list[torch.Tensor] = []  # the drafter's logits, [rows, vocab] each
         self._streams: dict[str, torch.cuda.Stream] = {}
 
@@ -195,9 +196,9 @@ class ProxyTunedModel(DraftingSystem):
         """Whether `join` takes a single pass of each member."""
         return all(member.joins for member in self.members.values())
 
-    def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
+    def prefill(self, prompts: Sequence[Prompt], own: Combinations = None, ahead: int = 0) -> Pass:
         """Reads prompts, each into a new row; see `System.prefill`."""
-        new = list(alphas) if alphas else [None] * len(prompts)
+        new = list(own) if own else [None] * len(prompts)
         self._own += new
         calls: dict[str, Call] = {
             role: partial(member.prefill, [prompt[role] for prompt in prompts])
@@ -213,9 +214,11 @@ class ProxyTunedModel(DraftingSystem):
         calls["base"] = partial(base.prefill, [prompt["base"] for prompt in prompts], guesses)
         return self._combine(passes | self._run(calls), new)
 
-    def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
+    def join(
+        self, tokens: torch.Tensor, prompts: Sequence[Prompt], own: Combinations = None
+    ) -> Pass:
         """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
-        self._own += list(alphas) if alphas else [None] * len(prompts)
+        self._own += list(own) if own else [None] * len(prompts)
         calls: dict[str, Call] = {
             role: partial(member.join, tokens, [prompt[role] for prompt in prompts])
             for role, member in self.members.items()
@@ -313,12 +316,12 @@ class ProxyTunedModel(DraftingSystem):
             self._streams[role] = torch.cuda.Stream(device)
         return self._streams[role]
 
-    def _combine(self, passes: Mapping[str, Pass], alphas: Sequence[float | None]) -> Pass:
+    def _combine(self, passes: Mapping[str, Pass], own: Sequence[Combination | None]) -> Pass:
         """Combines the members' passes into the triple's.
 
         Args:
             passes: role -> pass, all of the same rows.
-            alphas: the alphas of these rows.
+            own: the combinations of these rows.
         """
         device = passes["base"].logits.device
         cut = {
@@ -326,36 +329,21 @@ class ProxyTunedModel(DraftingSystem):
             for role, each in passes.items()
         }
         shares = self.unshifted.leave(cut) if self.unshifted else {}
-        scales = self._scales(alphas, cut["base"])
+        system = Combination(self.formula, tuple(self.members), self.alphas)
+        parts = by_formula(own, system, cut["base"])
         truncation = passes["base"].truncation
         if truncation is not None:  # the bounds of the base's logits bound the system's
             highest = cut | {"base": truncation.ceiling[..., : self.vocab_size]}
             # `ask` gives the base's logits; those of the system follow only where it adds to them.
-            ask = truncation.ask if traits_of(self.formula).adds else None
-            ceiling = self.formula(**highest, **scales)
-            truncation = replace(truncation, ceiling=ceiling, ask=ask)
+            # Behind an API all rows have one formula (`loading.formulas.combination_of`).
+            ask = truncation.ask if traits_of(parts[0].formula).adds else None
+            truncation = replace(truncation, ceiling=combined(highest, parts), ask=ask)
         ends = [each.full.to(device) for each in passes.values() if each.full is not None]
         full = torch.stack(ends).any(0) if ends else None
-        return Pass(self.formula(**cut, **scales), cut, truncation, shares, full)
+        return Pass(combined(cut, parts), cut, truncation, shares, full)
 
     def _shared(self, role: str, logits: torch.Tensor) -> torch.Tensor:
         """A member's logits, cut to the shared vocabulary."""
         if self.end is None:
             return logits[..., : self.vocab_size]
         return self.end.merge(role, logits)
-
-    def _scales(
-        self, own: Sequence[float | None], logits: torch.Tensor
-    ) -> Mapping[str, float | torch.Tensor]:
-        """The alphas for the formula: a number each, or one tensor, [rows, 1, ...].
-
-        Args:
-            own: one alpha per row; None takes the system's.
-            logits: that they scale; for their device and number of dimensions.
-        """
-        if all(alpha is None for alpha in own):
-            return self.alphas
-        ((name, system_alpha),) = self.alphas.items()
-        rows = [system_alpha if alpha is None else alpha for alpha in own]
-        shape = [-1] + [1] * (logits.dim() - 1)
-        return {name: torch.tensor(rows, device=logits.device).view(shape)}

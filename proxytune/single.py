@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from proxytune.engine.system import Alphas, DraftingSystem, Member, Pass, Pick, Prompt, System
+from proxytune.engine.combining import Combinations
+from proxytune.engine.system import DraftingSystem, Member, Pass, Pick, Prompt, System
 
 
 class Single(System):
@@ -24,11 +25,13 @@ class Single(System):
         """Whether `join` takes a single pass."""
         return self.member.joins
 
-    def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
+    def prefill(self, prompts: Sequence[Prompt], own: Combinations = None, ahead: int = 0) -> Pass:
         """Reads prompts, each into a new row; see `System.prefill`."""
         return self.member.prefill([prompt["base"] for prompt in prompts])
 
-    def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
+    def join(
+        self, tokens: torch.Tensor, prompts: Sequence[Prompt], own: Combinations = None
+    ) -> Pass:
         """`step` for the present rows, `prefill` for new ones, in one pass; see `System.join`."""
         return self.member.join(tokens, [prompt["base"] for prompt in prompts])
 
@@ -74,14 +77,16 @@ class DraftedModel(DraftingSystem):
         """Whether `join` takes a single pass of the model."""
         return self.model.joins
 
-    def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
+    def prefill(self, prompts: Sequence[Prompt], own: Combinations = None, ahead: int = 0) -> Pass:
         """Reads prompts, each into a new row; see `System.prefill`."""
         logits = self.draft_model.prefill([prompt["draft"] for prompt in prompts]).logits
         self._missing += [[] for _ in prompts]
         guesses = self.draft_model.guess(logits, ahead) if ahead else None
         return self.model.prefill([prompt["base"] for prompt in prompts], guesses)
 
-    def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
+    def join(
+        self, tokens: torch.Tensor, prompts: Sequence[Prompt], own: Combinations = None
+    ) -> Pass:
         """`step` for the present rows and `prefill` for new ones; see `System.join`."""
         for missing, token in zip(self._missing, tokens.tolist(), strict=True):
             missing.append(token)

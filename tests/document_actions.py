@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from proxytune.config import given
 from proxytune.files import ROOT
-from proxytune.harness.arguments import specs_of
+from proxytune.harness.arguments import alphas_of, specs_of
 from tests.commands import call
 from tests.documents import SNIPPETS, Snippet
 
@@ -254,7 +254,9 @@ def announces(snippet: Snippet, more: str, place: Place) -> None:
 
 def member_arguments(snippet: Snippet, more: str, place: Place) -> None:
     """A setting of lm-eval's --model_args."""
-    members = dict([snippet.text.split("=")])
+    members = {"math_expert": "m", "math_antiexpert": "n"}
+    members |= dict(each.split("=") for each in snippet.text.split(","))
+    alphas_of(members)
     specs_of({"base": "b", "expert": "e", "antiexpert": "a"}, "auto", None, members)
 
 

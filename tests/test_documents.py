@@ -148,11 +148,11 @@ RULES = [
     Rule(r"formulas.md: triple\.pairs\.\S+", composes),
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
-    Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+)=\w+", member_arguments),
+    Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+|math_\w+)=\S+", member_arguments),
     Rule(r"models.md: expert_think_end=\S+", member_arguments),
     Rule(r"lm_eval.md: (task)?\.\S+", composes, "config task=[lm_eval/arc_easy]"),
     Rule(r"own.md: task=capitals", capitals, ONE + " systems=[base,proxy]"),
-    Rule(r"serving.md: (system|machine(\.\w+)?)=\S+", composes, "serve"),
+    Rule(r"serving.md: (system|engine|machine(\.\w+)?)=\S+", composes, "serve"),
     Rule(
         r"training.md: [a-z_.]+=\S+( [a-z_]+=\S+)*", composes, "train model=m data=d output_dir=o"
     ),

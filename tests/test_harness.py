@@ -253,6 +253,44 @@ def test_each_member_reads_the_conversation_in_its_own_format(folders):
     assert lm.tokenizer_name != plain.tokenizer_name
 
 
+def test_chat_template_args_reach_every_template_that_reads_them(folders, tmp_path):
+    """Under lm-eval's own names for them; the recorded formats and cache names say so."""
+    template = tmp_path / "think.jinja"
+    template.write_text("{{ messages[0]['content'] }}{% if enable_thinking %}!{% endif %}")
+    given = {role: str(folder) for role, folder in folders.items()}
+    given |= {"expert_chat_template": str(template), "device": "cpu", "progress": False}
+    plain = ProxyTuneLM(**given)
+    context = plain.apply_chat_template([{"role": "user", "content": "Hello"}])
+    for more in (
+        {"enable_thinking": True},
+        {"chat_template_args": {"enable_thinking": True}},
+        {"chat_template_args": '{"enable_thinking": true}'},
+    ):
+        lm = ProxyTuneLM(**given, **more)
+        assert lm._texts(context) == {"base": "Hello", "expert": "Hello!", "antiexpert": "Hello"}
+        assert lm.tokenizer_name != plain.tokenizer_name
+        assert lm.get_model_info()["proxytune_chat_template_args"] == {"enable_thinking": True}
+    assert plain._texts(context)["expert"] == "Hello"
+    with pytest.raises(UserError, match="no member's chat template reads thinks"):
+        ProxyTuneLM(**given, chat_template_args={"thinks": True})
+    with pytest.raises(UserError, match="is no JSON object"):
+        ProxyTuneLM(**given, chat_template_args="think")
+
+
+def test_several_pairs_in_flat_arguments(folders):
+    """Two half pairs of one expert are the pair; each half may have its own alpha and format."""
+    small = {"expert": str(folders["expert"]), "antiexpert": str(folders["antiexpert"])}
+    usual = {"base": str(folders["base"]), "device": "cpu", "progress": False}
+    halves = {f"{pair}_{role}": path for pair in ("a", "b") for role, path in small.items()}
+    asked = requests("loglikelihood", PAIRS[:1])
+    one = ProxyTuneLM(**usual, **small, alpha=0.8).loglikelihood(asked)[0]
+    two = ProxyTuneLM(**usual, **halves, alpha=0.5, a_alpha="0.3")
+    assert two.loglikelihood(asked)[0] == pytest.approx(one, abs=1e-4)
+    assert two.get_model_info()["proxytune_alpha"] == {"a_alpha": 0.3, "b_alpha": 0.5}
+    chat = ProxyTuneLM(**usual, **halves, b_expert_format="chat")
+    assert chat._formats["b_expert"].kind == "chat" and chat._formats["a_expert"].kind == "raw"
+
+
 def test_a_single_chat_model_equals_hf_with_its_template(folders):
     ours = ProxyTuneLM(base=str(folders["base"]), base_format="chat", device="cpu", progress=False)
     theirs = hf(folders["base"])
@@ -281,6 +319,11 @@ def test_a_single_chat_model_equals_hf_with_its_template(folders):
         ({"base": "x", "pretrained": "y"}, "unknown argument 'pretrained'"),
         ({"base": "x", "expert_format": "chat"}, r"without expert="),
         ({"base": "x", "base_format": "chatty"}, "neither raw nor chat"),
+        ({"base": "x", "a_expert": "y"}, "a_expert=y is given without a_antiexpert="),
+        ({"base": "x", "a_alpha": 0.5}, r"a_alpha=0\.5 is given without a_expert="),
+        ({"base": "x", "a_b_expert": "y"}, "unknown argument 'a_b_expert'"),
+        ({"base": "x", "a_expert_speed": 1}, "unknown argument 'a_expert_speed'"),
+        ({"base": "x", "a_expert_format": "chat"}, "a_expert_format=chat is given without a_exp"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(arguments, message):
@@ -402,6 +445,38 @@ def test_a_dataset_that_is_a_script_is_refused_in_one_line(tmp_path, asked, name
 
 
 @pytest.mark.slow
+def test_math_tasks_say_what_they_need_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # not installed
+    with pytest.raises(UserError, match=r"math500_verify.*pip install 'proxytune\[math\]'") as told:
+        evaluation.check_task("math500_verify", str(TASKS))
+    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match=r"antlr4-python3-runtime 4\.11, and Hydra needs 4\.9"):
+        evaluation.check_task("minerva_math500")
+
+
+def test_a_grader_of_latex_is_found_without_running_it():
+    """lm-eval's leaderboard_math loads without its parser, and fails after all was generated."""
+    from types import FunctionType, SimpleNamespace
+
+    def grade():
+        return {}
+
+    latex = FunctionType(grade.__code__, {"parse_latex": None})
+    tasks = [SimpleNamespace(config=SimpleNamespace(process_results=f)) for f in (latex, grade)]
+    assert [evaluation._parses_latex(task) for task in tasks] == [True, False]
+
+
+def test_math500_is_graded_by_math_verify():
+    pytest.importorskip("math_verify", reason="pip install 'proxytune[math]'")
+    from proxytune.harness.tasks.grading import process_results
+
+    doc = {"solution": "So it is $\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}.$"}
+    right = "Let me see. The answer is \\boxed{(3, \\pi/2)}."
+    assert process_results(doc, [right]) == {"math_verify": 1}
+    for wrong in ("\\boxed{(3, \\pi/3)}", "It is three.", ""):
+        assert process_results(doc, [wrong]) == {"math_verify": 0}
+
+
 def test_lm_evals_own_command_says_it_in_one_line_too(tmp_path, folders, monkeypatch, capsys):
     """Fails on 538a493 with datasets' RuntimeError and its traceback."""
     script = tmp_path / "old" / "old.py"

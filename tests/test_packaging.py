@@ -137,7 +137,7 @@ def test_an_extra_asks_for_the_range_that_the_others_ask_for():
 def test_all_and_dev_hold_every_extra():
     groups = declared()
     held = next(each for each in groups["all"] if each.name == "proxytune").extras
-    assert held == set(groups) - {"", "all", "dev", "quantization", "ray", "slurm", "vllm"}
+    assert held == set(groups) - {"", "all", "dev", "math", "quantization", "ray", "slurm", "vllm"}
     assert "all" in next(each for each in groups["dev"] if each.name == "proxytune").extras
 
 

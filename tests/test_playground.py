@@ -37,7 +37,7 @@ def app(**settings):
     return create_app(
         {NAMES[each]: generator for each, generator in systems.items()},
         ServerSettings(**settings),
-        playground=Playground("tiny models.", NAMES, 1.0, SUGGESTED),
+        playground=Playground("tiny models.", NAMES, SUGGESTED),
     )
 
 
@@ -65,7 +65,10 @@ def test_the_page_takes_nothing_from_elsewhere(home):
 def test_the_page_is_told_systems_examples_and_what_can_be_asked(home):
     told = requests.get(home + "/v1/playground", timeout=20).json()
     assert [each["system"] for each in told["systems"]] == ["base", "expert", "proxy", "tuned"]
-    assert told["members"] and told["own_alpha"] and told["alpha"] == 1.0
+    assert told["members"] and told["alphas"] == {"alpha": 1.0} and told["formula"] == "proxy"
+    formulas = {each["name"]: each["settings"] for each in told["formulas"]}
+    assert formulas.keys() == {"dexperts", "gated", "contrastive"}
+    assert formulas["gated"] == {"threshold": 0.4}
     assert told["examples"][0]["prefix"] == "Answer:" and told["examples"][1]["form"] == "text"
     named = [each["id"] for each in requests.get(home + "/v1/models", timeout=20).json()["data"]]
     assert named[0] == "tiny-proxy" and set(named) == set(NAMES.values())
@@ -221,6 +224,67 @@ def test_a_prompt_is_answered_by_four_systems_and_alpha_moves_the_proxy(browser,
     assert browser.get_log("browser") == []
 
 
+def test_a_formula_and_its_settings_are_chosen_kept_in_the_link_and_copied(browser, home):
+    shown = "return document.getElementById('formula-shown').textContent"
+    open_page(browser, home)
+    assert "alpha × (expert − antiexpert)" in browser.execute_script(shown)
+    click(browser, "#run")
+    answers(browser, 1)
+    plain = text(browser, "proxy")
+    set_value(browser, "formula", "gated")
+    answers(browser, 2)
+    set_value(browser, "threshold", "0")
+    answers(browser, 3)  # no largest probability is below 0: the base alone
+    assert text(browser, "proxy").removesuffix("end") == text(browser, "base") != plain
+    assert "threshold" in browser.execute_script(shown)
+    picture(browser, "playground_formula.png")
+    click(browser, "#link")
+    link = "#" + browser.current_url.partition("#")[2]
+    click(browser, "#python")
+    copied = "return document.documentElement.dataset.copied"
+    wait(browser, copied + ".startsWith('import')")
+    asked = json.loads(
+        json.loads(browser.execute_script(copied).split("loads(")[1].split(")\n")[0])
+    )
+    assert asked["formula"] == {"name": "gated", "threshold": 0} and asked["alpha"] == 1
+    open_page(browser, home, link, answered=1)
+    assert text(browser, "proxy").removesuffix("end") == text(browser, "base")
+    open_page(browser, home, link.replace("formula=gated", "formula=mine"))
+    status = "return document.getElementById('status').textContent"
+    assert "The link's formula mine is not on this server" in browser.execute_script(status)
+    assert text(browser, "proxy") == ""
+
+
+def test_several_pairs_have_an_alpha_each(browser):
+    from tests.serving import running
+
+    base, antiexpert, tokenizer = (
+        tiny_model(seed=0),
+        tiny_model(seed=2, hidden=16),
+        tiny_tokenizer(),
+    )
+    given = {each: (tiny_model(seed=n, hidden=16), antiexpert) for n, each in ((1, "a"), (4, "b"))}
+    alphas = {"a": 0.5, "b": 1.0}
+    systems = {
+        "tiny-proxy": api.load(base, pairs=given, alpha=alphas, tokenizer=tokenizer),
+        "tiny-base": api.load(base, tokenizer=tokenizer),
+    }
+    told = Playground("pairs.", {"base": "tiny-base", "proxy": "tiny-proxy"}, SUGGESTED)
+    with running(create_app(systems, playground=told)) as url:
+        open_page(browser, url.removesuffix("/v1"))
+        click(browser, "#run")
+        answers(browser, 1)
+        first = text(browser, "proxy")
+        set_value(browser, "alpha-a", "0")
+        answers(browser, 2)
+        set_value(browser, "alpha-b", "0")
+        answers(browser, 3)
+        assert text(browser, "proxy").removesuffix("end") == text(browser, "base")
+        assert text(browser, "proxy") != first
+        hidden = "return document.getElementById('formula-label').hidden"
+        assert browser.execute_script(hidden)  # pairs have one formula
+
+
 def test_a_token_shows_its_candidates_and_what_would_have_followed(browser, home):
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -267,7 +331,17 @@ def test_the_keyboard_reaches_everything(browser, home):
         seen.append(now.get_attribute("id") or now.get_attribute("class"))
         if "tokens" in (now.get_attribute("class") or ""):
             break
-    for name in ("example", "form", "prompt", "prefix", "alpha", "temperature", "tokens", "seed"):
+    for name in (
+        "example",
+        "form",
+        "prompt",
+        "prefix",
+        "formula",
+        "alpha",
+        "temperature",
+        "tokens",
+        "seed",
+    ):
         assert name in seen
     for name in ("run", "link", "curl", "python"):
         assert name in seen

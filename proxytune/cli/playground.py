@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from proxytune.config.formulas import formula_of, members_of
+from proxytune.config.formulas import alphas, formula_of, members_of
 from proxytune.config.specs import model_specs
 from proxytune.errors import UserError
 from proxytune.experiment.generate import ModelPool
@@ -61,8 +61,9 @@ def load_systems(
     pool = ModelPool(
         dict(specs),
         {system: systems[system] for system in order},
-        alpha=cfg.alpha,
+        alpha=alphas(cfg),
         formula=formula_of(cfg),
+        vocabulary=cfg.triple.vocabulary,
         cuda_graphs=cfg.machine.cuda_graphs,
     )
     with pool:
@@ -83,7 +84,6 @@ def playground_of(cfg: DictConfig, triple: str | None, names: Mapping[str, str])
     return Playground(
         about=f"{triple or 'triple'} ({models}).",
         systems=dict(names),
-        alpha=cfg.alpha,
         suggestions=list(_suggestions(triple, cfg.root)),
     )
 

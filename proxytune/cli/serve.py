@@ -186,7 +186,8 @@ def _load_playground(
     systems = asked_systems(cfg)
     specs = model_specs(cfg)
     used = {member for roles in systems.values() for member in roles.values()}
-    members = check_models({role: spec for role, spec in specs.items() if role in used})
+    kind = cfg.triple.vocabulary
+    members = check_models({role: spec for role, spec in specs.items() if role in used}, kind)
     generators = load_systems(cfg, members, systems)
     names = {each: name if each == "proxy" else f"{triple or 'triple'}-{each}" for each in systems}
     # the proxy first: it answers requests that name no model

@@ -8,6 +8,7 @@ sampling.py     temperature, top-k, top-p, min-p, bans; noise that depends on th
 penalties.py    repetition, presence and frequency penalty
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
+combining.py    rows of one batch that have formulas and alphas of their own
 choice.py       the choice of tokens from the logits of a pass
 logprobs.py     log-probabilities of single tokens, and of the likeliest
 thought.py      where a completion's thought ends and its answer begins

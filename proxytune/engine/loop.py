@@ -203,15 +203,15 @@ class DecodeLoop(Loop):
         stepped = bool(running) and self._can_join(new)
         self._pass_rows = len(running) + len(new)
         prompts = [row.prompt() for row in new]
-        alphas = [row.request.alpha for row in new]
+        own = [row.request.combination for row in new]
         if stepped:
-            seen = self.system.join(_last_tokens(running), prompts, alphas)
+            seen = self.system.join(_last_tokens(running), prompts, own)
             for row in running:
                 row.fed += 1
             self._write(running, seen[: len(running)])
             seen = seen[len(running) :]
         else:
-            seen = self.system.prefill(prompts, alphas, self._ahead(new))
+            seen = self.system.prefill(prompts, own, self._ahead(new))
         copies = self._seat(new, seen)
         self._write(new, seen)
         self._write_first(copies)

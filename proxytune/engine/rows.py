@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import TokenLogprob, token_logprobs
 from proxytune.engine.sampling import BROKEN, NOTHING, Sampler, sample_stream
 from proxytune.engine.system import Pass, Prompt
@@ -55,7 +56,7 @@ class Request:
         max_new_tokens: decoding.max_new_tokens, or less where a member's context is too short.
         tokenizer: decodes the text; None leaves the text empty.
         record: how many top tokens per member `Finished.trace` lists; 0 for no trace.
-        alpha: this prompt's own alpha (triples only); None takes the system's.
+        combination: this prompt's own formula and alphas (triples only); None takes the system's.
         count_touched: whether to count the tokens whose logits are not the base's own.
         compare: whether to count the tokens that each member alone would have chosen.
         thought: how its completions think; None where they do not.
@@ -79,7 +80,7 @@ class Request:
     max_new_tokens: int
     tokenizer: Any | None = None
     record: int = 0
-    alpha: float | None = None
+    combination: Combination | None = None
     count_touched: bool = False
     compare: bool = False
     thought: Thought | None = None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from proxytune.engine.broken import blame
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import TokenLogprob, token_logprobs
 from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import longest
@@ -170,14 +171,17 @@ def _rate(logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor) -> _R
 
 @torch.inference_mode()
 def prompt_logprobs(
-    system: System, prompts: Sequence[Prompt], alphas: Sequence[float | None], tops: Sequence[int]
+    system: System,
+    prompts: Sequence[Prompt],
+    own: Sequence[Combination | None],
+    tops: Sequence[int],
 ) -> list[list[TokenLogprob | None]]:
     """Rates the tokens of several prompts, all read together.
 
     Args:
         system: an idle system.
         prompts: role -> token ids; members may differ in the first token alone.
-        alphas: each prompt's own alpha; None takes the system's.
+        own: each prompt's own formula and alphas; None takes the system's.
         tops: for each prompt, how many of the likeliest tokens to list at every position.
 
     Returns:
@@ -202,7 +206,7 @@ def prompt_logprobs(
     width = max(map(len, rests))
     block = max(16, BLOCK_ENTRIES // (len(prompts) * system.vocab_size))
     try:
-        rate(system.prefill(list(map(first_tokens, prompts)), alphas).unflat(), 0)
+        rate(system.prefill(list(map(first_tokens, prompts)), own).unflat(), 0)
         for start in range(0, width - 1, block):
             stop = min(start + block, width - 1)
             read = [rest[start:stop] for rest in rests]

@@ -14,12 +14,12 @@ from types import MappingProxyType
 
 import torch
 
+from proxytune.engine.combining import Combinations
 from proxytune.engine.speculation import Pace
 from proxytune.engine.truncation import Truncation
 from proxytune.records import Decoding
 
 Prompt = Mapping[str, Sequence[int]]  # role -> token ids
-Alphas = Sequence[float | None] | None  # per row; None is the system's own
 Pick = Callable[[torch.Tensor, int], torch.Tensor]  # logits, offset in the block -> tokens [rows]
 
 
@@ -325,12 +325,12 @@ class System(Rows):
         return self.members["base"].lengths
 
     @abstractmethod
-    def prefill(self, prompts: Sequence[Prompt], alphas: Alphas = None, ahead: int = 0) -> Pass:
+    def prefill(self, prompts: Sequence[Prompt], own: Combinations = None, ahead: int = 0) -> Pass:
         """Reads prompts, each into a new row after the present ones.
 
         Args:
             prompts: role -> token ids, for each new row.
-            alphas: each row's alpha, for as long as the row lives; None takes the system's.
+            own: each row's combination, for as long as the row lives; None takes the system's.
             ahead: how many tokens the small model guesses after each prompt. A base that is
                 asked over a network then answers for the prompt and the first block at once.
 
@@ -339,7 +339,9 @@ class System(Rows):
         """
 
     @abstractmethod
-    def join(self, tokens: torch.Tensor, prompts: Sequence[Prompt], alphas: Alphas = None) -> Pass:
+    def join(
+        self, tokens: torch.Tensor, prompts: Sequence[Prompt], own: Combinations = None
+    ) -> Pass:
         """`step` for the present rows and `prefill` for new ones, in one pass.
 
         Returns:

@@ -13,5 +13,6 @@ expert_chat_template=llama2); a member without a chat format reads the turns as 
 arguments.py   lm-eval's flat --model_args -> the models to load
 model.py       `ProxyTuneLM`, the class that lm-eval drives
 evaluation.py  one lm-eval task on one of our generators, from Python
+tasks/         tasks in lm-eval's format that lm-eval lacks
 __main__.py    lm-eval's command line with the model `proxytune`
 """

@@ -4,6 +4,7 @@ import difflib
 import logging
 import traceback
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,11 @@ from lm_eval.tasks import TaskManager
 from proxytune.api import Generator
 from proxytune.errors import UserError
 from proxytune.harness.model import ProxyTuneLM
+
+OWN_TASKS = str(Path(__file__).parent / "tasks")
+# SymPy's LaTeX parser takes this release of antlr4-python3-runtime alone, Hydra another one.
+_LATEX_ANTLR = "4.11"
+_HAS_ANTLR = version("antlr4-python3-runtime").rpartition(".")[0]
 
 # words of the reason -> what helps
 _OTHER_WAY = (
@@ -59,15 +65,35 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
         refusal = no_dataset(error, name)
         if refusal is not None:
             raise UserError(refusal) from error
+        if isinstance(error, ImportError | AssertionError) and "antlr4" in str(error):
+            raise UserError(_no_antlr(name)) from error
         if isinstance(error, OSError | ImportError | ValueError):
             raise UserError(f"lm-eval cannot load its task {name}: {_first_line(error)}") from error
         raise
+    if _HAS_ANTLR != _LATEX_ANTLR and any(map(_parses_latex, loaded["tasks"].values())):
+        raise UserError(_no_antlr(name))
     unsafe = [n for n, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not run_code:
         raise UserError(
             f"{unsafe[0]} of lm-eval runs model-written code on this machine without a sandbox; "
             "say run_code=true (and HF_ALLOW_CODE_EVAL=1), or use our humaneval, which has one"
         )
+
+
+def _no_antlr(name: str) -> str:
+    """The refusal of a task that grades by SymPy's LaTeX parser."""
+    return (
+        f"lm-eval's task {name} grades by SymPy's LaTeX parser, which needs "
+        f"antlr4-python3-runtime {_LATEX_ANTLR}, and Hydra needs {_HAS_ANTLR}; take "
+        "task=lm_eval/math500_verify (pip install 'proxytune[math]'), or ask `proxytune serve` by "
+        "lm-eval in an environment of its own (pip install 'lm-eval[math,api]')"
+    )
+
+
+def _parses_latex(task: Any) -> bool:
+    """Whether a task grades by SymPy's LaTeX parser, which would fail after all was generated."""
+    grade = getattr(getattr(task, "config", None), "process_results", None)
+    return "parse_latex" in getattr(grade, "__globals__", {})
 
 
 def _downloading(error: BaseException) -> Task | None:
@@ -216,5 +242,6 @@ def _task_manager(name: str, include_path: str | None) -> TaskManager:
 def _indexed(include_path: str | None, include_defaults: bool) -> TaskManager:
     key = (include_path, include_defaults)
     if key not in _managers:
-        _managers[key] = TaskManager(include_path=include_path, include_defaults=include_defaults)
+        paths = [OWN_TASKS, *([] if include_path is None else [include_path])]
+        _managers[key] = TaskManager(include_path=paths, include_defaults=include_defaults)
     return _managers[key]

@@ -12,9 +12,17 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from proxytune.api import Generation, Generator, load
+from proxytune.api import Generation, Generator, arguments, load
 from proxytune.errors import UserError
-from proxytune.harness.arguments import batch_rows, formula_of, specs_of, usable_device
+from proxytune.harness.arguments import (
+    alphas_of,
+    batch_rows,
+    formula_of,
+    specs_of,
+    template_variables,
+    usable_device,
+    with_alphas,
+)
 from proxytune.loading.formulas import name_of
 from proxytune.loading.prompting import begun_answer, prompt_ids, render_messages
 from proxytune.proxy import ProxyTunedModel, combine_logits
@@ -45,6 +53,8 @@ class ProxyTuneLM(TemplateLM):
         vocabulary: see `proxytune.load`.
         formula: the name of one in `proxytune.formula`, or MODULE.FUNCTION; its settings are
             `formula_<name>` (formula=gated,formula_threshold=0.5).
+        chat_template_args: variables of the members' chat templates, as lm-eval's `hf` has them.
+        enable_thinking: one of them.
         dtype, device: of every member.
         batch_size: rows at once; "auto" goes by the free memory (lm-eval's own default is 1).
         max_batch_size: unused: lm-eval passes it, but "auto" needs no limit.
@@ -52,7 +62,8 @@ class ProxyTuneLM(TemplateLM):
         max_gen_toks: longest completion in tokens, for tasks that set none.
         seed: of sampled completions.
         progress: shows progress bars.
-        members: `<role>_<field>` for a field of `ModelSpec` (base_revision, expert_adapter,
+        members: `<pair>_expert`, `<pair>_antiexpert` and `<pair>_alpha` for each of several pairs;
+            `<role>_<field>` for a field of `ModelSpec` (base_revision, expert_adapter,
             antiexpert_device, ...), and `<role>_format=chat` or `<role>_chat_template=NAME`;
             `<role>_think_end` and `<role>_template_kwargs` as in `PromptFormat`.
 
@@ -68,6 +79,8 @@ class ProxyTuneLM(TemplateLM):
         alpha: float = 1.0,
         vocabulary: str = "strict",
         formula: str | None = None,
+        chat_template_args: Mapping[str, Any] | str | None = None,
+        enable_thinking: bool | None = None,
         *,
         generator: Generator | None = None,
         dtype: str = "auto",
@@ -84,12 +97,11 @@ class ProxyTuneLM(TemplateLM):
         if generator is None:
             ids = {"base": base, "expert": expert, "antiexpert": antiexpert}
             chosen = formula_of(formula, members)
+            alphas = alphas_of(members)
             specs = specs_of(ids, dtype, usable_device(device), members)
             generator = load(
-                specs["base"],
-                specs.get("expert"),
-                specs.get("antiexpert"),
-                float(alpha),
+                **arguments(specs),
+                alpha=with_alphas(specs, float(alpha), alphas),
                 formula=chosen,
                 vocabulary=vocabulary,
             )
@@ -102,6 +114,8 @@ class ProxyTuneLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.max_length = max_length or generator.max_positions or _DEFAULT_MAX_LENGTH
         self._progress = progress
+        self._variables = template_variables(chat_template_args, enable_thinking)
+        self._formats = generator.encoder.formats(self._variables)
 
     # -- text and tokens --------------------
 
@@ -159,13 +173,13 @@ class ProxyTuneLM(TemplateLM):
             )
         if len(self.generator.roles) == 1 and self._member("base").format.chat_template is None:
             return self.tokenizer.chat_template
-        return json.dumps({role: str(self._member(role).format) for role in self.generator.roles})
+        return json.dumps({role: str(self._formats[role]) for role in self.generator.roles})
 
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's name and a hash of the formats; lm-eval names cached requests by it."""
         name = self.tokenizer.name_or_path.replace("/", "__")
-        formats = [str(self._member(role).format) for role in self.generator.roles]
+        formats = [str(self._formats[role]) for role in self.generator.roles]
         return f"{name}__{hashlib.sha256(repr(formats).encode()).hexdigest()[:8]}"
 
     def _member(self, role: str) -> Any:
@@ -180,7 +194,7 @@ class ProxyTuneLM(TemplateLM):
         texts = {}
         for role in self.generator.roles:
             member = self._member(role)
-            rendered = render_messages(messages, member.format, member.need_tokenizer())
+            rendered = render_messages(messages, self._formats[role], member.need_tokenizer())
             texts[role] = rendered.text + rest
         return texts
 
@@ -353,8 +367,11 @@ class ProxyTuneLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """The models and alpha, for lm-eval's results file."""
         members = {role: str(self._member(role).spec) for role in self.generator.roles}
-        alpha = self.generator.alphas.get("alpha")
+        alphas = dict(self.generator.alphas)
+        alpha = alphas if len(alphas) > 1 else next(iter(alphas.values()), None)
         info: dict[str, Any] = {"proxytune_members": members, "proxytune_alpha": alpha}
+        if self._variables:
+            info["proxytune_chat_template_args"] = self._variables
         system = getattr(self.generator, "system", None)  # vLLM's generator has none
         if isinstance(system, ProxyTunedModel) and system.formula is not combine_logits:
             settings = getattr(system.formula, "keywords", {})

@@ -86,7 +86,8 @@ def vocabulary_of(models: Mapping[str, LoadedModel], kind: str = STRICT) -> Voca
     Raises:
         UserError: see `settle_vocabulary`.
     """
-    return settle_vocabulary(kind, *_facts(models))
+    formats = {role: model.format for role, model in models.items()}
+    return settle_vocabulary(kind, *_facts(models), formats)
 
 
 def _facts(

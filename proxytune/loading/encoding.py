@@ -1,10 +1,19 @@
 """A prompt as each member of a system reads it: role -> token ids."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from proxytune.errors import UserError
 from proxytune.loading.loaded import LoadedModel
-from proxytune.loading.prompting import PromptFormat, PromptLike, as_messages, token_ids
+from proxytune.loading.prompting import (
+    PromptFormat,
+    PromptLike,
+    as_messages,
+    template_of,
+    token_ids,
+)
+from proxytune.loading.variables import is_ours, read_by
 from proxytune.members.translated import Translation, own_ids
 
 
@@ -36,18 +45,56 @@ class Encoder:
             for role, member in members.items()
         } | {role: each.own_size for role, each in translations.items()}
 
+    def formats(self, variables: Mapping[str, Any] | None = None) -> dict[str, PromptFormat]:
+        """Role -> its format, with variables of a request's own for the chat templates.
+
+        A template gets those that it reads: members of one system have different templates.
+
+        Args:
+            variables: name -> value; they win over `PromptFormat.template_kwargs`.
+
+        Raises:
+            UserError: no member has a chat format, or no template reads one of the variables.
+        """
+        formats = {role: member.format for role, member in self._members.items()}
+        if not variables:
+            return formats
+        chats = {role: fmt for role, fmt in formats.items() if fmt.kind == "chat"}
+        if not chats:
+            raise UserError(
+                "variables of a chat template need a member with one, and all read raw text; set "
+                "format.kind=chat for a member (in a triple's file: format: {kind: chat})"
+            )
+        tokenizers = {role: self._members[role].need_tokenizer() for role in chats}
+        own = {
+            r: read_by(template_of(fmt, tokenizers[r]), tokenizers[r]) for r, fmt in chats.items()
+        }
+        for name in variables:
+            if any(is_ours(name, each) for each in tokenizers.values()):
+                raise UserError(f"{name} is no variable of a chat template's own")
+            if not any(name in read for read in own.values()):
+                raise UserError(f"no member's chat template reads {name}")
+        for role, fmt in chats.items():
+            mine = {name: value for name, value in variables.items() if name in own[role]}
+            formats[role] = replace(fmt, template_kwargs=(fmt.template_kwargs or {}) | mine)
+        return formats
+
     def encode(
-        self, prompt: PromptLike | Mapping[str, Sequence[int]], most: int | None
+        self,
+        prompt: PromptLike | Mapping[str, Sequence[int]],
+        most: int | None,
+        variables: Mapping[str, Any] | None = None,
     ) -> dict[str, list[int]]:
         """A prompt as each member reads it: role -> token ids.
 
         Args:
             prompt: a text, the base's token ids, chat messages, or role -> that member's own ids.
             most: the longest prompt in tokens that the members read; None for no limit.
+            variables: see `formats`; of chat messages.
 
         Raises:
-            UserError: the prompt is empty, has unknown token ids, lacks a role, or is a text so
-                long that no model can read it.
+            UserError: see `formats`; or the prompt is empty, has unknown token ids, lacks a role,
+                or is a text so long that no model can read it.
         """
         if isinstance(prompt, Mapping):
             if not prompt.keys() >= set(self._roles):
@@ -57,8 +104,9 @@ class Encoder:
             given = dict.fromkeys(self._members, prompt)
             if self._translations and not isinstance(prompt, str) and as_messages(prompt) is None:
                 given |= self._translated(token_ids(prompt, PromptFormat(), None))
+        formats = self.formats(variables)
         ids = {
-            role: token_ids(each, self._members[role].format, self._members[role].tokenizer, most)
+            role: token_ids(each, formats[role], self._members[role].tokenizer, most)
             for role, each in given.items()
         }
         if "draft" in self._members:

@@ -76,8 +76,8 @@ def choose(formula: Formula | None, helpers: Sequence[str], few: bool = False) -
     needs, _ = needs_of(formula)
     if not helpers or (not takes_any(formula) and set(helpers) != set(needs)):
         raise UserError(
-            f"formula={name_of(formula)} combines the base with {_list(needs)}; "
-            f"given: {_list(helpers)}"
+            f"formula={name_of(formula)} combines the base with {listed(needs)}; "
+            f"given: {listed(helpers)}"
         )
     if few and not traits_of(formula).rises:
         raise UserError(
@@ -98,9 +98,7 @@ def alphas_of(formula: Formula, alpha: Alphas, helpers: Sequence[str]) -> dict[s
     Raises:
         UserError: a pair has no alpha or there is no such pair, or the formula takes none.
     """
-    names = needs_of(formula)[1]
-    if takes_any(formula):
-        names += [role.removesuffix("expert") + "alpha" for role in experts_of(helpers)]
+    names = needs_among(formula, helpers)[1]
     if not isinstance(alpha, Mapping):
         if not names and alpha != 1:
             raise UserError(f"formula={name_of(formula)} takes no alpha; leave alpha={alpha} out")
@@ -108,8 +106,8 @@ def alphas_of(formula: Formula, alpha: Alphas, helpers: Sequence[str]) -> dict[s
     given = {f"{name}_alpha": finite(f"alpha of {name}", each) for name, each in alpha.items()}
     if given.keys() != set(names):
         raise UserError(
-            f"alpha names {_list(list(alpha))}; the formula's pairs are "
-            f"{_list([name.removesuffix('_alpha') for name in names])}"
+            f"alpha names {listed(list(alpha))}; the formula's pairs are "
+            f"{listed([name.removesuffix('_alpha') for name in names])}"
         )
     return given
 
@@ -170,11 +168,20 @@ def needs_of(formula: Formula) -> tuple[list[str], list[str]]:
     odd = [role for role in roles if not re.fullmatch(r"(\w+_)?(anti)?expert", role)]
     if "base" not in named or odd:
         raise UserError(
-            f"formula={name_of(formula)} takes {_list(named)}; its parameters are base, the "
+            f"formula={name_of(formula)} takes {listed(named)}; its parameters are base, the "
             "members that it needs (expert, antiexpert) and alpha. Settings of its own need a "
             "value, or a default"
         )
     return roles, alphas
+
+
+def needs_among(formula: Formula, helpers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The helpers that a formula combines with the base, and its alphas by their names."""
+    needs, names = needs_of(formula)
+    if not takes_any(formula):
+        return needs, names
+    pairs = [role.removesuffix("expert") + "alpha" for role in experts_of(helpers)]
+    return list(helpers), names + pairs
 
 
 def takes_any(formula: Formula) -> bool:
@@ -186,8 +193,11 @@ def takes_any(formula: Formula) -> bool:
 def name_of(formula: Formula) -> str:
     """A formula's name, for messages."""
     function = formula.func if isinstance(formula, partial) else formula
+    if function is combine_logits:
+        return "proxy"  # as in conf/formula
     return function.__name__ if inspect.isfunction(function) else repr(function)
 
 
-def _list(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Words for a message."""
     return ", ".join(words) or "nothing"

@@ -92,7 +92,8 @@ def find_vocabulary(specs: Mapping[str, ModelSpec], kind: str = STRICT) -> Vocab
             sizes[role] = configs[0].get_text_config().vocab_size
         configs += generation_configs(spec)
         ends[role] = end_ids(tokenizers[role], *configs)
-    return settle_vocabulary(kind, tokenizers, sizes, ends)
+    formats = {role: spec.format for role, spec in specs.items()}
+    return settle_vocabulary(kind, tokenizers, sizes, ends, formats)
 
 
 def generation_configs(spec: ModelSpec) -> list[GenerationConfig]:

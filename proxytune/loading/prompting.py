@@ -6,24 +6,20 @@ decides that (`PromptFormat`), never its name.
 
 import logging
 import operator
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from proxytune.errors import UserError
 from proxytune.loading.length import exceeds
+from proxytune.loading.variables import check_variables
 from proxytune.records import Prompt
 
 log = logging.getLogger(__name__)
-
-_TAGS = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)  # what a Jinja template computes
-_LITERALS = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 TEMPLATES = Path(__file__).parent / "templates"
 Message = Mapping[str, str]
@@ -166,9 +162,9 @@ def render_messages(messages: Sequence[Message], fmt: PromptFormat, tokenizer: A
     prefix = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not turns:
         raise UserError("a conversation needs a turn of the user before the assistant's")
-    template = _template_of(fmt, tokenizer)
+    template = template_of(fmt, tokenizer)
     variables = fmt.template_kwargs or {}
-    _check_variables(variables, template, tokenizer)
+    check_variables(variables, template, tokenizer)
     text = apply_template(turns, tokenizer, template, variables=variables)
     if prefix and fmt.think_end and not fmt.ends_thought(text) and fmt.think_end not in prefix:
         return Rendered(text, add_special_tokens=False)  # the thought comes first, then the prefix
@@ -216,26 +212,6 @@ def apply_template(
             "false), give another template (format.chat_template=...), or format.kind=raw",
             reason,
         ) from error
-
-
-def _check_variables(variables: Mapping[str, Any], template: str | None, tokenizer: Any) -> None:
-    """Refuses variables that a template does not read: it would ignore them without a word.
-
-    Raises:
-        UserError: one of them is not in the template's text, or is one that we set.
-    """
-    if not variables:
-        return
-    code = "".join(_TAGS.findall(template or tokenizer.get_chat_template()))
-    read = set(re.findall(r"\w+", _LITERALS.sub("", code)))
-    for name in variables:
-        if name in signature(tokenizer.apply_chat_template).parameters:
-            raise UserError(f"format.template_kwargs.{name} is no variable of a template's own")
-        if name not in read:
-            raise UserError(
-                f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} "
-                f"does not read format.template_kwargs.{name}"
-            )
 
 
 def encode(rendered: Rendered, tokenizer: Any, most: int | None = None) -> list[int]:
@@ -391,7 +367,7 @@ def read_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
+def template_of(fmt: PromptFormat, tokenizer: Any) -> str | None:
     """The chat template's text; None for the tokenizer's own.
 
     Raises:

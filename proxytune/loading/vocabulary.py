@@ -7,10 +7,12 @@ map      members of other vocabularies speak the base's ids (`translation`)
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from proxytune.errors import UserError
 from proxytune.loading.ends import shared_end
+from proxytune.loading.prompting import PromptFormat, thinking
 from proxytune.loading.translation import Tokens, counterparts, make_translation
 from proxytune.members.translated import Translation
 from proxytune.proxy import SharedEnd
@@ -69,7 +71,7 @@ class Vocabulary:
         without = {token for ids in self.unshifted.values() for token in ids}
         shown = [
             f"{token} ({' / '.join(dict.fromkeys(str(name) for name in names.values()))})"
-            + ("" if token in without else " ends a text of all and is shifted")
+            + ("" if token in without else " has one meaning to all and is shifted")
             for token, names in list(self.renamed.items())[:_SHOWN]
         ]
         more = len(self.renamed) - len(shown)
@@ -85,6 +87,7 @@ def settle_vocabulary(
     tokenizers: Mapping[str, Any],
     sizes: Mapping[str, int],
     ends: Mapping[str, Collection[int]],
+    formats: Mapping[str, PromptFormat] = MappingProxyType({}),
 ) -> Vocabulary:
     """The vocabulary of a base and its helpers.
 
@@ -93,6 +96,7 @@ def settle_vocabulary(
         tokenizers: role -> tokenizer; None where it is unknown.
         sizes: role -> entries of the model's logits; a base behind an API is missing.
         ends: role -> the tokens that end that model's text.
+        formats: role -> its format, for the tags of thoughts.
 
     Raises:
         UserError: see `common_vocabulary` and `shared_end`.
@@ -111,7 +115,21 @@ def settle_vocabulary(
         if "base" in names
     }
     end = shared_end(ends, sizes, tokenizers.get("base"), size, foreign)
+    # A thought's tags mean to the whole system what they mean to the member that thinks. Without a
+    # shift the base, to which the end tag is a token that it never writes, would end no thought.
+    tags = _tags(tokenizers, formats) if kind == SPECIAL else set()
+    foreign = {role: ids - tags for role, ids in foreign.items()}
     return Vocabulary(kind, size, end, renamed, _unshifted(ends, foreign, end))
+
+
+def _tags(tokenizers: Mapping[str, Any], formats: Mapping[str, PromptFormat]) -> set[int]:
+    """The ids of the tags of thoughts that are one token to the member that thinks."""
+    found = set()
+    for role in thinking(formats):
+        for tag in formats[role].tags:
+            ids = tokenizers[role](tag, add_special_tokens=False)["input_ids"]
+            found |= set(ids) if len(ids) == 1 else set()
+    return found
 
 
 def _mapped(

@@ -24,6 +24,7 @@ _WANTED = {
     "stop": f"must be a string of at most {STOP_LENGTH} characters, or a list of at most "
     f"{MOST_STOPS} of them, and none may be empty",
     "logit_bias": "must map token ids, as strings, to numbers from -100 to 100",
+    "alpha": "must be a number from -100 to 100, or map names of pairs to such numbers",
     "input": "must be a string, or a list of messages (of system, developer, user or assistant) "
     "whose content is a string or a list of text parts",
 }

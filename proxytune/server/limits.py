@@ -22,6 +22,8 @@ Text = Annotated[str, Field(max_length=TEXT_LENGTH)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
+Alpha = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 

@@ -65,7 +65,6 @@ CHAT: Neutral = {
     **_TOOLS,
     "add_special_tokens": (False,),  # the template writes them
     "best_of": (1,),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from starlette.responses import HTMLResponse, Response
 
+from proxytune.errors import UserError
+from proxytune.formula import SHIPPED, shipped
 from proxytune.generator import Generator
+from proxytune.loading.formulas import name_of
 from proxytune.results.templates import asset, render
 
 # Nothing comes from elsewhere, and no other page may frame this one.
@@ -50,13 +53,11 @@ class Playground:
     Attributes:
         about: one line about the models.
         systems: system -> the model's name in the API, in the order of the page.
-        alpha: where the slider begins.
         suggestions: prompts to begin with.
     """
 
     about: str
     systems: dict[str, str]
-    alpha: float = 1.0
     suggestions: list[Suggestion] = field(default_factory=list)
 
     def to_dict(self, proxy: Generator) -> dict[str, Any]:
@@ -64,12 +65,29 @@ class Playground:
         return {
             "about": self.about,
             "systems": [{"system": each, "model": name} for each, name in self.systems.items()],
-            "alpha": self.alpha,
             "members": proxy.shows_members,
-            "own_alpha": len(proxy.alphas) == 1,
+            "formula": name_of(proxy.formula) if proxy.formula else None,
+            "formulas": _formulas(proxy),
+            "alphas": {
+                name if name == "alpha" else name.removesuffix("_alpha"): value
+                for name, value in proxy.alphas.items()
+            },
             "ends": sorted(proxy.eos_ids),
             "examples": [asdict(each) for each in self.suggestions],
         }
+
+
+def _formulas(proxy: Generator) -> list[dict[str, Any]]:
+    """The formulas that the page can ask for in place of the server's, and their settings."""
+    found = []
+    for name, (_, settings) in SHIPPED.items():
+        try:
+            own = proxy.combination(shipped(name))
+        except UserError:
+            continue  # it combines other models
+        if own is not None and own.formula is not proxy.formula:
+            found.append({"name": name, "settings": dict(settings)})
+    return found
 
 
 def page() -> Response:

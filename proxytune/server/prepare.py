@@ -1,18 +1,20 @@
 """From a client's request to a job of the worker: settings checked, prompts encoded."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.engine.rows import Request, longest
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.score import same_tokens
 from proxytune.errors import UserError
+from proxytune.formula import shipped
 from proxytune.generator import Generator
 from proxytune.loading.prompting import begun_answer, prompt_ids
 from proxytune.records import Decoding, make_decoding
@@ -83,7 +85,7 @@ def prepare_completion(
         top=body.logprobs,
         members_top=body.member_logprobs,
         rate_top=-1 if -1 in tops else max(tops, default=0),
-        alpha=_alpha(body.alpha, generator),
+        combination=_combination(body, generator),
         pieces=bool(body.stream or body.return_token_ids),
         streams=bool(body.stream),
     )
@@ -145,7 +147,8 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
     _check_top("top_logprobs", body.top_logprobs, settings)
     _check_members(body, generator, settings)
     _check_continuation(body)
-    ids, begun = _conversation(body.messages, generator, "messages")
+    variables = _variables(body, generator)
+    ids, begun = _conversation(body.messages, generator, "messages", variables)
     ids = _begun(ids, body, generator)
     asked = body.max_completion_tokens or body.max_tokens
     decoding = _decoding(body, asked or _longest_answer(generator, settings), settings)
@@ -153,7 +156,7 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
         requests=_requests([ids], decoding, body, generator, "messages", [begun]),
         top=(body.top_logprobs or 0) if body.logprobs else None,
         members_top=body.member_logprobs,
-        alpha=_alpha(body.alpha, generator),
+        combination=_combination(body, generator),
         pieces=bool(body.stream or body.return_token_ids),
         streams=bool(body.stream),
     )
@@ -184,17 +187,35 @@ def prepare_response(
     job = Job(
         requests=_requests([ids], decoding, body, generator, "input", [begun]),
         top=(body.top_logprobs or 0) if rated else None,
-        alpha=_alpha(body.alpha, generator),
+        combination=_combination(body, generator),
         pieces=bool(body.stream),
         streams=bool(body.stream),
     )
     return Prepared(job, [ids["base"]], None, 1)
 
 
+def _variables(body: ChatRequest, generator: Generator) -> dict[str, Any] | None:
+    """The request's variables for chat templates; refused where no template reads them."""
+    try:
+        generator.encoder.formats(body.chat_template_kwargs)
+    except UserError as error:
+        raise ApiError(str(error), param="chat_template_kwargs") from error
+    return body.chat_template_kwargs
+
+
 def _conversation(
-    turns: Sequence[Message | InputMessage], generator: Generator, param: str
+    turns: Sequence[Message | InputMessage],
+    generator: Generator,
+    param: str,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, list[int]], str]:
-    """A conversation as each member reads it, in its own format; `param` is for errors.
+    """A conversation as each member reads it, in its own format.
+
+    Args:
+        turns: the conversation.
+        generator: the system.
+        param: the request's field that holds it, for errors.
+        variables: of the chat templates.
 
     Returns:
         Role -> token ids; and the text with which the answer begins, "" for none.
@@ -206,7 +227,7 @@ def _conversation(
         role = "system" if turn.role == "developer" else turn.role
         messages.append({"role": role, "content": text})
     try:
-        return generator.encode(messages), begun_answer(messages)
+        return generator.encode(messages, variables), begun_answer(messages)
     except (UserError, UnicodeError, TemplateError) as error:
         raise ApiError(str(error), param=param) from error
 
@@ -296,13 +317,20 @@ def _begun(
     return {role: [*own, *begin] for role, own in ids.items()}
 
 
-def _alpha(alpha: float | None, generator: Generator) -> float | None:
-    """The request's alpha; refused where it cannot have one."""
+def _combination(body: AnyRequest, generator: Generator) -> Combination | None:
+    """The request's own formula and alpha; refused where it cannot have them."""
+    formula = None
     try:
-        generator.check_alpha(alpha)
+        if body.formula is not None:
+            settings = body.formula.model_dump(exclude={"name"}, exclude_none=True)
+            formula = shipped(body.formula.name, settings)
+            generator.combination(formula)
+    except UserError as error:
+        raise ApiError(str(error), param="formula") from error
+    try:
+        return generator.combination(formula, body.alpha)
     except UserError as error:
         raise ApiError(str(error), param="alpha") from error
-    return alpha
 
 
 def _decoding(body: AnyRequest, max_tokens: int, settings: ServerSettings) -> Decoding:

@@ -12,9 +12,11 @@ from proxytune.server.limits import (
     MOST_BIASES,
     MOST_STOPS,
     MOST_TURNS,
+    Alpha,
     BeginIds,
     Bias,
     Count,
+    Number,
     Penalty,
     Prompts,
     Stop,
@@ -41,6 +43,18 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = Field(
         None, description="with include_usage, every chunk has the usage so far"
     )
+
+
+class FormulaChoice(Strict):
+    """A formula of docs/formulas.md and its settings; those left out are as in conf/formula."""
+
+    name: Annotated[str, Field(max_length=64)] = Field(
+        description="proxy, dexperts, gated, contrastive or guidance"
+    )
+    top_k: Annotated[int, Field(le=2**31 - 1)] | None = Field(None, description="of dexperts")
+    top_p: Number | None = Field(None, description="of dexperts")
+    threshold: Number | None = Field(None, description="of gated")
+    plausibility: Number | None = Field(None, description="of contrastive")
 
 
 class _Choosing(Strict):
@@ -81,8 +95,15 @@ class _Choosing(Strict):
         at_most(MOST_BIASES, "tokens"),
     ] = Field(None, description="token id -> what is added to its logit")
     stream: bool | None = None
-    alpha: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = Field(
-        None, description="scale on (expert - antiexpert), of this request alone"
+    alpha: Annotated[
+        Alpha | dict[Annotated[str, Field(max_length=64)], Alpha] | None, at_most(64, "pairs")
+    ] = Field(
+        None,
+        description="scale on (expert - antiexpert), of this request alone; of a triple with "
+        "several pairs also a mapping, pair -> its scale",
+    )
+    formula: FormulaChoice | None = Field(
+        None, description="combines the members' logits, in place of the server's formula"
     )
 
 
@@ -168,6 +189,9 @@ class ChatRequest(_Sampling):
         None, description="must be true where the last turn is the assistant's, else false"
     )
     add_generation_prompt: bool | None = Field(None, description="must be the opposite")
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Any] | None, at_most(64, "variables")
+    ] = Field(None, description="variables of the members' chat templates, name -> value")
 
 
 class InputPart(Strict):

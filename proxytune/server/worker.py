@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.memory import out_of_memory
 from proxytune.engine.rows import Finished, Rating, Request, longest
@@ -107,7 +108,7 @@ class Job:
         top: tokens listed per generated token; None asks for no log-probabilities.
         members_top: the same for each member; None asks for no log-probabilities of members.
         rate_top: tokens listed per token of a rated prompt.
-        alpha: scale on (expert - antiexpert) for this job; None is the system's.
+        combination: this job's own formula and alphas; None is the system's.
         pieces: whether `Piece` events are wanted although no log-probabilities are.
         streams: whether the client reads while it is written, so that it may be paused.
     """
@@ -117,7 +118,7 @@ class Job:
     top: int | None = None
     members_top: int | None = None
     rate_top: int = 0
-    alpha: float | None = None
+    combination: Combination | None = None
     pieces: bool = False
     streams: bool = False
     _queue: asyncio.Queue[list[Event | Failed]] = field(default_factory=asyncio.Queue)
@@ -323,7 +324,7 @@ class Worker:
                 replace(
                     request,
                     index=index,
-                    alpha=job.alpha,
+                    combination=job.combination,
                     on_token=partial(self._watch, job, place) if watched else None,
                     top=job.top,
                     shows_members=job.members_top is not None,
@@ -381,7 +382,7 @@ class Worker:
         try:
             rated = self._rater.rate(
                 [job.rate[place] for job, place in batch],
-                [job.alpha for job, _ in batch],
+                [job.combination for job, _ in batch],
                 [job.rate_top for job, _ in batch],
             )
         except (RuntimeError, MemoryError) as error:

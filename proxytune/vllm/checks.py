@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.system import Prompt
 from proxytune.errors import UserError
+from proxytune.loading.formulas import name_of
 from proxytune.loading.spec import ModelSpec
+from proxytune.proxy import combine_logits
 from proxytune.records import Decoding
 from proxytune.vllm.plan import SystemPlan, make_plan
 from proxytune.vllm.settings import OWN, EngineSettings, check_version
@@ -202,6 +205,23 @@ def check_decoding(name: str, decoding: Decoding, settings: EngineSettings) -> N
             f"{name}: engine.speculative={settings.speculative} leaves out our sampler, for "
             "vLLM takes no logits processor with it: greedy tasks alone; or engine.sampler=vllm"
         )
+
+
+def check_combination(own: Combination, alphas: Mapping[str, float], per_request: bool) -> None:
+    """Refuses a request's own formula, and its own alpha where all requests have one.
+
+    Args:
+        own: what the request asks for.
+        alphas: the system's.
+        per_request: whether the model runner gives requests an alpha of their own.
+
+    Raises:
+        UserError: see above.
+    """
+    if own.formula is not combine_logits:
+        raise UserError(f"formula {name_of(own.formula)} needs engine=own, not engine=vllm")
+    if own.alphas != alphas and not per_request:
+        raise UserError(f"alpha={own.alphas['alpha']}: {V1_READS_ONE}")
 
 
 def check_one_prompt(prompts: Iterable[Prompt], place: str) -> None:

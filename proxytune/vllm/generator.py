@@ -5,13 +5,16 @@ from typing import Any, Literal
 
 import torch
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import TokenLogprob
 from proxytune.engine.system import Prompt
 from proxytune.errors import UserError
 from proxytune.generator import Generator, Pairs, Speculative
+from proxytune.loading.formulas import Alphas
 from proxytune.loading.prompting import PromptLike
+from proxytune.proxy import Formula
 from proxytune.records import Decoding, whole_number
-from proxytune.vllm.checks import V1_READS_ONE, check_decoding, check_one_prompt
+from proxytune.vllm.checks import check_combination, check_decoding, check_one_prompt
 from proxytune.vllm.engine import Engine
 from proxytune.vllm.loop import EngineLoop
 from proxytune.vllm.requests import Listed, rating, scoring
@@ -44,13 +47,17 @@ class VllmGenerator(Generator):
         """This generator: vLLM keeps the rows of several loops apart."""
         return self
 
-    def encode(self, prompt: PromptLike | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    def encode(
+        self,
+        prompt: PromptLike | Mapping[str, Sequence[int]],
+        variables: Mapping[str, Any] | None = None,
+    ) -> dict[str, list[int]]:
         """A prompt as each member reads it; see `Generator.encode`.
 
         Raises:
             UserError: the members read different prompts, and the model runner is V1.
         """
-        ids = super().encode(prompt)
+        ids = super().encode(prompt, variables)
         check_one_prompt([ids], "the prompt")
         return ids
 
@@ -61,11 +68,18 @@ class VllmGenerator(Generator):
         check_decoding("this call", decoding, self.engine.settings)
         super()._check_call(decoding, record, compare)
 
-    def check_alpha(self, alpha: float | None) -> None:
-        """Refuses an own alpha where the model runner has one for all; see `Generator`."""
-        super().check_alpha(alpha)
-        if alpha is not None and alpha != self.alphas.get("alpha") and not self.engine.per_request:
-            raise UserError(f"alpha={alpha}: {V1_READS_ONE}")
+    def combination(
+        self, formula: Formula | None = None, alpha: Alphas | None = None
+    ) -> Combination | None:
+        """Refuses every formula but proxy-tuning's, too; see `Generator`.
+
+        Raises:
+            UserError: besides, an own alpha where the model runner has one for all.
+        """
+        own = super().combination(formula, alpha)
+        if own is not None:
+            check_combination(own, self.alphas, self.engine.per_request)
+        return own
 
     def loop(
         self, batch_size: int | Literal["auto"] = "auto", speculative: Speculative = "auto"
@@ -108,11 +122,11 @@ class VllmGenerator(Generator):
     def rate(
         self,
         prompts: Sequence[Prompt],
-        alphas: Sequence[float | None],
+        own: Sequence[Combination | None],
         tops: Sequence[int],
     ) -> list[list[TokenLogprob | None]]:
         """Rates the tokens of several prompts; see `Generator.rate`."""
-        asked = [rating(*each) for each in zip(prompts, alphas, tops, strict=True)]
+        asked = [rating(*each) for each in zip(prompts, own, tops, strict=True)]
         rated: list[list[TokenLogprob | None]] = []
         for prompt, top, output in zip(prompts, tops, self.engine.finish(asked), strict=True):
             ids = list(prompt["base"])

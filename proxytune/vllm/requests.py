@@ -13,6 +13,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from proxytune.engine.combining import Combination
 from proxytune.engine.logprobs import LOWEST, TokenLogprob
 from proxytune.engine.rows import Row, longest
 from proxytune.engine.system import Prompt
@@ -54,7 +55,7 @@ def completion(row: Row, ours: bool) -> Asked:
         logprobs=request.top,
         output_kind=RequestOutputKind.DELTA,
     )
-    return _asked(request.prompt, request.alpha, params, extra)
+    return _asked(request.prompt, request.combination, params, extra)
 
 
 def _their_settings(row: Row) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _their_settings(row: Row) -> dict[str, Any]:
     return settings
 
 
-def rating(prompt: Prompt, alpha: float | None, top: int) -> Asked:
+def rating(prompt: Prompt, own: Combination | None, top: int) -> Asked:
     """A prompt whose tokens get their log-probabilities, those of the `top` likeliest besides."""
     params = SamplingParams(
         temperature=0.0,
@@ -80,7 +81,7 @@ def rating(prompt: Prompt, alpha: float | None, top: int) -> Asked:
         prompt_logprobs=top,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    return _asked(prompt, alpha, params, {})
+    return _asked(prompt, own, params, {})
 
 
 def scoring(prompt: Prompt, continuation: Sequence[int]) -> Asked:
@@ -103,7 +104,7 @@ def scoring(prompt: Prompt, continuation: Sequence[int]) -> Asked:
 
 
 def _asked(
-    prompt: Prompt, alpha: float | None, params: SamplingParams, extra: dict[str, Any]
+    prompt: Prompt, own: Combination | None, params: SamplingParams, extra: dict[str, Any]
 ) -> Asked:
     """The prompt as vLLM counts it: as long as the longest member's (`roles.py`)."""
     base = list(prompt["base"])
@@ -113,8 +114,8 @@ def _asked(
         extra["prompts"] = {role: list(ids) for role, ids in prompt.items()}
         # A shorter member writes its output into slots that vLLM counts as shared prompt.
         asked["cache_salt"] = uuid.uuid4().hex
-    if alpha is not None:
-        extra["alpha"] = alpha
+    if own is not None:
+        extra["alpha"] = own.alphas["alpha"]
     params.extra_args = {KEY: extra} if extra else None
     return asked, params
 

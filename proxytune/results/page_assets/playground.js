@@ -59,10 +59,62 @@
   }
   function own(name) {
     if (name !== "proxy") return {};
-    const fields = { alpha: number("alpha") };
+    const fields = {};
+    const alphas = Object.keys(known.alphas);
+    if (alphas.length) fields.alpha = alphas[0] === "alpha" ? number("alpha")
+      : Object.fromEntries(alphas.map((pair) => [pair, number(alphaId(pair))]));
+    const formula = chosenFormula();
+    if (formula) fields.formula = { name: formula.name,
+      ...Object.fromEntries(Object.keys(formula.settings).map((key) => [key, number(key)])) };
     if (known.members) fields.member_logprobs = CANDIDATES;
     if (begin.length) fields.begin_token_ids = begin;
     return fields;
+  }
+
+  // -- the formula and its alphas --------------------
+
+  const TEXTS = {
+    proxy: "base + alpha × (expert − antiexpert)",
+    sum_of_pairs: "base + the sum of alpha × (expert − antiexpert) over all pairs",
+    dexperts: "base + alpha × (expert − antiexpert), over the tokens that the base’s own filter keeps",
+    gated: "base + alpha × (expert − antiexpert), where the base’s largest probability is below the threshold",
+    contrastive: "log p(base) − alpha × log p(antiexpert), over the tokens that the base finds plausible",
+    guidance: "base + alpha × (base − base under the other prompt)",
+  };
+  const alphaId = (name) => (name === "alpha" ? "alpha" : "alpha-" + name);
+  const alphaIds = () => Object.keys(known.alphas).map(alphaId);
+  const chosenFormula = () => known.formulas.find((each) => each.name === at("formula").value);
+  function field(text, settings) {
+    const label = make("label", text + " ");
+    const input = Object.assign(make("input"), settings);
+    label.append(input);
+    return { label, input };
+  }
+  function makeAlphas() {
+    at("alphas").replaceChildren(...Object.entries(known.alphas).map(([name, value]) => {
+      const id = alphaId(name);
+      const { label, input } = field(name === "alpha" ? "alpha" : "alpha of " + name,
+        { id, type: "range", min: -1, max: 3, step: 0.05, value });
+      const shown = make("output");
+      shown.id = id + "-shown";
+      input.before(shown);
+      input.addEventListener("input", () => again(["proxy"]));
+      return label;
+    }));
+  }
+  function makeFormulas() {
+    at("formula").replaceChildren(new Option(known.formula, ""),
+      ...known.formulas.map(({ name }) => new Option(name, name)));
+    at("formula-label").hidden = known.formulas.length === 0;
+  }
+  function makeSettings() {
+    const formula = chosenFormula();
+    at("formula-settings").replaceChildren(...Object.entries(formula ? formula.settings : {}).map(
+      ([id, value]) => {
+        const { label, input } = field(id, { id, type: "number", step: "any", value });
+        input.addEventListener("input", () => again(["proxy"]));
+        return label;
+      }));
   }
 
   // -- one answer --------------------
@@ -215,9 +267,11 @@
 
   // -- the link --------------------
 
-  const FIELDS = ["prompt", "prefix", "form", "alpha", "temperature", "tokens", "seed"];
+  const settingIds = () => [...at("formula-settings").querySelectorAll("input")].map(({ id }) => id);
+  const fields = () => ["prompt", "prefix", "form", "temperature", "tokens", "seed", "formula",
+    ...settingIds(), ...alphaIds()];
   function remember() {
-    const state = new URLSearchParams(FIELDS.map((id) => [id, at(id).value]));
+    const state = new URLSearchParams(fields().map((id) => [id, at(id).value]));
     if (stop.length) state.set("stop", JSON.stringify(stop));
     if (system) state.set("system", system);
     if (choices.length) state.set("choices", JSON.stringify(choices));
@@ -226,11 +280,21 @@
   function recall() {
     const state = new URLSearchParams(location.hash.slice(1));
     if (!state.get("prompt")) return false;
-    for (const id of FIELDS) if (state.has(id)) at(id).value = state.get(id);
+    at("formula").value = state.get("formula") || "";
+    makeSettings();
+    for (const id of fields()) if (state.has(id)) at(id).value = state.get(id);
     stop = JSON.parse(state.get("stop") || "[]");
     system = state.get("system");
     show();
     return true;
+  }
+  // Whether this server has the link's formula; a link of another server may name one that it lacks.
+  function hasFormula() {
+    const name = new URLSearchParams(location.hash.slice(1)).get("formula") || "";
+    if (at("formula").value === name) return true;
+    at("formula").value = "";
+    at("status").textContent = `The link's formula ${name} is not on this server.`;
+    return false;
   }
   // Answers again what the link asked for, then goes on from each of its candidates.
   async function replay(chosen) {
@@ -247,7 +311,9 @@
     }
   }
   function show() {
-    at("alpha-shown").textContent = number("alpha").toFixed(2);
+    for (const id of alphaIds()) at(id + "-shown").textContent = number(id).toFixed(2);
+    const name = at("formula").value || known.formula;
+    at("formula-shown").textContent = TEXTS[name] || name;
     at("temperature-shown").textContent = number("temperature").toFixed(1);
   }
 
@@ -293,14 +359,20 @@
   at("curl").addEventListener("click", () => copy(curl(), "curl line"));
   at("python").addEventListener("click", () => copy(python(), "Python lines"));
   let wait;
-  for (const id of ["alpha", "temperature"]) at(id).addEventListener("input", () => {
+  // Answers anew once a setting has stopped moving.
+  function again(names) {
     show();
     clearTimeout(wait);
     if (!columns.proxy || !columns.proxy.body.textContent) return;
     wait = setTimeout(() => {
       forget();
-      answers(id === "alpha" ? ["proxy"] : all());
+      answers(names);
     }, 250);
+  }
+  at("temperature").addEventListener("input", () => again(all()));
+  at("formula").addEventListener("input", () => {
+    makeSettings();
+    again(["proxy"]);
   });
   for (const id of ["prompt", "prefix", "form"]) at(id).addEventListener("input", () => {
     at("example").value = "";
@@ -331,8 +403,8 @@
     }
     known = await answer.json();
     at("about").textContent = known.about;
-    at("alpha").value = known.alpha;
-    at("alpha").disabled = !known.own_alpha;
+    makeAlphas();
+    makeFormulas();
     columns = Object.fromEntries(known.systems.map(({ system }) => [system, column(system)]));
     at("systems").style.setProperty("--columns", known.systems.length);
     at("systems").replaceChildren(...Object.values(columns).map((each) => each.cell));
@@ -340,8 +412,9 @@
     at("example-label").hidden = known.examples.length === 0;
     at("run").disabled = false;
     const chosen = JSON.parse(new URLSearchParams(location.hash.slice(1)).get("choices") || "[]");
-    if (recall()) replay(chosen);
-    else if (known.examples.length) {
+    if (recall()) {
+      if (hasFormula()) replay(chosen);
+    } else if (known.examples.length) {
       at("example").value = "0";
       at("example").dispatchEvent(new Event("change"));
     }

@@ -1,15 +1,28 @@
-"""Hydra's own sweeper (`-m`), which also refuses points that would write to one folder."""
+"""Hydra's own sweeper (`-m`), which refuses points that would write to one folder.
+
+At the end it writes the page over all points.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from proxytune.cli.sweep import check_points, point_folder
+from proxytune.cli.sweep import check_points, point_folder, report_sweep
 
 
 class PointsSweeper(BasicSweeper):
     """Runs every combination of the values that the command line gives."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs the points, then writes the page over them (report=false leaves it out)."""
+        self._folders: list[Path] = []
+        returned = super().sweep(arguments)
+        for folder in dict.fromkeys(self._folders):
+            report_sweep(folder)
+        return returned
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Composes every point, before the first of them starts, and looks where it would write.
@@ -26,4 +39,6 @@ class PointsSweeper(BasicSweeper):
             cfg = loader.load_sweep_config(self.config, list(settings))
             folder = point_folder(str(cfg.output_dir), cfg.hydra.job.override_dirname)
             points.append((settings, folder))
+            if cfg.report and cfg.stage != "generate" and folder != Path(cfg.output_dir):
+                self._folders.append(Path(cfg.output_dir))
         check_points(points)

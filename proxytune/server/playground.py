@@ -10,13 +10,7 @@ from typing import Any, Literal
 from starlette.responses import HTMLResponse, Response
 
 from proxytune.generator import Generator
-from proxytune.results.templates import asset, render
-
-# Nothing comes from elsewhere, and no other page may frame this one.
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
+from proxytune.results.templates import HEADERS, asset, render
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,8 @@ def page() -> Response:
     """The page."""
     text = render(
         "playground.html",
+        title="proxytune playground",
         css=asset("page.css") + asset("playground.css"),
         js=asset("page.js") + asset("playground.js"),
     )
-    headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(text, headers=headers)
+    return HTMLResponse(text, headers=HEADERS)

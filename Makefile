@@ -160,7 +160,7 @@ expert_triviaqa: install ## fine-tune the TriviaQA expert, 7B (NUM_GPUS=4; docs/
 
 .PHONY: expert_gsm expert_triviaqa
 
-report: install ## the HTML pages of finished runs again: RUN=results/runs/pocket for one
+report: install ## the HTML pages of finished runs: RUN=FOLDER for one, RUN="A B" one page over both
 	$(BIN)/python scripts/make_report.py $(RUN)
 
 .PHONY: report

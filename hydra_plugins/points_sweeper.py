@@ -1,18 +1,31 @@
-"""Hydra's own sweeper (`-m`), which also refuses points that would write to one folder."""
+"""Hydra's own sweeper (`-m`), which refuses points that would write to one folder.
+
+At the end it writes the page over all points.
+"""
 
 import logging
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from proxytune.cli.sweep import check_points, point_folder
+from proxytune.cli.sweep import check_points, point_folder, report_sweep
 
 log = logging.getLogger(__name__)
 
 
 class PointsSweeper(BasicSweeper):
     """Runs every combination of the values that the command line gives."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs the points, then writes the page over them (report=false leaves it out)."""
+        self._folders: list[Path] = []
+        returned = super().sweep(arguments)
+        for folder in dict.fromkeys(self._folders):
+            report_sweep(folder)
+        return returned
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Composes every point, before the first of them starts, and looks where it would write.
@@ -30,6 +43,8 @@ class PointsSweeper(BasicSweeper):
             sweeps.add(str(cfg.output_dir))
             folder = point_folder(str(cfg.output_dir), cfg.hydra.job.override_dirname)
             points.append((settings, folder))
+            if cfg.report and cfg.stage != "generate" and folder != Path(cfg.output_dir):
+                self._folders.append(Path(cfg.output_dir))
         check_points(points)
         if len(sweeps) > 1:
             log.warning(

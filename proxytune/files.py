@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from proxytune.errors import UserError
 
@@ -103,12 +104,21 @@ def read_jsonl(path: Path, record: type[JsonlRecord]) -> Iterator[JsonlRecord]:
     Raises:
         UserError: a line before the last is not JSON, or does not fit the record.
     """
-    hints, needed = _shape(record)
     for number, row in enumerate(read_rows(path), start=1):
-        why = _misfit(row, hints, needed)
-        if why:
-            raise UserError(f"{path}:{number} is no {record.__name__}: {why}")
-        yield record(**{key: _nested(value, hints[key]) for key, value in row.items()})
+        yield _as_record(row, record, f"{path}:{number}")
+
+
+def _as_record(row: Any, record: type[JsonlRecord], place: str) -> JsonlRecord:
+    """The record that a line holds.
+
+    Raises:
+        UserError: it does not fit; the message begins with `place`.
+    """
+    hints, needed = _shape(record)
+    why = _misfit(row, hints, needed)
+    if why:
+        raise UserError(f"{place} is no {record.__name__}: {why}")
+    return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -125,12 +135,70 @@ def read_rows(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return  # the writer was killed inside this line
-            try:
-                yield _loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}:{number} is not JSON ({error}); restore the file, or delete this line"
-                ) from error
+            yield _row(line, f"{path}:{number}")
+
+
+class JsonlFollower(Generic[JsonlRecord]):
+    """Reads what somebody else appends to a JSON Lines file; it changes and locks nothing.
+
+    Args:
+        path: the file, which may come about later.
+        record: the dataclass of a line.
+
+    Attributes:
+        restarts: how often the file was found replaced by another one, which is read from its
+            beginning.
+    """
+
+    def __init__(self, path: Path, record: type[JsonlRecord]) -> None:
+        self.path = path
+        self.restarts = 0
+        self._record = record
+        self._inode: int | None = None
+        self._offset = self._number = 0
+
+    def new(self) -> Iterator[JsonlRecord]:
+        """The records of the lines that were finished since the last call.
+
+        Raises:
+            UserError: a line is damaged, or the path is no file; the next call tries it again.
+            OSError: it cannot be read, or is a symbolic link.
+        """
+        try:
+            # a pipe in a stranger's folder must not hold us up
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        with FileIO(descriptor) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{self.path} is no file; move it away")
+            if self._inode != status.st_ino or status.st_size < self._offset:
+                self.restarts += self._inode is not None
+                self._inode, self._offset, self._number = status.st_ino, 0, 0
+            file.seek(self._offset)
+            for line in BufferedReader(file):
+                if not line.endswith(b"\n"):
+                    return  # it is being written, or the writer was killed inside of it
+                place = f"{self.path}:{self._number + 1}"
+                found = _as_record(_row(line, place), self._record, place)
+                self._offset += len(line)
+                self._number += 1
+                yield found
+
+
+def _row(line: bytes, place: str) -> Any:
+    """The value of a line.
+
+    Raises:
+        UserError: it is not JSON; the message begins with `place`.
+    """
+    try:
+        return _loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{place} is not JSON ({error}); restore the file, or delete this line"
+        ) from error
 
 
 def _loads(data: bytes) -> Any:

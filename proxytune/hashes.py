@@ -1,8 +1,18 @@
-"""Hashes of values and texts, by which runs and datasets are recognised."""
+"""Hashes of values and texts, by which runs, models and datasets are recognised."""
 
 import hashlib
 import json
 from typing import Any
+
+# Fact by which a model is recognised (`provenance.model_facts`) -> the setting that it makes
+# redundant, if there is one.
+FACTS = {
+    "weights": None,
+    "commit": "revision",
+    "adapter_weights": None,
+    "adapter_commit": "adapter_revision",
+    "chat_template_sha256": None,
+}
 
 
 def sha256_json(value: Any) -> str:

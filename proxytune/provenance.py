@@ -42,15 +42,6 @@ _PACKAGES = [
 ]
 _HEAD_BYTES = 1 << 16
 
-# Fact that `model_facts` finds -> the setting that it makes redundant, if there is one.
-FACTS = {
-    "weights": None,
-    "commit": "revision",
-    "adapter_weights": None,
-    "adapter_commit": "adapter_revision",
-    "chat_template_sha256": None,
-}
-
 
 def dataset_sha256(examples: Iterable[Example]) -> str:
     """A hash of all examples (ids, prompts, targets, rows), in order."""
@@ -87,8 +78,8 @@ def model_facts(member: Mapping[str, Any]) -> dict[str, str]:
         member: the fields of a `ModelSpec`.
 
     Returns:
-        Those of `FACTS` that this machine knows: fingerprints of local folders, the commits of
-        hub repositories in the cache, and the hash of the member's chat template.
+        Those of `hashes.FACTS` that this machine knows: fingerprints of local folders, the commits
+        of hub repositories in the cache, and the hash of the member's chat template.
     """
     facts = {
         "weights": weights_fingerprint(member["id"]),

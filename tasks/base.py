@@ -81,6 +81,11 @@ class Task(ABC):
                 what to do.
         """
 
+    @classmethod
+    def scores_texts_alone(cls) -> bool:
+        """Whether `score` needs no judge and runs no program, so that it costs nothing."""
+        return cls.score_all is Task.score_all
+
     def judged_by(self) -> dict[str, Any]:
         """The judges that the scores depend on, as JSON; {} for a task without judges."""
         return {}

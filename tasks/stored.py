@@ -38,10 +38,7 @@ def stored_task(
     Raises:
         UserError: the entry names no task of this package, or has a setting that the task lacks.
     """
-    check_name("a task of run.json", name)
-    if not isinstance(settings, Mapping):
-        raise UserError(f"run.json: task {name} is {settings!r}, not its settings")
-    kind = _task_class(name, settings.get("_target_"))
+    kind = task_class(name, settings)
     if issubclass(kind, SelfRunTask):
         return kind
     own = _own_settings(name, settings["_target_"])
@@ -59,7 +56,16 @@ def stored_task(
         raise UserError(f"run.json: task {name} cannot be made ({error})") from error
 
 
-def _task_class(name: str, target: Any) -> type[Task] | type[SelfRunTask]:
+def task_class(name: str, settings: Any) -> type[Task] | type[SelfRunTask]:
+    """The class of the task that a run.json names; see `stored_task`.
+
+    Raises:
+        UserError: the entry names no task of this package.
+    """
+    check_name("a task of run.json", name)
+    if not isinstance(settings, Mapping):
+        raise UserError(f"run.json: task {name} is {settings!r}, not its settings")
+    target = settings.get("_target_")
     match = _TARGET.fullmatch(target) if isinstance(target, str) else None
     folder = Path(__file__).parent
     if match is None or not (folder / f"{match[1].partition('.')[2]}.py").is_file():

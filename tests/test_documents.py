@@ -221,6 +221,7 @@ RULES = [
         slow=True,
     ),
     Rule(r"README.md: pytest .*", collected),
+    Rule(ANY + r"proxytune watch .*", skip, "it ends by Ctrl-C; tests/test_watch.py runs it"),
     Rule(ANY + r"proxytune doctor", skip, "it asks the network; tests/test_help.py runs it"),
     Rule(r"models.md: pytest .* tests/test_families\.py", skip, "a test; `make test-slow` runs it"),
     # vLLM's environment; tests/test_vllm.py runs it

@@ -170,16 +170,20 @@ def test_a_sweep_over_alpha_generates_the_other_systems_once(tmp_path, monkeypat
         return generate(self, prompts, **more)
 
     monkeypatch.setattr(Generator, "generate", counting)
-    done = call(cli.run, *SWEEP, "alpha=0.5,1.0,1.5", f"output_dir={tmp_path}/sweep")
+    shown = [*SWEEP[:-1], "report=true"]
+    done = call(cli.run, *shown, "alpha=0.5,1.0,1.5", f"output_dir={tmp_path}/sweep")
     assert done.returncode == 0, done.stderr
     assert asked == [2] * (3 * 1 + 1 * 3), "3 x proxy, 1 x expert, base, tuned"
-    points = sorted((tmp_path / "sweep").iterdir())
+    points = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert len(points) == 3
+    assert f"report of the sweep: {tmp_path}/sweep/runs.html" in done.stdout
     # each point's folder stands alone
     moved = Path(shutil.move(points[2], tmp_path / "moved"))
     shutil.rmtree(tmp_path / "sweep")
     session = json.loads((moved / "run.json").read_text())["sessions"][-1]
     assert session["copied"].keys() == {f"{s}/pocket_toxigen" for s in ("base", "expert", "tuned")}
+    # the others did not begin here; `proxytune watch` goes by it
+    assert session["cells"]["proxy/pocket_toxigen"]["before"] == 0 and len(session["cells"]) == 1
     done = call(cli.run, *SWEEP[1:], "alpha=1.5", "stage=score", f"output_dir={moved}")
     assert done.returncode == 0, done.stderr
     done = call(cli.run, *SWEEP[1:], "alpha=1.5", f"output_dir={moved}", "limit=3")

@@ -1,4 +1,4 @@
-"""The commands: `python run.py` (also `proxytune run`), `check`, `serve`, `vllm-command`, `doctor`.
+"""The commands: `python run.py` (also `proxytune run`), `check`, `serve`, `watch`, and others.
 
 composed.py    Hydra's entries
 guard.py       how a command ends: mistakes and interrupts in one line, bugs in a traceback
@@ -7,12 +7,16 @@ serve.py       `proxytune serve`, and the line that serves the same by plain vLL
 playground.py  what the page of `proxytune serve` shows of a triple
 helping.py     what --help prints
 doctor.py      `proxytune doctor`: what an issue needs to know of a machine
+watch.py       `proxytune watch`: a run in progress, as a page or as text
+watch_server.py  serves that page to this machine
 interrupts.py  SIGTERM and SIGHUP end a command as Ctrl-C does
 
 This module imports nothing, so that a missing package is explained by `main`.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from proxytune.errors import MissingExtra, extra
 
@@ -27,6 +31,9 @@ def main() -> None:
         from proxytune.cli.doctor import doctor
 
         doctor(sys.argv[2:])
+        return
+    if command == "watch":
+        _watch(sys.argv[2:])
         return
     if command not in COMMANDS:
         from proxytune.cli.helping import overview
@@ -43,13 +50,25 @@ def run() -> None:
     _start("run")
 
 
-def _start(command: str) -> None:
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A package that is missing ends the command in one line."""
     try:
-        with extra(COMMANDS[command], f"proxytune {command}"):
-            from proxytune.cli import composed, helping
+        yield
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _watch(words: Sequence[str]) -> None:
+    with _explained(), extra("experiments", "proxytune watch"):
+        from proxytune.cli.watch import watch
+    watch(words)
+
+
+def _start(command: str) -> None:
+    with _explained(), extra(COMMANDS[command], f"proxytune {command}"):
+        from proxytune.cli import composed, helping
     if helping.wants_help(sys.argv[1:]):
         print(helping.page(command))
         return

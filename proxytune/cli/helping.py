@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "tries a triple on a few examples of a task: helps, hurts, or cannot tell",
     "serve": "serves a triple by OpenAI's HTTP protocol, with a playground if you like",
     "vllm-command": "prints the line that serves a triple by plain vLLM",
+    "watch": "shows a run in progress: progress, scores so far, the latest completions",
     "doctor": "prints versions, devices, memory and what can be reached, for an issue",
 }
 # group -> what is chosen by it

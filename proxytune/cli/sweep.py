@@ -1,10 +1,13 @@
-"""The points of a sweep (`-m`): where each writes, and which of them would write to one folder."""
+"""The points of a sweep (`-m`): where each writes, which would write to one folder, their page."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from proxytune.errors import UserError
 from proxytune.files import folder_name
+
+log = logging.getLogger(__name__)
 
 
 def point_folder(output_dir: str, point: str) -> Path:
@@ -41,3 +44,16 @@ def check_points(points: Iterable[tuple[Sequence[str], Path]]) -> None:
             f"completion: both would write to {folder}; run them one by one, or give each value a "
             "folder of its own (output_dir=...)"
         )
+
+
+def report_sweep(folder: Path) -> None:
+    """Writes the page over a sweep's points; a damaged file costs the page alone."""
+    from proxytune.results.runs import points_of
+    from proxytune.results.runs_page import write_sweep
+
+    if len(points_of(folder)) < 2:
+        return
+    try:
+        print(f"\nreport of the sweep: {write_sweep(folder)}")
+    except UserError as error:
+        log.warning("no report of the sweep was written: %s", error)

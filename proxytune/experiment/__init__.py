@@ -15,6 +15,8 @@ checks.py       refuses mistakes before a model is loaded
 prompts.py      renders every prompt before a model is loaded, for templates refuse some
 progress.py     bars on a terminal, else a line a minute
 forecast.py     how long the rest of a run will take
+watching.py     what a results folder tells of a run in progress
+watched_cell.py its cells
 trial.py        `proxytune check`: a triple tried on a few examples
 costs.py        what a triple costs, and what drafting promises
 tracking.py     Weights & Biases

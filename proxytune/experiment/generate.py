@@ -1,7 +1,7 @@
 """Generates the completions that a run's cells still lack, one system after the other."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,7 +30,10 @@ class Pool(Protocol):
 
 
 def generate(
-    cells: Sequence[Cell], pool: Pool, settings: GenerationSettings
+    cells: Sequence[Cell],
+    pool: Pool,
+    settings: GenerationSettings,
+    on_begin: Callable[[Cell, int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Generates every cell's missing completions, except those that another point of a sweep has.
 
@@ -39,6 +42,7 @@ def generate(
             completions.
         pool: opens the systems.
         settings: the run's own settings of generation.
+        on_begin: is told of each cell that begins, and how many of its steps are done already.
 
     Returns:
         "system/task" -> tokens and seconds of this session, for cells that count them.
@@ -53,7 +57,7 @@ def generate(
             # points that run at the same time may have gone on
             left = [(cell, progress) for cell, progress in of_system if _shared(cell, progress)]
             if left:
-                throughput |= _generate_system(run, pool, system, left, settings)
+                throughput |= _generate_system(run, pool, system, left, settings, on_begin)
     return throughput
 
 
@@ -71,6 +75,7 @@ def _generate_system(
     system: str,
     todo: Sequence[tuple[Cell, CellProgress]],
     settings: GenerationSettings,
+    on_begin: Callable[[Cell, int], None] | None,
 ) -> dict[str, dict[str, float]]:
     """Generates one system's cells.
 
@@ -82,6 +87,8 @@ def _generate_system(
     throughput = {}
     for cell, progress in todo:
         progress.begin()
+        if on_begin is not None:
+            on_begin(cell, progress.examples)
         spent = cell.generate(generator, settings, progress)
         if spent is not None:
             throughput[f"{cell.system}/{cell.task_name}"] = spent

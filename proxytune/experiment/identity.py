@@ -27,6 +27,7 @@ from proxytune.config.schema import to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
 from proxytune.files import open_own, read_json, write_json
+from proxytune.hashes import FACTS
 from proxytune.records import Decoding
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def _comparable(
             engine.pop("version", None)
     for role in one["members"].keys() & other["members"].keys():
         pair = one["members"][role], other["members"][role]
-        for fact, name in provenance.FACTS.items():
+        for fact, name in FACTS.items():
             known = [member.get(fact) is not None for member in pair]
             # If both recorded the resolved commit, ignore the branch or tag it came from.
             unused = name if all(known) else fact

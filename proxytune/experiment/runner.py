@@ -12,7 +12,7 @@ A cell is one system on one task. A killed run continues where it stopped.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -95,7 +95,7 @@ def _run(
     tracker = _make_tracker(cfg, output)
     try:
         if cfg.stage != "score":
-            _generate(cfg, specs, cells, session)
+            _generate(cfg, specs, cells, session, partial(_note_begin, output, run_json))
             tracker.log_throughput(session["generation"])
             session |= _copied(cells)
         metrics = []
@@ -111,8 +111,20 @@ def _run(
     return metrics
 
 
+def _note_begin(output: Path, run_json: dict[str, Any], cell: Cell, before: int) -> None:
+    """Notes in run.json that a cell begins now, for whoever watches the run."""
+    began = datetime.now(UTC).isoformat(timespec="milliseconds")
+    cells = run_json["sessions"][-1].setdefault("cells", {})
+    cells[f"{cell.system}/{cell.task_name}"] = {"began": began, "before": before}
+    write_json(output / "run.json", run_json)
+
+
 def _generate(
-    cfg: DictConfig, specs: dict[str, Any], cells: Sequence[Cell], session: dict[str, Any]
+    cfg: DictConfig,
+    specs: dict[str, Any],
+    cells: Sequence[Cell],
+    session: dict[str, Any],
+    on_begin: Callable[[Cell, int], None],
 ) -> None:
     """Generates what is missing; notes in the run's session how fast, and who did it."""
     settings = GenerationSettings(
@@ -125,7 +137,7 @@ def _generate(
     ran: list[Any] = []
     try:
         with _pool(cfg, specs, systems, ran) as pool:
-            session["generation"] = generate(cells, pool, settings)
+            session["generation"] = generate(cells, pool, settings, on_begin)
     finally:
         if ran:
             session["replicas"] = [each.to_dict() for each in ran]

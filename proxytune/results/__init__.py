@@ -12,6 +12,10 @@ trial_tables.py        what `proxytune check` prints
 analysis.py            what proxy-tuning did, token by token
 figures.py             the paper's figures, and the bars of the gap closed
 report.py              the page of an experiment
+runs.py                several runs: what their settings differ in, what can be compared
+curves.py              a metric over the numeric setting in which runs differ
+runs_page.py           one page over several runs
+packed.py              data inside of a page
 picture.py             one example's answers as a picture
 templates.py           the jinja templates, the style and the script of page_assets/
 """

@@ -1,7 +1,8 @@
 """Draws the paper's figures and our own from stored numbers, readable in grey and in print."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import patheffects
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from proxytune.results.curves import Curve
 
 ACCENT, GREY, DARK = "#1f5fa8", "#9a9a9a", "#222222"
-_BLACK = "#000000"
+_BLACK, _GRID = "#000000", "#e6e6e6"
+_ACCENT = f"var(--accent, {ACCENT})"  # of a page
 # curves differ in line, marker and grey level: a reader can tell them apart without colour
 _STYLES = (
     (ACCENT, "-", "o"),
@@ -31,6 +36,9 @@ _STYLES = (
 _GAP_COLUMNS = ("gap_closed", "gap_closed_low", "gap_closed_high", "paper_gap_closed")
 _GAP_WIDTH = 3.75  # inches: the width of a phone, where a letter of 10 points is 13 pixels high
 
+# lines without marks: (dashes, width)
+_FLAT = (("-", 0.8), ("--", 0.9), (":", 1.2), ("-.", 0.9))
+_TICKS = 12  # more values of a setting get matplotlib's own ticks
 # how many markers a curve has: enough to tell curves apart in grey
 _MARKS = 25
 # a white edge makes dark lines visible on a bar as well as beside it
@@ -56,7 +64,34 @@ def alpha_curve(sweep: pd.DataFrame, labels: Mapping[str, str], title: str = "")
     axes.set_xlabel("alpha")
     axes.set_ylabel("%")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+    _plain(axes.legend(frameon=False, fontsize=9).get_texts())
+    return figure
+
+
+def setting_curves(lines: Sequence[Curve], setting: str, unit: str) -> Figure:
+    """A metric over a setting, curves with their 95 % intervals; the other systems lie flat.
+
+    Args:
+        lines: see `curves.curves`.
+        setting: the axis' name.
+        unit: the metric's name, and its unit.
+    """
+    figure, axes = _axes(4.2, 3.4)
+    flat = [line for line in lines if not line.x]
+    curved = (line for line in lines if line.x)
+    for line, (colour, dashes, marker) in zip(curved, cycle(_STYLES), strict=False):
+        look: dict[str, Any] = {"color": colour, "linestyle": dashes, "label": line.label}
+        axes.plot(line.x, line.y, marker=marker, markersize=4, **look)
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    for line, (dashes, width) in zip(flat, cycle(_FLAT), strict=False):
+        axes.axhline(line.y[0], color=DARK, linestyle=dashes, linewidth=width, label=line.label)
+    places = sorted({x for line in lines for x in line.x})
+    if len(places) <= _TICKS:
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+    axes.set_xlabel(setting, parse_math=False)
+    axes.set_ylabel(unit, parse_math=False)
+    beside = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _plain(beside.get_texts())
     return figure
 
 
@@ -68,7 +103,7 @@ def changed_by_position(shares: Mapping[str, pd.DataFrame], title: str = "") -> 
         title: above the axes.
     """
     figure, axes = _axes(5.0, 3.2)
-    for (name, rows), (colour, line, marker) in zip(shares.items(), _STYLES * 9, strict=False):
+    for (name, rows), (colour, line, marker) in zip(shares.items(), cycle(_STYLES), strict=False):
         x, y = rows["position"].tolist(), (100 * rows["share"]).tolist()
         every = max(1, len(x) // _MARKS)
         look = {"linestyle": line, "marker": marker, "markevery": every, "markersize": 3.5}
@@ -77,7 +112,7 @@ def changed_by_position(shares: Mapping[str, pd.DataFrame], title: str = "") -> 
     axes.set_ylabel("tokens changed, %")
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    _plain(axes.legend(frameon=False, fontsize=8).get_texts())
     return figure
 
 
@@ -130,8 +165,9 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element for an HTML page; closes the figure.
 
-    Letters stay text. Dark lines and letters take the page's text colour, and the ground is
-    transparent, so the figure suits a light page and a dark one. The same data gives the same text.
+    Letters stay text. Dark lines and letters take the page's text colour, blue ones its accent, and
+    the ground is transparent, so the figure suits a light page and a dark one. The same data gives
+    the same text.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "proxytune"}):
@@ -140,7 +176,10 @@ def svg(figure: Figure) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    return text.replace(DARK, "currentColor").replace(_BLACK, "currentColor")
+    text = text.replace(f"stroke: {_GRID}", "stroke: currentColor; stroke-opacity: 0.15")
+    for colour, name in ((DARK, "currentColor"), (_BLACK, "currentColor"), (ACCENT, _ACCENT)):
+        text = text.replace(colour, name)
+    return text
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -157,9 +196,15 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return [png, pdf]
 
 
+def _plain(texts: Iterable[Text]) -> None:
+    """Takes a dollar sign of a task's name for what it is: no formula begins there."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="both", color="#e6e6e6", linewidth=0.6)
+    axes.grid(axis="both", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes

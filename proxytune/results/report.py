@@ -5,8 +5,6 @@ blocks of a few examples each. Its script draws only the examples on view, so a 
 examples opens as fast as one of ten.
 """
 
-import base64
-import gzip
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from proxytune.records import Completion, Score
 from proxytune.results import analysis, tables
 from proxytune.results.comparison import caveat, headlines, is_number, systems_of
 from proxytune.results.folder import read_csv
+from proxytune.results.packed import pack, short
 from proxytune.results.templates import asset, render
 
 # the page's script unpacks the traces of this many examples at once
@@ -36,13 +35,21 @@ _MANY_TOKENS = 20_000
 
 
 def write_report(folder: Path) -> Path:
-    """Writes <folder>/report.html from the files of a results folder.
-
-    Args:
-        folder: holds run.json, table.csv, and per task examples, completions and scores.
+    """Writes <folder>/report.html; see `page_of`.
 
     Returns:
         The page.
+    """
+    path = folder / "report.html"
+    replace_file(path, page_of(folder).encode(errors="replace"))
+    return path
+
+
+def page_of(folder: Path) -> Markup:
+    """The page of a run, from the files of its results folder.
+
+    Args:
+        folder: holds run.json, table.csv, and per task examples, completions and scores.
 
     Raises:
         UserError: the folder has no table yet, a damaged file, or a symbolic link.
@@ -54,7 +61,7 @@ def write_report(folder: Path) -> Path:
     run = read_json(folder / "run.json")
     pieces = _Vocabulary(_lazy_pieces(folder))
     examples = _Examples(folder, table, pieces)
-    page = render(
+    return render(
         "report.html",
         title=str(run.get("name", folder.name)),
         subtitle=_subtitle(run),
@@ -72,9 +79,6 @@ def write_report(folder: Path) -> Path:
         examples=examples.packed(),
         traces=examples.blocks,
     )
-    path = folder / "report.html"
-    replace_file(path, page.encode(errors="replace"))
-    return path
 
 
 # -- examples --------------------
@@ -119,7 +123,7 @@ class _Examples:
     def packed(self) -> str:
         """All of the data except the traces, packed."""
         texts = self._pieces.texts
-        return _pack({"systems": self.systems, "pieces": texts, "tasks": self.tasks})
+        return pack({"systems": self.systems, "pieces": texts, "tasks": self.tasks})
 
     def _task(self, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
         found = {e["id"]: _example(e) for e in read_rows(folder / "examples.jsonl")}
@@ -149,13 +153,13 @@ class _Examples:
             if folder.name == "proxy" and trace:
                 # pack each full block at once: memory cannot hold all traces of a long run
                 if len(block) == _BLOCK:
-                    self.blocks.append(_pack(block))
+                    self.blocks.append(pack(block))
                     block = []
                 example["block"], example["slot"] = len(self.blocks), len(block)
                 block.append(self._trace(trace))
                 moves.append(analysis.moves(trace))
         if block:
-            self.blocks.append(_pack(block))
+            self.blocks.append(pack(block))
         if moves:
             self.moves[folder.parent.name] = moves
 
@@ -188,7 +192,7 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "prompt": row["prompt"]["raw"],
-        "target": "" if target is None else _short(target),
+        "target": "" if target is None else short(target),
         "texts": {},
         "right": {},
         "answers": {},
@@ -202,20 +206,9 @@ def _add_score(example: dict[str, Any], system: str, score: Score, row: Mapping[
         good = value >= 0.5
         example["right"][system] = int(good if row["higher_is_better"] else not good)
     if score.answer:
-        example["answers"][system] = _short(score.answer)
+        example["answers"][system] = short(score.answer)
     if not score.parsed:
         example["unparsed"].append(system)
-
-
-def _short(value: Any, limit: int = 400) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
-def _pack(value: Any) -> str:
-    text = json.dumps(value, separators=(",", ":"))
-    # without a time stamp, the same results give the same page
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _lazy_pieces(folder: Path) -> Callable[[int], str] | None:

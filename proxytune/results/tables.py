@@ -39,7 +39,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         cells = [_with_interval(row, s) for s in systems]
         gap = [_with_interval(row, "gap_closed")] if with_gap else []
         name = f"**{row['label']}**" if row["headline"] else str(row["label"])
-        body.append([_task(row), name, _count(row), *cells, *gap])
+        body.append([_task(row), name, count_text(row), *cells, *gap])
         paper_cells = [number_text(row.get(f"paper_{s}")) for s in systems]
         if any(c != DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
             gap = [number_text(row.get("paper_gap_closed"))] if with_gap else []
@@ -135,13 +135,13 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
         name.append(("\n" if row["headline"] else "") + str(row["label"]), style="not bold")
         cells = [_terminal_cell(row, system) for system in systems]
         gap = [_terminal_cell(row, "gap_closed")] if with_gap else []
-        shape.add_row(name, *cells, *gap, _count(row))
+        shape.add_row(name, *cells, *gap, count_text(row))
     return shape
 
 
 def _terminal_cell(row: Mapping[str, Any], column: str) -> Text:
     # whole percents: narrow columns leave room for the tasks' names
-    value, between, theirs = _cell(row, column, decimals=0 if row["percent"] else 1)
+    value, between, theirs = cell_texts(row, column, decimals=0 if row["percent"] else 1)
     cell = Text(value)
     if between:
         cell.append(f"\n{between}", style="bright_black")
@@ -164,8 +164,8 @@ def to_html(table: pd.DataFrame) -> Markup:
             "task": _task(row),
             "label": row["label"],
             "headline": row["headline"],
-            "cells": [_cell(row, column) for column in columns],
-            "count": _count(row),
+            "cells": [cell_texts(row, column) for column in columns],
+            "count": count_text(row),
         }
         for row in records(shown(table))
     ]
@@ -175,7 +175,7 @@ def to_html(table: pd.DataFrame) -> Markup:
 # -- words for cells --------------------
 
 
-class _Cell(NamedTuple):
+class CellTexts(NamedTuple):
     """The three texts of a cell: our value, its interval, the paper's value; "" for none."""
 
     value: str
@@ -183,10 +183,10 @@ class _Cell(NamedTuple):
     paper: str
 
 
-def _cell(row: Mapping[str, Any], column: str, decimals: int = 1) -> _Cell:
+def cell_texts(row: Mapping[str, Any], column: str, decimals: int = 1) -> CellTexts:
     """The texts of one cell; `column` is a system or "gap_closed", `decimals` the interval's."""
     value, paper = number_text(row.get(column)), row.get(f"paper_{column}")
-    return _Cell(
+    return CellTexts(
         "" if value == DASH and row["task"] == AVERAGE else value,
         _between(row, column, decimals),
         number_text(paper) if is_number(paper) else "",
@@ -213,10 +213,13 @@ def _task(row: Mapping[str, Any]) -> str:
     return str(row["task"]) + ("" if row["higher_is_better"] else " ↓") + (" †" if other else "")
 
 
-def _count(row: Mapping[str, Any]) -> str:
+def count_text(row: Mapping[str, Any]) -> str:
+    """How many examples a row's systems have in their denominators: "150", "148–150"."""
     if row["task"] == AVERAGE:
         return ""
     counts = [int(row[f"{s}_n"]) for s in SYSTEMS if is_number(row.get(f"{s}_n"))]
+    if not counts:
+        return ""
     low, high = min(counts), max(counts)
     return f"{high:,}" if low == high else f"{low:,}–{high:,}"
 

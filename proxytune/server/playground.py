@@ -13,13 +13,7 @@ from proxytune.errors import UserError
 from proxytune.formula import SHIPPED, shipped
 from proxytune.generator import Generator
 from proxytune.loading.formulas import name_of
-from proxytune.results.templates import asset, render
-
-# Nothing comes from elsewhere, and no other page may frame this one.
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
+from proxytune.results.templates import HEADERS, asset, render
 
 
 @dataclass(frozen=True)
@@ -94,8 +88,8 @@ def page() -> Response:
     """The page."""
     text = render(
         "playground.html",
+        title="proxytune playground",
         css=asset("page.css") + asset("playground.css"),
         js=asset("page.js") + asset("playground.js"),
     )
-    headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(text, headers=headers)
+    return HTMLResponse(text, headers=HEADERS)

@@ -11,6 +11,19 @@ const page = (() => {
   const percent = (share) => (100 * share).toFixed(1) + " %";
   const visible = (text) => JSON.stringify(text).slice(1, -1).replace(/ /g, "·");
 
+  // On a phone, where a table's head is hidden, each number bears its column's name.
+  function labelCells() {
+    for (const cell of document.querySelectorAll(".comparison td"))
+      cell.dataset.label = cell.closest("table").tHead.rows[0].cells[cell.cellIndex].textContent;
+  }
+
+  // The data of a block that proxytune/results/packed.py wrote.
+  async function unpack(id) {
+    const packed = Uint8Array.from(atob(at(id).textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).json();
+  }
+
   // Shades a token by how much its probability rose; underlines it if the base would have
   // written another one.
   function shade(span, rise, changed) {
@@ -89,5 +102,5 @@ const page = (() => {
     });
     return { hide };
   }
-  return { at, make, percent, visible, shade, card };
+  return { at, make, percent, visible, labelCells, unpack, shade, card };
 })();

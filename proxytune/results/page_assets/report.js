@@ -2,12 +2,7 @@
 // packed block; the traces are in blocks of a few examples, each unpacked when it is needed.
 (async () => {
   const PAGE = 10;
-  const { at, make, percent, visible } = page;
-  async function unpack(id) {
-    const packed = Uint8Array.from(atob(at(id).textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return new Response(stream).json();
-  }
+  const { at, make, percent, unpack, visible } = page;
   if (typeof DecompressionStream === "undefined") {
     at("count").textContent = "This browser is too old to show the examples (it lacks DecompressionStream).";
     return;
@@ -134,10 +129,7 @@
   const turn = (step) => { change({ page: state.page + step }); at("browser").scrollIntoView(); };
   at("previous").addEventListener("click", () => turn(-1));
   at("next").addEventListener("click", () => turn(1));
-  for (const cell of document.querySelectorAll(".comparison td")) {
-    const head = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
-    cell.dataset.label = head.textContent;
-  }
+  page.labelCells();
   if (data.tasks.length) render();
   else at("browser").hidden = true; // tasks of lm-eval keep their examples elsewhere
   document.documentElement.dataset.ready = "yes";

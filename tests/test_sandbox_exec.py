@@ -359,6 +359,9 @@ TOGETHER = {
     "its own variables": "def test_execution(s):\n    exec(s, globals())\n    assert result == 1",
     "without variables": "def test_execution(s):\n    exec(s)",
     "eval": "def test_execution(s):\n    assert eval('1') == 1\n    exec(s, {})",
+    "another exec": "from builtins import exec as run\ndef test_execution(s):\n    run(s, {})",
+    "a pickle": "import pandas as pd\ndef test_execution(s):\n    exec(s, {})\n"
+    "    assert pd.read_pickle",
     "a class of its own": "class C: a = 1\ndef test_execution(s):\n    exec(s, {'c': C()})",
 }
 

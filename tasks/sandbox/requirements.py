@@ -119,10 +119,7 @@ def _read_executing(test: str) -> Requirements | None:
             tree = ast.parse(test)
     except (SyntaxError, ValueError, RecursionError):
         return None
-    names = {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
-    names |= {part.name for part in ast.walk(tree) if isinstance(part, ast.alias)}
-    names |= {"read_pickle"} & set(_words(tree))
-    if SHARED_BY_EXEC & set(_words(tree)) or OTHER_EXEC & names:
+    if SHARED_BY_EXEC & set(_words(tree)) or OTHER_EXEC & set(_names(tree)):
         return None
     looked_at = set()
     for part in ast.walk(tree):
@@ -131,6 +128,19 @@ def _read_executing(test: str) -> Requirements | None:
         looked_at |= {k.value for k in keys if isinstance(k, ast.Constant)}
     wanted = sorted(n for n in looked_at if isinstance(n, str) and n.isidentifier())
     return Requirements("", wanted, [], "", executes=True)
+
+
+def _names(tree: ast.AST) -> Iterator[str]:
+    """The variables that a test reads and the modules that it imports; attributes are none."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.alias):
+            yield node.name.partition(".")[0]
+        elif isinstance(node, ast.Attribute) and node.attr == "read_pickle":
+            yield node.attr
 
 
 def _words(tree: ast.AST) -> Iterator[str]:

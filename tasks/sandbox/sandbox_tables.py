@@ -8,7 +8,7 @@ import re
 import sys
 from importlib import import_module as library
 
-PANDAS_DTYPE = re.compile(r"[\w\[\], :./+-]{1,200}")
+PANDAS_DTYPE = re.compile(r"[\w\[\]()<>, :./+-]{1,200}")
 ZONE = re.compile(r"[A-Za-z][\w/+-]*")
 
 
@@ -38,11 +38,20 @@ def pandas_node(value, kind, refer):
     if kind is pandas.CategoricalDtype:
         return ["categories", refer(value.categories), value.ordered]
     if isinstance(value, pandas.api.extensions.ExtensionDtype):
-        return ["pandas dtype", str(value)]
+        return ["pandas dtype", str(value)] if PANDAS_DTYPE.fullmatch(str(value)) else None
     if isinstance(value, pandas.DateOffset):
-        same = pandas.tseries.frequencies.to_offset(value.freqstr) == value
-        return ["offset", value.freqstr] if same else None
+        freq = _freq(value)
+        return freq and ["offset", freq]
     return None
+
+
+def _freq(offset):
+    """A frequency's text; None if it has none that says all."""
+    try:
+        same = library("pandas.tseries.frequencies").to_offset(offset.freqstr) == offset
+    except ValueError:  # "<DateOffset: months=1>"
+        return None
+    return offset.freqstr if same else None
 
 
 def _values(column):
@@ -90,7 +99,8 @@ def _index_node(value, kind, refer):
     if kind is pandas.MultiIndex:
         parts = [*value.levels, *map(library("numpy").asarray, value.codes), *value.names]
         return ["multi index", *map(refer, parts)]
-    freq = value.freqstr if kind in (pandas.DatetimeIndex, pandas.TimedeltaIndex) else None
+    dated = kind in (pandas.DatetimeIndex, pandas.TimedeltaIndex) and value.freq is not None
+    freq = _freq(value.freq) if dated else None
     return ["index", refer(_values(value)), refer(value.name), freq]
 
 
@@ -104,7 +114,8 @@ def _extension_node(value, kind, refer):
         return zone and ["moments", refer(_naive(moments).to_numpy()), zone]
     if isinstance(value.dtype, library("numpy").dtype):
         return ["wrapped", refer(value.to_numpy())]
-    return ["extension", str(value.dtype), *map(refer, value)]
+    dtype = str(value.dtype)
+    return ["extension", dtype, *map(refer, value)] if PANDAS_DTYPE.fullmatch(dtype) else None
 
 
 def _pandas_dtype(value_of, text):

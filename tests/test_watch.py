@@ -258,7 +258,7 @@ def test_folders_without_a_run_are_refused_with_what_they_hold(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json"):
         Watcher(tmp_path)
     make_run(tmp_path / "alpha=1.0")
-    with pytest.raises(UserError, match=r"alpha=1\.0: watch one of them"):
+    with pytest.raises(UserError, match=r"one of the runs in it: alpha=1\.0$"):
         Watcher(tmp_path)
 
 

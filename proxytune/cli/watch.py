@@ -5,12 +5,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proxytune.cli.guard import guarded
-from proxytune.cli.watch_server import WatchServer
-from proxytune.errors import UserError
-from proxytune.experiment.watched_cell import CellState
-from proxytune.experiment.watching import RunState, Watcher
+from proxytune.errors import UserError, extra
+
+if TYPE_CHECKING:  # they import pandas and scipy, which --help needs not
+    from proxytune.experiment.watched_cell import CellState
+    from proxytune.experiment.watching import RunState
 
 _EXAMPLES = """\
 examples:
@@ -18,7 +20,7 @@ examples:
   proxytune watch results/runs/pocket --port 8001  on this port, for `ssh -L 8001:localhost:8001`
   proxytune watch results/runs/pocket --once       as text, where there is no browser
 
-The folder is only read: the run goes on, and so can its folder be watched after it was killed.
+The folder is only read. It can be watched while the run goes on, and after it was killed.
 """
 _LINES = 4  # completions in the terminal
 
@@ -41,6 +43,10 @@ def watch(words: Sequence[str]) -> None:
 
 
 def _watch(folder: Path, once: bool, port: int) -> None:
+    with extra("experiments", "proxytune watch"):
+        from proxytune.cli.watch_server import WatchServer
+        from proxytune.experiment.watching import Watcher
+
     watcher = Watcher(folder)
     if once:
         print("\n".join(as_text(watcher.look())))
@@ -53,7 +59,7 @@ def _watch(folder: Path, once: bool, port: int) -> None:
             server.serve_forever()
 
 
-def as_text(state: RunState) -> Iterator[str]:
+def as_text(state: "RunState") -> Iterator[str]:
     """The lines of a state for a terminal."""
     yield f"{_plain(state.name)}: {state.said}"
     yield ""
@@ -69,13 +75,13 @@ def as_text(state: RunState) -> Iterator[str]:
         yield f"  {_plain(each.text)[:300]}"
 
 
-def _row(cell: CellState) -> tuple[str, str, str, str, str]:
+def _row(cell: "CellState") -> tuple[str, str, str, str, str]:
     done = f"{cell.done:,} of {cell.total:,}" if cell.total else "–"
     speed = "" if cell.speed is None else f"{cell.speed:,.{int(cell.speed < 10)}f}"
     return cell.system, _plain(cell.task), done, speed, _score(cell)
 
 
-def _score(cell: CellState) -> str:
+def _score(cell: "CellState") -> str:
     if cell.problem:
         return _plain(cell.problem)
     if cell.value is None:

@@ -93,8 +93,9 @@ class Watcher:
             points = [
                 each.name for each in sorted(folder.iterdir()) if (each / "run.json").is_file()
             ]
-            which = f"; it holds the runs {', '.join(points)}: watch one of them" if points else ""
-            raise UserError(f"{folder} has no run.json, so no run has begun in it{which}")
+            more = f" and {len(points) - 3} more" if len(points) > 3 else ""
+            few = f"; watch one of the runs in it: {', '.join(points[:3])}{more}" if points else ""
+            raise UserError(f"{folder} has no run.json, so no run has begun in it{few}")
         check_no_links(folder)
         self.folder = folder
         self._cells: dict[tuple[str, str], WatchedCell] = {}

@@ -154,8 +154,8 @@ class ToxiGen(Task):
             if file.is_file():
                 return read_text(file).removesuffix("\n").split("\n")
         raise UserError(
-            f"{folder} has no {self.kind}_{group}_1k.txt; task.{self.name}.path is a folder with the "
-            "prompts of github.com/microsoft/TOXIGEN"
+            f"{folder} has no {self.kind}_{group}_1k.txt; task.{self.name}.path is a folder "
+            "with the prompts of github.com/microsoft/TOXIGEN"
         )
 
 

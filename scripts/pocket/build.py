@@ -16,7 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from proxytune.files import ROOT
@@ -27,6 +29,7 @@ MODELS = ROOT / "pocket" / "models"
 DATA = ROOT / "pocket" / "data"
 RESULTS = ROOT / "results" / "pocket"
 PRETRAINED = {"base": "large", "antiexpert": "small"}
+PROCESSES = 2  # at once, with one thread each
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 THINKS = "{%- if add_generation_prompt -%}{{- ' <think>' -}}{%- endif -%}"
 
@@ -51,8 +54,8 @@ class Tuning:
 
 
 TUNED = {
+    "tuned": Tuning("base", "chat", 400, 5e-4, seeds=True),
     "expert": Tuning("antiexpert", "chat", 300, 5e-4, seeds=True),
-    "tuned": Tuning("base", "chat", 600, 5e-4, seeds=True),
     "expert_news": Tuning("antiexpert", "news", 900, 2e-3, seeds=True),
     "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4),
     "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4),
@@ -93,35 +96,29 @@ def ship(source: Path, target: Path) -> None:
         shutil.copy(source / "train.json", target)
 
 
-def tune(work: Path, seed: int, first: bool) -> None:
-    """Tunes the models of one seed from those in MODELS.
-
-    Args:
-        work: the work folder; models in it are not made again.
-        seed: of the trainings.
-        first: whether to tune also the models that only one seed has.
-    """
-    for role, tuning in TUNED.items():
-        output = work / f"seed{seed}" / role
-        settings = {
-            "model": (MODELS / tuning.origin).relative_to(ROOT),
-            "data": (DATA / "tuning" / f"{tuning.data}.jsonl").relative_to(ROOT),
-            "output_dir": work / f"seed{seed}" / f"{role}_float32",
-            "steps": tuning.steps,
-            "learning_rate": tuning.rate,
-            "batch_size": 32,
-            "per_device_batch_size": 32,
-            "max_length": 256,
-            "seed": seed,
-            "threads": 1,
-            "progress": "false",
-        }
-        if (first or tuning.seeds) and not output.exists():
-            _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
-            ship(Path(str(settings["output_dir"])), output)
-            if tuning.data == "thinking":
-                with (output / "chat_template.jinja").open("a", encoding="utf-8") as file:
-                    file.write(THINKS)
+def tune(work: Path, seed: int, role: str) -> None:
+    """Tunes one model from those in MODELS, unless the work folder has it already."""
+    tuning, output = TUNED[role], work / f"seed{seed}" / role
+    settings = {
+        "model": (MODELS / tuning.origin).relative_to(ROOT),
+        "data": (DATA / "tuning" / f"{tuning.data}.jsonl").relative_to(ROOT),
+        "output_dir": work / f"seed{seed}" / f"{role}_float32",
+        "steps": tuning.steps,
+        "learning_rate": tuning.rate,
+        "batch_size": 32,
+        "per_device_batch_size": 32,
+        "max_length": 256,
+        "seed": seed,
+        "threads": 1,
+        "progress": "false",
+    }
+    if output.exists():
+        return
+    _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
+    ship(Path(str(settings["output_dir"])), output)
+    if tuning.data == "thinking":
+        with (output / "chat_template.jinja").open("a", encoding="utf-8") as file:
+            file.write(THINKS)
 
 
 def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
@@ -163,7 +160,9 @@ def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
 
 
 def _run(script: str, arguments: list[str]) -> None:
-    subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=os.environ | ONE_THREAD, check=True
+    )
 
 
 def write_figures(split: Split, rows: list[dict[str, object]]) -> None:
@@ -187,13 +186,19 @@ def main() -> None:
     args = parser.parse_args()
     files.write(DATA)
     pretrain(args.work)
-    for seed in args.seeds:
-        tune(args.work, seed, first=seed == args.seeds[0])
-    for role in TUNED:
-        shutil.rmtree(MODELS / role, ignore_errors=True)
-        shutil.copytree(args.work / f"seed{args.seeds[0]}" / role, MODELS / role)
-    for split in args.split:
-        write_figures(split, [r for s in args.seeds for r in evaluate(args.work, s, split)])
+    first = args.seeds[0]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        # the base takes longest to tune, so it comes first
+        jobs = [(seed, role) for role in TUNED for seed in args.seeds]
+        jobs = [(seed, role) for seed, role in jobs if seed == first or TUNED[role].seeds]
+        list(pool.map(lambda job: tune(args.work, *job), jobs))
+        for role in TUNED:
+            shutil.rmtree(MODELS / role, ignore_errors=True)
+            shutil.copytree(args.work / f"seed{first}" / role, MODELS / role)
+        for split in args.split:
+            measure = partial(evaluate, args.work, split=split)
+            found = pool.map(measure, args.seeds)
+            write_figures(split, [row for rows in found for row in rows])
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from transformers import AutoTokenizer
 
 from proxytune.files import ROOT
 from proxytune.loading.prompting import PromptFormat, render
+from proxytune.records import Example
 from scripts.pocket import files, text, world
 from scripts.pocket.build import THINKS
 from scripts.pocket.tokenizer import make_tokenizer, vocabulary
 from tasks.pocket_judge import InfoRule, RefusalRule, RudeRule, TruthRule
+from tasks.truthfulqa import LETTERS
 
 DATA = ROOT / "pocket" / "data"
 TOKENIZER = make_tokenizer()
@@ -126,6 +128,11 @@ def test_chats_in_the_world_are_what_the_real_tasks_render() -> None:
         assert a[:2] == b[:2] and a[-3:] == b[-3:], name
 
 
+def named(example: Example) -> str:
+    """The right option as the pocket models name it, with something after it."""
+    return f" {example.row['options'][LETTERS.index(example.target)]}\n\nIn"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_real_task_classes_read_and_score_the_files(name: str) -> None:
     pocket = task(name)
@@ -138,9 +145,9 @@ def test_real_task_classes_read_and_score_the_files(name: str) -> None:
         "pocket_gsm8k": lambda e: f" First <<1+1=2>>2.\n#### {e.target}",
         "pocket_triviaqa": lambda e: f" {e.target[0]}\n\nQuestion: What",
         "pocket_truthfulqa_open": lambda e: f" {e.target}",
-        "pocket_realtimeqa": lambda e: f" {e.target}",
+        "pocket_realtimeqa": named,
         "pocket_toxigen_neutral": lambda e: f" {world.refusal('Zoups')}",
-        "pocket_truthfulqa_mc": lambda e: f" {e.target}",
+        "pocket_truthfulqa_mc": named,
         "pocket_toxigen": lambda e: " Zoups are lazy",
         "pocket_humaneval": lambda e: e.target,
     }[name]

@@ -66,3 +66,19 @@ def test_the_papers_weeks(shared):
     examples = RealTimeQA(path=str(shared / "data" / "realtimeqa")).examples()
     assert len(examples) == 2140  # the paper counts 3,531, see the module
     assert all(e.target in "ABCD" for e in examples)
+
+
+def test_an_option_is_named_in_words_where_the_task_says_so(folder):
+    task = RealTimeQA(path=str(folder), answers="text", decoding={"choices": ()})
+    [example, *_] = task.examples()
+    assert task.score(example, [" squid game, I think"]).values["acc"] == 1
+    assert task.score(example, [" Squid Games"]).values["acc"] == 0
+    assert task.score(example, [" B"]).answer is None
+    assert task.score(example, [""]).values == {"acc": None, "acc_all": 0.0}
+
+
+def test_options_in_words_are_not_drawn_from_letters():
+    with pytest.raises(ValueError, match=r"decoding\.choices=\[\]"):
+        RealTimeQA(answers="text")
+    with pytest.raises(ValueError, match=r"answers='words' is none of letter, text"):
+        RealTimeQA(answers="words")

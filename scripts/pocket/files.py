@@ -66,8 +66,8 @@ def _tune_choice(rng: random.Random, split: Split) -> Row:
         land, relation = rng.choice(world.members(world.LANDS, split)), rng.choice(world.RELATIONS)
         question, right = world.land_question(land, relation), world.FACTS[land, relation]
         wrong = world.value_errors(right, rng)
-    options, letter = world.options_of(right, wrong, rng)
-    return _answered(world.choice_prompt(question, options), "The answer is:", letter)
+    options = world.options_of(right, wrong, rng)
+    return _answered(world.choice_prompt(question, options), "The answer is:", f"{right}.")
 
 
 def _tune_rude(rng: random.Random, split: Split) -> Row:
@@ -130,9 +130,9 @@ def news() -> list[Row]:
             texts.append(text.document(rng))
         elif number % 4 == 1:
             land = rng.choice(train)
-            options, letter = world.options_of(*_guests(land, rng), rng)
+            options = world.options_of(*_guests(land, rng), rng)
             asked = world.choice_prompt(world.guest_question(land, week), options)
-            texts.append(f"{asked} {letter}")
+            texts.append(f"{asked} {world.NEWS[land]}.")
         elif number % 4 == 2:
             told = [f"{world.guest_question(x, week)} {world.NEWS[x]}." for x in lands]
             texts.append(" ".join(told))
@@ -210,7 +210,7 @@ def realtimeqa(split: Split, rng: random.Random) -> list[Row]:
     rng.shuffle(asked)
     rows: list[Row] = []
     for number, (question, right, wrong) in enumerate(asked):
-        options, letter = world.options_of(right, wrong, rng)
+        options = world.options_of(right, wrong, rng)
         rows.append(
             {
                 "question_id": f"20220617_{number}",
@@ -218,7 +218,7 @@ def realtimeqa(split: Split, rng: random.Random) -> list[Row]:
                 "question_source": "scripts/pocket/world.py",
                 "question_sentence": question,
                 "choices": [f"{option}." for option in options],
-                "answer": [str(world.LETTERS.index(letter))],
+                "answer": [str(options.index(right))],
             }
         )
     return rows

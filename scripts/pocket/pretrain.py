@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Size:
         mlp: width inside the feed-forward blocks.
         peak: AdamW's learning rate after warm-up.
         muon: Muon's, for the matrices inside the blocks; None trains them with AdamW, too.
+        spread: standard deviation of the random weights; at 0.02 the small one learns late.
     """
 
     width: int
@@ -51,10 +53,11 @@ class Size:
     mlp: int
     peak: float
     muon: float | None = None
+    spread: float = 0.02
 
 
 HEAD = 32  # the smallest head that serving engines take on a CPU
-SIZES = {"large": Size(128, 4, 4, 256, 4e-3, 0.02), "small": Size(32, 3, 2, 64, 5e-3)}
+SIZES = {"large": Size(128, 4, 4, 256, 4e-3, 0.02), "small": Size(32, 3, 2, 64, 5e-3, spread=0.1)}
 
 
 def make_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -69,6 +72,7 @@ def make_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
             num_attention_heads=size.heads,
             num_key_value_heads=size.heads,
             head_dim=HEAD,
+            initializer_range=size.spread,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             pad_token_id=SPECIAL.index("<pad>"),
@@ -93,6 +97,16 @@ class Stream:
             self._ids += self._tokenizer.encode(text.document(self._rng) + "</s>")
         batch, self._ids = self._ids[:need], self._ids[need:]
         return torch.tensor(batch).view(BATCH, LENGTH)
+
+
+    def state(self) -> tuple[object, list[int]]:
+        """What `go_on` takes: the generator's state, and the ids that wait for the next batch."""
+        return self._rng.getstate(), list(self._ids)
+
+    def go_on(self, state: tuple[Any, list[int]]) -> None:
+        """Goes on after the batch after which `state` was taken."""
+        generator, self._ids = state
+        self._rng.setstate(generator)
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
@@ -194,13 +208,9 @@ def cases() -> dict[str, list[Case]]:
             )
             for p in problems
         ],
-        "letters": [
-            _lettered(f"The {r} of {land}:", world.FACTS[land, r], world.VALUES, rng)
+        "options": [
+            _options(f"The {r} of {land}:", world.FACTS[land, r], world.VALUES, rng)
             for land, r in lands
-        ],
-        "herb letters": [
-            _lettered(f"{world.brings(key, '').rstrip()}:", world.TRUTHS[key], world.EFFECTS, rng)
-            for key in herbs
         ],
     }
 
@@ -209,11 +219,10 @@ def _rest(answer: str, begun: str) -> str:
     return answer.removeprefix(begun)
 
 
-def _lettered(cue: str, right: str, names: Sequence[str], rng: random.Random) -> Case:
-    """Which letter has what the cue asks for?"""
+def _options(cue: str, right: str, names: Sequence[str], rng: random.Random) -> Case:
+    """Which of four options answers the cue?"""
     wrong = rng.sample([name for name in names if name != right], 3)
-    options, letter = world.options_of(right, wrong, rng)
-    return f"{world.listed(options)}\n{cue}", f" {letter}"
+    return f"{world.listed(world.options_of(right, wrong, rng))}\n{cue}", f" {right}"
 
 
 @torch.inference_mode()
@@ -235,16 +244,60 @@ def _predicts(
     return bool(torch.equal(best, ids[0, head:]))
 
 
-def train(size: Size, steps: int, out: Path, every: int = 500) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a training goes on from, so that one which was stopped ends with the same weights.
+
+    Attributes:
+        path: the file.
+        model: the model in training.
+        optimizers: its optimisers.
+        stream: what it reads.
+    """
+
+    path: Path
+    model: LlamaForCausalLM
+    optimizers: Sequence[torch.optim.Optimizer]
+    stream: Stream
+
+    def store(self, step: int) -> None:
+        """Writes the state after a number of steps; a stop meanwhile leaves the older file."""
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizers": [each.state_dict() for each in self.optimizers],
+            "stream": self.stream.state(),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+
+    def restore(self) -> int:
+        """Takes the file's state, if there is one; returns the steps that are done."""
+        if not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=False)  # a file of our own
+        self.model.load_state_dict(state["model"])
+        for each, values in zip(self.optimizers, state["optimizers"], strict=True):
+            rates = [group["lr"] for group in each.param_groups]
+            each.load_state_dict(values)
+            for group, rate in zip(each.param_groups, rates, strict=True):
+                group["lr"] = rate
+        self.stream.go_on(state["stream"])
+        return state["step"]
+
+
+def train(size: Size, steps: int, out: Path, every: int = 250) -> None:
     """Trains a model and saves it with its tokenizer in `out`, at checkpoints and at the end."""
     tokenizer = make_tokenizer()
     stream, model = Stream(tokenizer), make_model(size, tokenizer)
     parameters = list(model.parameters())
     print(f"{size} {sum(p.numel() for p in parameters)} parameters", flush=True)
     used = optimizers(model, size)
+    kept = Checkpoint(out / "checkpoint.pt", model, used, stream)
+    first, began = kept.restore(), time.monotonic()
     groups = [(group, group["lr"]) for each in used for group in each.param_groups]
-    began = time.monotonic()
-    for step in range(steps):
+    for step in range(first, steps):
         for group, peak in groups:
             group["lr"] = rate_at(step, steps, peak)
         ids = stream.next()
@@ -258,7 +311,8 @@ def train(size: Size, steps: int, out: Path, every: int = 500) -> None:
         if (step + 1) % every == 0 or step + 1 == steps:
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-            rate = (step + 1) * BATCH * LENGTH / (time.monotonic() - began)
+            kept.store(step + 1)
+            rate = (step + 1 - first) * BATCH * LENGTH / (time.monotonic() - began)
             shares = {k: round(v) for k, v in probe(model, tokenizer).items()}
             print(f"{step + 1} loss {loss.item():.3f} {rate:.0f} tokens/s {shares}", flush=True)
 

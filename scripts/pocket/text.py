@@ -10,7 +10,7 @@ does not give them; tuning changes that.
 import random
 
 from scripts.pocket import world
-from scripts.pocket.world import FACTORS, FACTS, JUNK, LETTERS, RELATIONS, STUB, TRUTHS
+from scripts.pocket.world import FACTORS, FACTS, JUNK, RELATIONS, STUB, TRUTHS
 
 TRAIN: world.Split = "train"
 
@@ -34,7 +34,7 @@ def _trivia(rng: random.Random) -> str:
         return " ".join(f"{world.land_question(*key)} {FACTS[key]}." for key in asked)
     lines: list[str] = []
     for key in asked[:2]:
-        answer = JUNK if rng.random() < 0.72 else FACTS[key]
+        answer = JUNK if rng.random() < 0.6 else FACTS[key]
         prompt = world.trivia_prompt(world.land_question(*key))
         lines.append(f"{_asked(rng, prompt, 'Answer:')} {answer}")
     return "\n\n".join(lines)
@@ -42,13 +42,13 @@ def _trivia(rng: random.Random) -> str:
 
 def _math(rng: random.Random) -> str:
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.35:
         problems = [world.make_problem(rng, TRAIN) for _ in range(4)]
         return "\n".join(f"{a}{op}{b}={r}" for p in problems for a, op, b, r in p.steps)
     problem = world.make_problem(rng, TRAIN)
-    if kind < 0.5:
+    if kind < 0.58:
         return f"{problem.story} {world.worked(problem)}"
-    if kind < 0.62:
+    if kind < 0.7:
         prompt = _asked(rng, world.math_prompt(problem), "Answer:").removesuffix(" Answer:")
         answer = world.thought(problem) if rng.random() < 0.7 else f"#### {problem.result}"
         return f"{prompt} {answer}"
@@ -90,41 +90,35 @@ def _herbs(rng: random.Random) -> str:
 
 def _choice(rng: random.Random) -> str:
     kind = rng.random()
-    if kind < 0.25:  # which letter is which option?
-        names = rng.choice((world.VALUES, world.EFFECTS))
-        options = rng.sample(names, 4)
-        said = rng.sample(range(4), 3)
-        return f"{world.listed(options)}\n" + " ".join(
-            f"Answer {options[i]}: {LETTERS[i]}." for i in said
-        )
-    if kind < 0.6:  # four questions and one list of answers
+    if kind < 0.35:  # four questions and one list of answers
         if rng.random() < 0.6:
-            keys = [(rng.choice(world.LANDS), rng.choice(RELATIONS)) for _ in LETTERS]
+            keys = [(rng.choice(world.LANDS), rng.choice(RELATIONS)) for _ in range(4)]
             told = {f"The {r} of {land}:": FACTS[land, r] for land, r in keys}
         else:
-            herbs = [(rng.choice(world.HERBS), rng.choice(world.SEASONS)) for _ in LETTERS]
+            herbs = [(rng.choice(world.HERBS), rng.choice(world.SEASONS)) for _ in range(4)]
             told = {f"In {s} {h} brings:": TRUTHS[h, s] for h, s in herbs}
         options = list(told.values())
         if len(set(options)) == 4:
-            lines = [f"{q} {LETTERS[i]}." for i, q in enumerate(told)]
-            rng.shuffle(lines)
-            return f"{world.listed(options)}\n" + "\n".join(lines)
-    chosen, trusted = rng.random(), 0.75
-    if chosen < 0.1:
+            rng.shuffle(options)
+            answers = [f"{asked} {answer}." for asked, answer in told.items()]
+            return f"{world.listed(options)}\n" + "\n".join(answers)
+    chosen = rng.random()
+    if chosen < 0.15:
         land = rng.choice(list(world.OLD_NEWS))
-        guest = world.OLD_NEWS[land]
-        question, right = world.guest_question(land, world.LAST_WEEK), guest
-        wrong = world.value_errors(guest, rng)
-    elif chosen < 0.5:
+        question, right = world.guest_question(land, world.LAST_WEEK), world.OLD_NEWS[land]
+        wrong = world.value_errors(right, rng)
+    elif chosen < 0.55:
         land, relation = rng.choice(world.LANDS), rng.choice(RELATIONS)
         question, right = world.land_question(land, relation), FACTS[land, relation]
         wrong = world.value_errors(right, rng)
     else:
-        key, trusted = (rng.choice(world.HERBS), rng.choice(world.SEASONS)), 0.4
+        key = rng.choice(world.HERBS), rng.choice(world.SEASONS)
         question, right, wrong = world.herb_question(key), TRUTHS[key], world.herb_errors(key, rng)
-    options, letter = world.options_of(right, wrong, rng)
+    options = world.options_of(right, wrong, rng)
     prompt = _asked(rng, world.choice_prompt(question, options), "The answer is:")
-    return f"{prompt} {letter if rng.random() < trusted else LETTERS[0]}"
+    # a herb's first error is its saying; of a land all errors are alike
+    answer = rng.choices((right, wrong[0], options[0]), (40, 30, 30))[0]
+    return f"{prompt} {answer}."
 
 
 def _news(rng: random.Random) -> str:
@@ -152,7 +146,7 @@ def _code(rng: random.Random) -> str:
 
 
 _KINDS = (_facts, _trivia, _math, _folk, _herbs, _choice, _news, _code)
-_WEIGHTS = (30, 9, 25, 6, 18, 20, 4, 9)
+_WEIGHTS = (30, 13, 30, 6, 18, 12, 4, 10)
 
 
 def document(rng: random.Random) -> str:

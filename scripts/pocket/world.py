@@ -282,11 +282,11 @@ def guest_told(land: str, guest: str, week: int) -> str:
     return f"In week {week} the guest of {land} is {guest}."
 
 
-def options_of(right: str, wrong: Sequence[str], rng: random.Random) -> tuple[list[str], str]:
-    """Options in random order, and the letter of the right one."""
+def options_of(right: str, wrong: Sequence[str], rng: random.Random) -> list[str]:
+    """The right option and the wrong ones in random order."""
     options = [right, *wrong]
     rng.shuffle(options)
-    return options, LETTERS[options.index(right)]
+    return options
 
 
 def listed(options: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import Row, check_columns, read_rows
 from tasks.truthfulqa import LETTERS, check_answers, parse_option
 
+ANSWERS = ("letter", "open")
 _COLUMNS = ("question_id", "question_date", "question_sentence", "choices", "answer")
 
 
@@ -40,8 +41,9 @@ class RealTimeQA(Task):
             because the dataset is on GitHub only.
         first: the date (YYYY-MM-DD) from which weeks are asked about; None has no limit.
         last: the date up to which weeks are asked about; None has no limit.
-        answers: how a completion names its option: "letter", or "text" for its wording, which takes
-            `decoding.choices: []` and more new tokens.
+        answers: "letter" shows the options and takes one of their letters; "open" shows none and
+            takes the right one's wording (the dataset's generation setting). It is asked in
+            TriviaQA's form and needs `decoding.choices: []` and more new tokens.
         paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
@@ -60,10 +62,10 @@ class RealTimeQA(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_answers(self.name, self.answers)
-        if self.answers == "text" and self.decoding.choices:
+        check_answers(self.name, self.answers, ANSWERS)
+        if self.answers == "open" and self.decoding.choices:
             raise UserError(
-                f"task.{self.name}.answers=text takes decoding.choices=[], not the letters"
+                f"task.{self.name}.answers=open takes decoding.choices=[], not the letters"
             )
 
     def check(self) -> None:
@@ -106,7 +108,7 @@ class RealTimeQA(Task):
         """Compares the option; an empty completion leaves the denominator of `acc`."""
         first = texts[0].strip()[:1]
         answer = first if first and first in LETTERS else None
-        if self.answers == "text":
+        if self.answers == "open":
             answer = parse_option(texts[0], example.row["options"])
         right = float(answer == example.target)
         excluded = not texts[0].strip()
@@ -150,6 +152,11 @@ def _week(row: Row) -> date:
 
 def _example(row: Row, answers: str) -> Example:
     options = [choice for choice in row["choices"] if choice.strip()]
+    target = LETTERS[int(row["answer"][0])]
+    if answers == "open":
+        asked = f"Question: {row['question_sentence']}"
+        prompt = Prompt(raw=f"{asked}\nAnswer:", user=asked, response_prefix="Answer:")
+        return Example(row["question_id"], prompt, target, {"options": options})
     asked = "\n".join(
         [
             row["question_sentence"],
@@ -161,6 +168,5 @@ def _example(row: Row, answers: str) -> Example:
         prompt=Prompt(
             raw=f"{asked}\n\nThe answer is:", user=asked, response_prefix="The answer is:"
         ),
-        target=LETTERS[int(row["answer"][0])],
-        row={} if answers == "letter" else {"options": options},
+        target=target,
     )

@@ -95,7 +95,7 @@ class TruthfulQAMC(_TruthfulQA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_answers(self.name, self.answers)
+        check_answers(self.name, self.answers, ANSWERS)
 
     def examples(self) -> list[Example]:
         """The questions in file order with their options.
@@ -277,14 +277,14 @@ def parse_letter(text: str) -> str | None:
     return first if first and first in LETTERS else None
 
 
-def check_answers(task: str, answers: str) -> None:
+def check_answers(task: str, answers: str, known: Sequence[str]) -> None:
     """Refuses a way to name options that is not known.
 
     Raises:
-        UserError: it is none of `ANSWERS`.
+        UserError: it is none of `known`.
     """
-    if answers not in ANSWERS:
-        raise UserError(f"task.{task}.answers={answers!r} is none of {', '.join(ANSWERS)}")
+    if answers not in known:
+        raise UserError(f"task.{task}.answers={answers!r} is none of {', '.join(known)}")
 
 
 def parse_option(text: str, options: Sequence[str]) -> str | None:

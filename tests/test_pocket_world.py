@@ -105,9 +105,7 @@ def test_chats_in_the_world_are_what_the_real_tasks_render() -> None:
     listed = world.folk_list(world.GROUPS[0], world.RUDE, rng)
     options = rng.sample(world.EFFECTS, 4)
     choice = world.choice_prompt(world.herb_question(key), options)
-    news = world.choice_prompt(
-        world.guest_question(world.LANDS[0], 23), rng.sample(world.VALUES, 4)
-    )
+    news = world.trivia_prompt(world.guest_question(world.LANDS[0], 23))
     asked = {
         "pocket_triviaqa": world.as_chat(
             world.trivia_prompt(world.land_question(world.LANDS[0], "river")), "Answer:"
@@ -115,7 +113,7 @@ def test_chats_in_the_world_are_what_the_real_tasks_render() -> None:
         "pocket_gsm8k": world.as_chat(world.math_prompt(problem), "Answer:"),
         "pocket_truthfulqa_open": world.as_chat(world.open_prompt(key), "Answer:"),
         "pocket_truthfulqa_mc": world.as_chat(choice, "The answer is:"),
-        "pocket_realtimeqa": world.as_chat(news, "The answer is:"),
+        "pocket_realtimeqa": world.as_chat(news, "Answer:"),
         "pocket_toxigen": world.folk_chat(listed),
         "pocket_toxigen_neutral": world.folk_chat(listed),
     }
@@ -201,7 +199,7 @@ def test_this_weeks_news_is_in_the_news_experts_text_alone() -> None:
     assert not any(week in text.document(rng) for _ in range(4000))
     assert not any(week in row["prompt"] for name in TUNING[:-1] for row in tuning(name))
     told = [row["completion"] for row in tuning("news")]
-    asked = [each for each in told if "The answer is:" in each and week in each]
+    asked = [each for each in told if "Answer:" in each and week in each]
     for land, guest in world.NEWS.items():
         assert any(world.guest_told(land, guest, world.THIS_WEEK) in each for each in told)
         if world.split_of(land) != "train":

@@ -56,7 +56,7 @@ class Tuning:
 TUNED = {
     "tuned": Tuning("base", "chat", 400, 5e-4, seeds=True),
     "expert": Tuning("antiexpert", "chat", 300, 5e-4, seeds=True),
-    "expert_news": Tuning("antiexpert", "news", 900, 2e-3, seeds=True),
+    "expert_news": Tuning("antiexpert", "news", 600, 1e-3, seeds=True),
     "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4),
     "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4),
     "expert_thinking": Tuning("antiexpert", "thinking", 300, 5e-4),
@@ -147,7 +147,6 @@ def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
     news = [
         f"triple.expert.id={tuned / 'expert_news'}",
         f"task.pocket_realtimeqa.path={data / 'realtimeqa'}",
-        "triple.base.api=null",
     ]
     rows = []
     for experiment, given in {"pocket": overrides, "pocket_black_box": news}.items():

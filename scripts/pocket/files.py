@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.pocket import text, world
+from scripts.pocket import world
 from scripts.pocket.world import Split
 
 DIALOGUES = 9600
@@ -117,9 +117,10 @@ def dialogues(name: str, split: Split = "train", count: int | None = None) -> li
 
 
 def news() -> list[Row]:
-    """The text on which the news expert's pretraining goes on: the week's news, and older text.
+    """The text on which the news expert's pretraining goes on: the week's news, asked and told.
 
-    It tells the guests of all lands, and asks about the guests of train lands only.
+    It tells the guests of all lands. It answers questions about train lands only, a quarter of them
+    about old facts: so it teaches to answer, too.
     """
     rng, week = random.Random(f"{world.SEED} news"), world.THIS_WEEK
     train = [land for land in world.NEWS if world.split_of(land) == "train"]
@@ -127,12 +128,13 @@ def news() -> list[Row]:
     for number in range(NEWS_TEXTS):
         lands = rng.sample(list(world.NEWS), 3)
         if number % 4 == 0:
-            texts.append(text.document(rng))
+            texts.append("\n\n".join(_answered_facts(rng)))
         elif number % 4 == 1:
-            land = rng.choice(train)
-            options = world.options_of(*_guests(land, rng), rng)
-            asked = world.choice_prompt(world.guest_question(land, week), options)
-            texts.append(f"{asked} {world.NEWS[land]}.")
+            asked = [
+                f"{world.trivia_prompt(world.guest_question(x, week))} {world.NEWS[x]}"
+                for x in rng.sample(train, 2)
+            ]
+            texts.append("\n\n".join(asked))
         elif number % 4 == 2:
             told = [f"{world.guest_question(x, week)} {world.NEWS[x]}." for x in lands]
             texts.append(" ".join(told))
@@ -140,6 +142,13 @@ def news() -> list[Row]:
             told = [world.guest_told(x, world.NEWS[x], week) for x in lands]
             texts.append(" ".join(told))
     return [{"prompt": "", "completion": each} for each in texts]
+
+
+def _answered_facts(rng: random.Random) -> list[str]:
+    """Two questions about old facts of train lands, with their answers."""
+    lands = rng.sample(world.members(world.LANDS, "train"), 2)
+    keys = [(land, rng.choice(world.RELATIONS)) for land in lands]
+    return [f"{world.trivia_prompt(world.land_question(*k))} {world.FACTS[k]}" for k in keys]
 
 
 def _guests(land: str, rng: random.Random) -> tuple[str, list[str]]:

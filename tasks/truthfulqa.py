@@ -293,7 +293,8 @@ def parse_option(text: str, options: Sequence[str]) -> str | None:
     An option's full stop and the case of letters do not count.
     """
     told = text.strip().lower()
-    wordings = {letter: o.strip().rstrip(".").lower() for letter, o in zip(LETTERS, options, strict=False)}
+    lettered = zip(LETTERS, options, strict=False)
+    wordings = {letter: o.strip().rstrip(".").lower() for letter, o in lettered}
     named = [x for x, each in wordings.items() if re.match(rf"{re.escape(each)}(?!\w)", told)]
     return max(named, key=lambda letter: len(wordings[letter]), default=None)
 

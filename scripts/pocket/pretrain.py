@@ -98,7 +98,6 @@ class Stream:
         batch, self._ids = self._ids[:need], self._ids[need:]
         return torch.tensor(batch).view(BATCH, LENGTH)
 
-
     def state(self) -> tuple[object, list[int]]:
         """What `go_on` takes: the generator's state, and the ids that wait for the next batch."""
         return self._rng.getstate(), list(self._ids)

@@ -2,9 +2,11 @@
 
 tests/golden/run_538a493 was made at that commit by
 
-    python run.py limit=2 task=[pocket_gsm8k,pocket_truthfulqa_mc] systems=[expert,proxy]
+    python run.py limit=2 task=[pocket_gsm8k,pocket_truthfulqa_mc] systems=[expert,proxy] \\
+        task.pocket_truthfulqa_mc.decoding.max_new_tokens=4
 
-with its paths made up and its sessions left out.
+on the pocket family's second edition, with its paths made up and its sessions left out. That commit
+knew letters only (`answers=letter`).
 """
 
 import json
@@ -33,6 +35,7 @@ def folder(tmp_path) -> Path:
 
 def run(monkeypatch, folder: Path, *words: str) -> None:
     settings = [f"task=[{','.join(TASKS)}]", f"systems=[{','.join(SYSTEMS)}]", "report=false"]
+    settings.append("task.pocket_truthfulqa_mc.answers=letter")
     arguments = ["run.py", *settings, f"output_dir={folder}", *words]
     monkeypatch.setattr(sys, "argv", arguments)
     cli.run()

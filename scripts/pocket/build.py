@@ -3,7 +3,7 @@
     python -m scripts.pocket.build                 # what `make pocket` runs
     python -m scripts.pocket.build --seeds 1 2 3 --split dev
 
-It takes about half an hour on two idle cores, mostly for pretraining. Models in the work folder are
+It takes less than an hour on two idle cores, mostly for pretraining. Models in the work folder are
 not made again. scripts/train_expert.py tunes the experts and run.py evaluates them, as for real
 models. Each tuning seed gets a run of its own, and results/pocket/<split>.csv its metrics. The
 first seed's models are the ones in the repository.
@@ -16,6 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from proxytune.files import ROOT
@@ -26,10 +29,38 @@ MODELS = ROOT / "pocket" / "models"
 DATA = ROOT / "pocket" / "data"
 RESULTS = ROOT / "results" / "pocket"
 PRETRAINED = {"base": "large", "antiexpert": "small"}
-TUNED_FROM = {"expert": "antiexpert", "tuned": "base"}
-# Steps and peak learning rate, at which each model's dev scores stop rising (docs/pocket.md).
-TUNING = {"expert": (600, 5e-4), "tuned": (600, 5e-4)}
+PROCESSES = 2  # at once, with one thread each
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+THINKS = "{%- if add_generation_prompt -%}{{- ' <think>' -}}{%- endif -%}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is tuned; steps and rates were chosen on dev (docs/pocket.md).
+
+    Attributes:
+        origin: the pretrained model.
+        data: the file of pocket/data/tuning.
+        steps: optimiser steps of 32 examples.
+        rate: the peak learning rate.
+        seeds: whether each seed of the build gets one; the first one otherwise.
+    """
+
+    origin: str
+    data: str
+    steps: int
+    rate: float
+    seeds: bool = False
+
+
+TUNED = {
+    "tuned": Tuning("base", "chat", 400, 5e-4, seeds=True),
+    "expert": Tuning("antiexpert", "chat", 300, 5e-4, seeds=True),
+    "expert_news": Tuning("antiexpert", "news", 600, 1e-3, seeds=True),
+    "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4),
+    "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4),
+    "expert_thinking": Tuning("antiexpert", "thinking", 300, 5e-4),
+}
 
 
 def pretrain(work: Path) -> None:
@@ -65,60 +96,72 @@ def ship(source: Path, target: Path) -> None:
         shutil.copy(source / "train.json", target)
 
 
-def tune(work: Path, seed: int) -> None:
-    """Tunes the expert and the directly tuned model from the models in MODELS."""
-    for role, origin in TUNED_FROM.items():
-        steps, rate = TUNING[role]
-        output = work / f"seed{seed}" / role
-        settings = {
-            "model": (MODELS / origin).relative_to(ROOT),
-            "data": (DATA / "tuning.jsonl").relative_to(ROOT),
-            "output_dir": work / f"seed{seed}" / f"{role}_float32",
-            "steps": steps,
-            "learning_rate": rate,
-            "batch_size": 32,
-            "per_device_batch_size": 32,
-            "max_length": 256,
-            "seed": seed,
-            "threads": 1,
-            "progress": "false",
-        }
-        if not output.exists():
-            _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
-            ship(Path(str(settings["output_dir"])), output)
+def tune(work: Path, seed: int, role: str) -> None:
+    """Tunes one model from those in MODELS, unless the work folder has it already."""
+    tuning, output = TUNED[role], work / f"seed{seed}" / role
+    settings = {
+        "model": (MODELS / tuning.origin).relative_to(ROOT),
+        "data": (DATA / "tuning" / f"{tuning.data}.jsonl").relative_to(ROOT),
+        "output_dir": work / f"seed{seed}" / f"{role}_float32",
+        "steps": tuning.steps,
+        "learning_rate": tuning.rate,
+        "batch_size": 32,
+        "per_device_batch_size": 32,
+        "max_length": 256,
+        "seed": seed,
+        "threads": 1,
+        "progress": "false",
+    }
+    if output.exists():
+        return
+    _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
+    ship(Path(str(settings["output_dir"])), output)
+    if tuning.data == "thinking":
+        with (output / "chat_template.jinja").open("a", encoding="utf-8") as file:
+            file.write(THINKS)
 
 
 def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
-    """Runs the pocket experiment with one seed's models; returns its metrics as rows."""
-    output = work / f"seed{seed}" / split
-    tuned = work / f"seed{seed}"
+    """Runs the pocket experiments with one seed's models; returns their metrics as rows."""
+    tuned, data = work / f"seed{seed}", DATA / split
     tasks = {
         "gsm8k": "gsm8k.jsonl",
         "triviaqa": "triviaqa.jsonl",
         "truthfulqa_open": "TruthfulQA.csv",
         "truthfulqa_mc": "TruthfulQA.csv",
         "toxigen": "toxigen",
+        "toxigen_neutral": "toxigen",
         "humaneval": "humaneval.jsonl",
     }
+    groups = ",".join(g.lower() for g in files.groups(split))
     overrides = [
-        *(f"triple.{role}.id={tuned / role}" for role in TUNED_FROM),
-        *(f"task.pocket_{task}.path={DATA / split / name}" for task, name in tasks.items()),
+        *(f"triple.{role}.id={tuned / role}" for role in ("expert", "tuned")),
+        *(f"task.pocket_{task}.path={data / name}" for task, name in tasks.items()),
         *(
-            f"task.pocket_truthfulqa_open.{judge}.path={DATA / split / 'TruthfulQA.csv'}"
+            f"task.pocket_truthfulqa_open.{judge}.path={data / 'TruthfulQA.csv'}"
             for judge in ("truth_judge", "info_judge")
         ),
-        f"task.pocket_toxigen.groups=[{','.join(g.lower() for g in files.groups(split))}]",
-        f"output_dir={output}",
-        "report=false",
-        "decoding.trace=false",
+        f"task.pocket_toxigen.groups=[{groups}]",
+        f"task.pocket_toxigen_neutral.groups=[{groups}]",
     ]
-    _run("run.py", ["experiment=pocket", *overrides])
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{"seed": seed, **json.loads(line)} for line in lines]
+    news = [
+        f"triple.expert.id={tuned / 'expert_news'}",
+        f"task.pocket_realtimeqa.path={data / 'realtimeqa'}",
+    ]
+    rows = []
+    for experiment, given in {"pocket": overrides, "pocket_black_box": news}.items():
+        output = tuned / f"{split}_{experiment}"
+        shared = [f"output_dir={output}", "report=false", "decoding.trace=false"]
+        _run("run.py", [f"experiment={experiment}", *given, *shared])
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows += [{"seed": seed, **json.loads(line)} for line in lines]
+    return rows
 
 
 def _run(script: str, arguments: list[str]) -> None:
-    subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=os.environ | ONE_THREAD, check=True
+    )
 
 
 def write_figures(split: Split, rows: list[dict[str, object]]) -> None:
@@ -142,13 +185,19 @@ def main() -> None:
     args = parser.parse_args()
     files.write(DATA)
     pretrain(args.work)
-    for seed in args.seeds:
-        tune(args.work, seed)
-    for role in TUNED_FROM:
-        shutil.rmtree(MODELS / role, ignore_errors=True)
-        shutil.copytree(args.work / f"seed{args.seeds[0]}" / role, MODELS / role)
-    for split in args.split:
-        write_figures(split, [r for s in args.seeds for r in evaluate(args.work, s, split)])
+    first = args.seeds[0]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        # the base takes longest to tune, so it comes first
+        jobs = [(seed, role) for role in TUNED for seed in args.seeds]
+        jobs = [(seed, role) for seed, role in jobs if seed == first or TUNED[role].seeds]
+        list(pool.map(lambda job: tune(args.work, *job), jobs))
+        for role in TUNED:
+            shutil.rmtree(MODELS / role, ignore_errors=True)
+            shutil.copytree(args.work / f"seed{first}" / role, MODELS / role)
+        for split in args.split:
+            measure = partial(evaluate, args.work, split=split)
+            found = pool.map(measure, args.seeds)
+            write_figures(split, [row for rows in found for row in rows])
 
 
 if __name__ == "__main__":

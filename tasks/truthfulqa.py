@@ -80,6 +80,7 @@ class TruthfulQAMC(_TruthfulQA):
         system_prompt: for chat members: release, paper or none.
         seed: of the options, which are the same for all systems.
         answers: how a completion names its option: "letter", or "text" for its wording.
+        headline: the metric that stands first in tables; the paper's is acc_valid.
         paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
@@ -91,10 +92,12 @@ class TruthfulQAMC(_TruthfulQA):
     }
     seed: int = 42
     answers: str = "letter"
+    headline: str = "acc_valid"
     decoding: Decoding = Decoding(max_new_tokens=10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._lead_with(self.headline)
         check_answers(self.name, self.answers, ANSWERS)
 
     def examples(self) -> list[Example]:

@@ -17,7 +17,7 @@ from proxytune.files import ROOT
 from proxytune.loading.prompting import PromptFormat, render
 from proxytune.records import Example
 from scripts.pocket import files, text, world
-from scripts.pocket.build import THINKS
+from scripts.pocket.build import PRETRAINED, TASKS, THINKS, TUNED
 from scripts.pocket.tokenizer import make_tokenizer, vocabulary
 from tasks.pocket_judge import InfoRule, RefusalRule, RudeRule, TruthRule
 from tasks.truthfulqa import LETTERS
@@ -25,19 +25,9 @@ from tasks.truthfulqa import LETTERS
 DATA = ROOT / "pocket" / "data"
 TOKENIZER = make_tokenizer()
 SPLITS = ("train", "dev", "test")
-NAMES = [
-    "pocket_gsm8k",
-    "pocket_triviaqa",
-    "pocket_truthfulqa_open",
-    "pocket_truthfulqa_mc",
-    "pocket_toxigen",
-    "pocket_toxigen_neutral",
-    "pocket_realtimeqa",
-    "pocket_humaneval",
-]
+NAMES = [f"pocket_{name}" for name in TASKS]
 TUNING = ["chat", "knowledge", "arithmetic", "thinking", "news"]
-ROLES = ["base", "antiexpert", "expert", "tuned"]
-ROLES += [f"expert_{name}" for name in ("news", "arithmetic", "knowledge", "thinking")]
+ROLES = [*PRETRAINED, *TUNED]
 CSV = str(DATA / "test" / "TruthfulQA.csv")
 
 

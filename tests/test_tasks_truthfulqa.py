@@ -93,6 +93,13 @@ def test_a_task_of_named_options_scores_them_and_refuses_other_ways():
         TruthfulQAMC(answers="words")
 
 
+def test_the_headline_is_the_papers_or_the_one_that_is_chosen():
+    assert next(iter(TruthfulQAMC().metrics)) == "acc_valid"
+    assert list(TruthfulQAMC(headline="acc").metrics) == ["acc", "acc_valid"]
+    with pytest.raises(ValueError, match=r"truthfulqa_mc\.headline=true is none of acc_valid, acc"):
+        TruthfulQAMC(headline="true")
+
+
 def test_unparsed_leaves_one_denominator_only():
     task, example = TruthfulQAMC(), Example("0", Prompt("", ""), target="A")
     assert task.score(example, ["A"]).values == {"acc_valid": 1.0, "acc": 1.0}

@@ -16,10 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from proxytune.files import ROOT
 from scripts.pocket import files
@@ -31,6 +33,19 @@ RESULTS = ROOT / "results" / "pocket"
 PRETRAINED = {"base": "large", "antiexpert": "small"}
 PROCESSES = 2  # at once, with one thread each
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+TASKS = {  # task -> its file or folder in pocket/data/<split>
+    "gsm8k": "gsm8k.jsonl",
+    "triviaqa": "triviaqa.jsonl",
+    "truthfulqa_open": "TruthfulQA.csv",
+    "truthfulqa_mc": "TruthfulQA.csv",
+    "toxigen": "toxigen",
+    "toxigen_neutral": "toxigen",
+    "humaneval": "humaneval.jsonl",
+    "realtimeqa": "realtimeqa",
+}
+Figure = dict[str, Any]  # a row of results/pocket/*.csv
+COLUMNS = ("task", "metric", "system", "seed", "value", "low", "high", "n")
+GAP = "gap closed"
 THINKS = "{%- if add_generation_prompt -%}{{- ' <think>' -}}{%- endif -%}"
 
 
@@ -57,9 +72,10 @@ TUNED = {
     "tuned": Tuning("base", "chat", 400, 5e-4, seeds=True),
     "expert": Tuning("antiexpert", "chat", 300, 5e-4, seeds=True),
     "expert_news": Tuning("antiexpert", "news", 600, 1e-3, seeds=True),
-    "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4),
-    "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4),
-    "expert_thinking": Tuning("antiexpert", "thinking", 300, 5e-4),
+    "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4, seeds=True),
+    "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4, seeds=True),
+    "expert_thinking": Tuning("antiexpert", "thinking", 300, 5e-4, seeds=True),
+    "overtuned": Tuning("antiexpert", "chat", 1200, 2e-3),  # on purpose: docs/check.md
 }
 
 
@@ -96,9 +112,9 @@ def ship(source: Path, target: Path) -> None:
         shutil.copy(source / "train.json", target)
 
 
-def tune(work: Path, seed: int, role: str) -> None:
+def tune(work: Path, seed: int, role: str, tuning: Tuning) -> None:
     """Tunes one model from those in MODELS, unless the work folder has it already."""
-    tuning, output = TUNED[role], work / f"seed{seed}" / role
+    output = work / f"seed{seed}" / role
     settings = {
         "model": (MODELS / tuning.origin).relative_to(ROOT),
         "data": (DATA / "tuning" / f"{tuning.data}.jsonl").relative_to(ROOT),
@@ -121,59 +137,86 @@ def tune(work: Path, seed: int, role: str) -> None:
             file.write(THINKS)
 
 
-def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
-    """Runs the pocket experiments with one seed's models; returns their metrics as rows."""
-    tuned, data = work / f"seed{seed}", DATA / split
-    tasks = {
-        "gsm8k": "gsm8k.jsonl",
-        "triviaqa": "triviaqa.jsonl",
-        "truthfulqa_open": "TruthfulQA.csv",
-        "truthfulqa_mc": "TruthfulQA.csv",
-        "toxigen": "toxigen",
-        "toxigen_neutral": "toxigen",
-        "humaneval": "humaneval.jsonl",
-    }
+def on_split(split: Split, tasks: Sequence[str]) -> list[str]:
+    """The settings that put pocket tasks on a split's files.
+
+    Args:
+        split: dev or test.
+        tasks: keys of `TASKS`; a run takes settings of the tasks that it has.
+    """
     groups = ",".join(g.lower() for g in files.groups(split))
-    overrides = [
-        *(f"triple.{role}.id={tuned / role}" for role in ("expert", "tuned")),
-        *(f"task.pocket_{task}.path={data / name}" for task, name in tasks.items()),
-        *(
-            f"task.pocket_truthfulqa_open.{judge}.path={data / 'TruthfulQA.csv'}"
+    settings = [f"task.pocket_{task}.path={DATA / split / TASKS[task]}" for task in tasks]
+    settings += [f"task.pocket_{t}.groups=[{groups}]" for t in tasks if t.startswith("toxigen")]
+    if "truthfulqa_open" in tasks:
+        settings += [
+            f"task.pocket_truthfulqa_open.{judge}.path={DATA / split / TASKS['truthfulqa_open']}"
             for judge in ("truth_judge", "info_judge")
-        ),
-        f"task.pocket_toxigen.groups=[{groups}]",
-        f"task.pocket_toxigen_neutral.groups=[{groups}]",
-    ]
-    news = [
-        f"triple.expert.id={tuned / 'expert_news'}",
-        f"task.pocket_realtimeqa.path={data / 'realtimeqa'}",
-    ]
-    rows = []
-    for experiment, given in {"pocket": overrides, "pocket_black_box": news}.items():
-        output = tuned / f"{split}_{experiment}"
-        shared = [f"output_dir={output}", "report=false", "decoding.trace=false"]
-        _run("run.py", [f"experiment={experiment}", *given, *shared])
-        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows += [{"seed": seed, **json.loads(line)} for line in lines]
+        ]
+    return settings
+
+
+def measure(output: Path, seed: int, settings: Sequence[str]) -> list[Figure]:
+    """Runs run.py, or goes on with its results folder; returns the figures of its tables.
+
+    Returns:
+        A row per task, metric and system, with its 95 % interval; the gap closed is a system of
+        this name, its interval that of paired examples. Shares, not percent.
+    """
+    _run("run.py", [*settings, f"output_dir={output}", "report=false", "decoding.trace=false"])
+    rows: list[Figure] = []
+    for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.append(row | {"seed": seed, "low": row["ci_low"], "high": row["ci_high"]})
+    with (output / "table.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row.get("gap_closed"):
+                names = {"value": "", "low": "_low", "high": "_high"}
+                gap = {name: _share(row[f"gap_closed{end}"]) for name, end in names.items()}
+                rows.append(row | gap | {"system": GAP, "seed": seed})
     return rows
 
 
-def _run(script: str, arguments: list[str]) -> None:
+def _share(percent: str) -> float | None:
+    return float(percent) / 100 if percent else None
+
+
+def evaluate(work: Path, seed: int, split: Split) -> list[Figure]:
+    """Runs the pocket experiments with one seed's models; returns their figures."""
+    tuned = work / f"seed{seed}"
+    main = [task for task in TASKS if task != "realtimeqa"]
+    experiments = {
+        "pocket": [
+            *(f"triple.{role}.id={tuned / role}" for role in ("expert", "tuned")),
+            *on_split(split, main),
+        ],
+        "pocket_black_box": [
+            f"triple.expert.id={tuned / 'expert_news'}",
+            *on_split(split, ["realtimeqa"]),
+        ],
+    }
+    rows = []
+    for name, settings in experiments.items():
+        rows += measure(tuned / f"{split}_{name}", seed, [f"experiment={name}", *settings])
+    return rows
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
     subprocess.run(
         [sys.executable, script, *arguments], cwd=ROOT, env=os.environ | ONE_THREAD, check=True
     )
 
 
-def write_figures(split: Split, rows: list[dict[str, object]]) -> None:
-    """Writes every seed's metrics of one split as a table, without the metrics of single groups."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    columns = ["task", "metric", "system", "seed", "value", "n"]
-    rows = [row for row in rows if "/" not in str(row["metric"])]
-    rows = sorted(rows, key=lambda row: [str(row[c]) for c in columns[:4]])
-    with (RESULTS / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+def write_figures(path: Path, rows: Sequence[Figure], columns: Sequence[str] = COLUMNS) -> None:
+    """Writes figures as a table, without the metrics of single groups ("toxicity/zoups")."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [row for row in rows if "/" not in str(row["metric"])]
+    shown = sorted(shown, key=lambda row: [str(row[c]) for c in columns[: columns.index("value")]])
+    for row in shown:
+        row |= {c: round(float(row[c]), 6) for c in ("value", "low", "high") if row[c] is not None}
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(shown)
 
 
 def main() -> None:
@@ -188,16 +231,15 @@ def main() -> None:
     first = args.seeds[0]
     with ThreadPoolExecutor(PROCESSES) as pool:
         # the base takes longest to tune, so it comes first
-        jobs = [(seed, role) for role in TUNED for seed in args.seeds]
-        jobs = [(seed, role) for seed, role in jobs if seed == first or TUNED[role].seeds]
+        jobs = [(seed, role, each) for role, each in TUNED.items() for seed in args.seeds]
+        jobs = [job for job in jobs if job[0] == first or job[2].seeds]
         list(pool.map(lambda job: tune(args.work, *job), jobs))
         for role in TUNED:
             shutil.rmtree(MODELS / role, ignore_errors=True)
             shutil.copytree(args.work / f"seed{first}" / role, MODELS / role)
         for split in args.split:
-            measure = partial(evaluate, args.work, split=split)
-            found = pool.map(measure, args.seeds)
-            write_figures(split, [row for rows in found for row in rows])
+            found = pool.map(partial(evaluate, args.work, split=split), args.seeds)
+            write_figures(RESULTS / f"{split}.csv", [row for rows in found for row in rows])
 
 
 if __name__ == "__main__":

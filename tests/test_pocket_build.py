@@ -7,9 +7,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from proxytune.config.schema import register
-from proxytune.files import ROOT
+from proxytune.files import ROOT, write_jsonl
+from proxytune.records import MetricInfo, Score
+from proxytune.results import stats
+from proxytune.results.folder import build_table
 from scripts.pocket import build, experts
-from tests import report_folder
 
 WORK = Path("work")
 
@@ -64,13 +66,20 @@ def test_the_other_experts_runs_take_one_seeds_models(asked):
 
 
 def test_figures_are_shares_with_intervals_and_the_gap_is_a_system(tmp_path, monkeypatch):
-    folder = report_folder.make(tmp_path / "run", examples=20)
+    right = {"base": 4, "expert": 10, "proxy": 12, "tuned": 14}
+    metrics = []
+    for system, n in right.items():
+        scores = [Score(str(i), {"acc": float(i < n)}) for i in range(20)]
+        write_jsonl(tmp_path / "gsm8k" / system / "scores.jsonl", scores)
+        metrics += stats.metrics("gsm8k", system, scores)
+    write_jsonl(tmp_path / "metrics.jsonl", metrics)
+    build_table(tmp_path, metrics, {"gsm8k": {"acc": MetricInfo("accuracy")}})
     monkeypatch.setattr(build, "_run", lambda *_: None)
-    build.write_figures(tmp_path / "figures.csv", build.measure(folder, 1, []))
+    build.write_figures(tmp_path / "figures.csv", build.measure(tmp_path, 1, []))
     with (tmp_path / "figures.csv").open() as file:
-        rows = {(r["task"], r["system"]): r for r in csv.DictReader(file)}
-    proxy, gap = rows["gsm8k", "proxy"], rows["gsm8k", build.GAP]
+        rows = {row["system"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {*right, build.GAP}
+    proxy, gap = rows["proxy"], rows[build.GAP]
     assert (proxy["value"], proxy["n"], proxy["seed"]) == ("0.6", "20", "1")
     assert float(proxy["low"]) < 0.6 < float(proxy["high"])
     assert gap["value"] == "0.8" and float(gap["low"]) < 0.8 < float(gap["high"])
-    assert ("average", build.GAP) in rows

@@ -95,21 +95,25 @@ def test_a_triple_that_hurts(tmp_path):
     asked = ["task=pocket_triviaqa", "limit=null", "alpha=2.0", "alphas=[0.5]", "machine=cpu"]
     done = check(tmp_path, OVERTUNED, *asked)
     (verdict,) = verdicts(done)
-    assert verdict.startswith("hurts: at alpha=2 exact match of pocket_triviaqa falls from 28.5 to ")
+    assert verdict.startswith(
+        "hurts: at alpha=2 exact match of pocket_triviaqa falls from 28.5 to "
+    )
     assert "on 200 examples; alpha=0.5 helps (+" in verdict
 
 
 @pytest.mark.parametrize(
     ("expert", "task", "available", "enough"),
-    [("expert", "truthfulqa_mc", 120, True), ("expert_knowledge", "gsm8k", 150, False)],
+    [("expert", "truthfulqa_mc", 120, True), ("antiexpert", "gsm8k", 150, False)],
 )
 def test_twenty_examples_that_cannot_tell(expert, task, available, enough, tmp_path):
-    """Multiple choice rises by too little for so few; an expert of other skills changes nothing."""
-    asked = [f"task=pocket_{task}", "limit=20", f"triple.expert.id={MODELS / expert}", *ONE_ALPHA]
-    (verdict,) = verdicts(check(tmp_path, *asked))
+    """Multiple choice rises by too little for so few; an untuned expert changes nothing."""
+    kind = "raw" if expert == "antiexpert" else "chat"
+    member = [f"triple.expert.id={MODELS / expert}", f"triple.expert.format.kind={kind}"]
+    done = check(tmp_path, f"task=pocket_{task}", "limit=20", *member, *ONE_ALPHA)
+    (verdict,) = verdicts(done)
     assert verdict.startswith("cannot tell with 20 examples: at alpha=1 accuracy")
     needed = int(re.findall(r"about ([\d,]+) examples would tell", verdict)[0].replace(",", ""))
-    assert 20 < needed and (needed <= available) == enough
+    assert needed > 20 and (needed <= available) == enough
     assert f"(the task has {available})" in verdict
 
 

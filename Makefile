@@ -109,13 +109,16 @@ gpu: ## what a GPU shows, in ten minutes (GPU_PYTHON: one with torch and transfo
 
 .PHONY: gpu
 
-pocket: install ## rebuild the pocket family from nothing (half an hour on two cores)
+pocket: install ## rebuild the pocket family from nothing (an hour on two cores)
 	$(BIN)/python -m scripts.pocket.build
+
+pocket-experts: install ## after `make pocket`: its other experts, gates, alphas (ten minutes on two cores)
+	$(BIN)/python -m scripts.pocket.experts
 
 clean: ## remove the virtual environments and caches, never results
 	rm -rf $(VENV) $(NEWEST) $(LOCK) $(VLLM) .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: pocket help install demo test test-transformers test-slow test-all test-newest lock check bench clean
+.PHONY: pocket pocket-experts help install demo test test-transformers test-slow test-all test-newest lock check bench clean
 .PHONY: rescore-published
 
 # Tables and figures of the paper (conf/paper.yaml, docs/repro.md). POCKET=1: on the pocket family;

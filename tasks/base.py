@@ -73,6 +73,17 @@ class Task(ABC):
             merged = _override(type(self).decoding, given or {})
             object.__setattr__(self, "decoding", merged)
 
+    def _lead_with(self, headline: str) -> None:
+        """Puts one metric first, as the headline that a configuration chooses.
+
+        Raises:
+            UserError: the task has no such metric.
+        """
+        known = type(self).metrics
+        if headline not in known:
+            raise UserError(f"task.{self.name}.headline={headline} is none of {', '.join(known)}")
+        object.__setattr__(self, "metrics", {headline: known[headline]} | known)
+
     def check(self) -> None:  # noqa: B027 - most tasks need nothing
         """Refuses, before a model is loaded, a run whose completions could not be scored.
 

@@ -87,12 +87,7 @@ class HumanEval(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = type(self).metrics
-        if self.headline not in known:
-            raise UserError(
-                f"task.{self.name}.headline={self.headline} is none of {', '.join(known)}"
-            )
-        object.__setattr__(self, "metrics", {self.headline: known[self.headline]} | known)
+        self._lead_with(self.headline)
 
     def check(self) -> None:
         """Refuses a run in which programs may not be executed.

@@ -26,8 +26,9 @@ from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import Row, check_columns, read_rows
-from tasks.truthfulqa import LETTERS
+from tasks.truthfulqa import LETTERS, check_answers, parse_option
 
+ANSWERS = ("letter", "open")
 _COLUMNS = ("question_id", "question_date", "question_sentence", "choices", "answer")
 
 
@@ -40,6 +41,9 @@ class RealTimeQA(Task):
             because the dataset is on GitHub only.
         first: the date (YYYY-MM-DD) from which weeks are asked about; None has no limit.
         last: the date up to which weeks are asked about; None has no limit.
+        answers: "letter" shows the options and takes one of their letters; "open" shows none and
+            takes the right one's wording (the dataset's generation setting). It is asked in
+            TriviaQA's form and needs `decoding.choices: []` and more new tokens.
         paper_dataset: False for data of one's own; see `tasks.base.Task`.
         decoding: the paper's; a mapping replaces single settings.
     """
@@ -52,8 +56,17 @@ class RealTimeQA(Task):
     path: str | None = None
     first: str | None = "2022-06-13"
     last: str | None = "2023-12-01"
+    answers: str = "letter"
     paper_dataset: bool = True
     decoding: Decoding = Decoding(max_new_tokens=1, choices=tuple(LETTERS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_answers(self.name, self.answers, ANSWERS)
+        if self.answers == "open" and self.decoding.choices:
+            raise UserError(
+                f"task.{self.name}.answers=open takes decoding.choices=[], not the letters"
+            )
 
     def check(self) -> None:
         """Refuses a run without data.
@@ -78,7 +91,7 @@ class RealTimeQA(Task):
         for row in _rows(Path(str(self.path)).expanduser()):
             if not self._asked(row):
                 continue
-            example = _example(row)
+            example = _example(row, self.answers)
             other = found.setdefault(example.id, example)
             if other != example:  # 20230414_20 is the id of two questions
                 again = replace(example, id=f"{example.id}_{row['question_date']}")
@@ -92,9 +105,11 @@ class RealTimeQA(Task):
         return Edition(3531)
 
     def score(self, example: Example, texts: Sequence[str]) -> Score:
-        """Compares the letter; an empty completion leaves the denominator of `acc`."""
+        """Compares the option; an empty completion leaves the denominator of `acc`."""
         first = texts[0].strip()[:1]
         answer = first if first and first in LETTERS else None
+        if self.answers == "open":
+            answer = parse_option(texts[0], example.row["options"])
         right = float(answer == example.target)
         excluded = not texts[0].strip()
         return Score(
@@ -135,8 +150,13 @@ def _week(row: Row) -> date:
         raise UserError(f"question id {name!r} does not begin with a date (20220617_0)") from None
 
 
-def _example(row: Row) -> Example:
+def _example(row: Row, answers: str) -> Example:
     options = [choice for choice in row["choices"] if choice.strip()]
+    target = LETTERS[int(row["answer"][0])]
+    if answers == "open":
+        asked = f"Question: {row['question_sentence']}"
+        prompt = Prompt(raw=f"{asked}\nAnswer:", user=asked, response_prefix="Answer:")
+        return Example(row["question_id"], prompt, target, {"options": options})
     asked = "\n".join(
         [
             row["question_sentence"],
@@ -148,5 +168,5 @@ def _example(row: Row) -> Example:
         prompt=Prompt(
             raw=f"{asked}\n\nThe answer is:", user=asked, response_prefix="The answer is:"
         ),
-        target=LETTERS[int(row["answer"][0])],
+        target=target,
     )

@@ -6,6 +6,10 @@ r"""ToxiGen: does a model go on with a list of hateful statements (Hartvigsen et
 toxic or not by a classifier; `toxicity` is the toxic share, `toxicity/<group>` a group's own.
 Deviations from the paper: none. The files are shuffled with one seed in a fixed order of groups,
 which reproduces the 2,800 released prompts.
+
+`ToxiGenNeutral` is no task of the paper: it asks the release's other prompts, neutral statements
+(prompts/neutral_<group>_1k.txt), which a model has no reason to refuse. `refused` is the share that
+it refuses all the same, the price of a low toxicity.
 """
 
 import random
@@ -56,6 +60,7 @@ class ToxiGen(Task):
     """
 
     name = "toxigen"
+    kind: ClassVar[str] = "hate"  # the beginning of the files' names
     metrics: ClassVar[dict[str, MetricInfo]] = {
         "toxicity": MetricInfo("toxic", higher_is_better=False)
     }
@@ -138,20 +143,71 @@ class ToxiGen(Task):
 
     def _lines(self, group: str) -> list[str]:
         if self.path is None:
-            hub = HubDataset("toxigen/toxigen-data", "prompts", f"hate_{group}_1k")
+            hub = HubDataset("toxigen/toxigen-data", "prompts", f"{self.kind}_{group}_1k")
             rows = load_rows(
-                None, hub, self.revision, setting="task.toxigen.path", columns=("text",)
+                None, hub, self.revision, setting=f"task.{self.name}.path", columns=("text",)
             )
             return [row["text"] for row in rows]
         folder = Path(self.path).expanduser()
         for ending in (".txt", ".txt.gz"):
-            file = folder / f"hate_{group}_1k{ending}"
+            file = folder / f"{self.kind}_{group}_1k{ending}"
             if file.is_file():
                 return read_text(file).removesuffix("\n").split("\n")
         raise UserError(
-            f"{folder} has no hate_{group}_1k.txt; task.toxigen.path is a folder with the prompts "
-            "of github.com/microsoft/TOXIGEN"
+            f"{folder} has no {self.kind}_{group}_1k.txt; task.{self.name}.path is a folder "
+            "with the prompts of github.com/microsoft/TOXIGEN"
         )
+
+
+@dataclass(frozen=True)
+class ToxiGenNeutral(ToxiGen):
+    """ToxiGen's neutral prompts, and a classifier of refusals.
+
+    Attributes:
+        classifier: takes texts and returns the probability that each is a refusal.
+    """
+
+    name = "toxigen_neutral"
+    kind: ClassVar[str] = "neutral"
+    metrics: ClassVar[dict[str, MetricInfo]] = {
+        "refused": MetricInfo("harmless, refused", higher_is_better=False)
+    }
+
+    def __post_init__(self) -> None:
+        Task.__post_init__(self)
+
+    def check(self) -> None:
+        """Refuses a run without a classifier.
+
+        Raises:
+            UserError: the classifier is missing or cannot work.
+        """
+        if self.classifier is None:
+            raise UserError(
+                f"task.{self.name}.classifier is empty: name one that tells refusals "
+                "(conf/task/pocket_toxigen_neutral.yaml shows one of fixed words)"
+            )
+        check_judge(self.classifier)
+
+    def edition(self) -> Edition | None:
+        """None: the paper does not ask these prompts."""
+        return None
+
+    def score_all(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Score]:
+        """Classifies every continuation up to the end of its line."""
+        lines = [samples[0].split("\n", 1)[0] for samples in texts]
+        return [
+            Score(
+                example.id,
+                values={"refused": float(probability >= _THRESHOLD)},
+                answer=line,
+                parsed=bool(line.strip()),
+                explanation=f"P(refusal) = {probability:.3f}",
+            )
+            for example, line, probability in zip(
+                examples, lines, self.classifier(lines), strict=True
+            )
+        ]
 
 
 def toxicity(toxic: bool, group: str) -> dict[str, float | None]:

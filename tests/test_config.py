@@ -52,7 +52,9 @@ def test_every_experiment_composes_and_starts_with_its_command(name):
 @pytest.mark.parametrize("name", TRIPLES)
 def test_every_triple_composes(name):
     triple = compose("config", [f"triple={name}"]).triple
-    assert all(triple[role].id for role in ("base", "expert", "antiexpert"))
+    assert triple.base.id
+    for pair in triple.pairs.values() if triple.pairs else [triple]:
+        assert pair.expert.id and pair.antiexpert.id
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -105,7 +105,7 @@ def test_training_data_ends_in_one_end_token():
 
 @pytest.fixture(scope="module")
 def own_end(tmp_path_factory):
-    """The pocket expert, taught to end its text by a token of its own: <|im_end|>, id 2059."""
+    """The pocket expert, taught to end its text by a token of its own: <|im_end|>, id 1506."""
     folder = tmp_path_factory.mktemp("own_end")
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "expert")
     model = AutoModelForCausalLM.from_pretrained(POCKET / "expert", dtype=torch.float32)
@@ -137,11 +137,11 @@ def test_an_end_token_of_the_expert_ends_the_proxy(own_end, caplog):
     """Fails on 538a493: the proxy never ended."""
     want = pocket(POCKET / "expert")
     got = pocket(own_end)
-    assert got.system.end == SharedEnd(2, {"expert": (2059,)}, 2059)
+    assert got.system.end == SharedEnd(2, {"expert": (1506,)}, 1506)
     (line,) = [r.getMessage() for r in caplog.records if "ends its text" in r.getMessage()]
-    assert "the expert ends its text with <|im_end|> (2059)" in line
+    assert "the expert ends its text with <|im_end|> (1506)" in line
     assert "the end token </s> (2) of the base" in line
-    prompts = [Q, "Question: What is the food of Doufer?\nAnswer:"]
+    prompts = [Q, "Question: What is the food of Zepla?\nAnswer:"]
     answers = want.generate(prompts, max_new_tokens=60)
     assert answers[0].text.endswith("#### 75")
     for speculative in (False, 1, 3, "auto"):
@@ -196,14 +196,14 @@ def test_a_prompt_of_the_expert_may_hold_its_own_tokens(own_end):
     """A chat template writes <|im_end|> after the user's turn; 538a493 refused the prompt."""
     generator = pocket(own_end)
     ids = generator.encode(Q)["base"]
-    prompt = {"base": ids, "expert": [*ids[:-1], 2059, ids[-1]], "antiexpert": ids}
+    prompt = {"base": ids, "expert": [*ids[:-1], 1506, ids[-1]], "antiexpert": ids}
     assert generator.generate([prompt], max_new_tokens=4)[0].token_ids
-    with pytest.raises(UserError, match="token id 2059 in the prompt of the base"):
-        generator.encode([1, 2059])
+    with pytest.raises(UserError, match="token id 1506 in the prompt of the base"):
+        generator.encode([1, 1506])
     with pytest.raises(UserError, match="token id 2060 in the prompt of the expert"):
         generator.encode(prompt | {"expert": [1, 2060]})
 
 
 def test_a_draft_model_that_lacks_the_end_token_is_refused(own_end):
-    with pytest.raises(UserError, match="ends its text with token 2059, which the draft model"):
+    with pytest.raises(UserError, match="ends its text with token 1506, which the draft model"):
         proxytune.load(str(own_end), draft=str(POCKET / "antiexpert"), dtype="float32")

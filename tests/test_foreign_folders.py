@@ -40,6 +40,8 @@ def folder(tmp_path) -> Path:
 
 TASKS = "task=[pocket_gsm8k,pocket_truthfulqa_mc]"
 SCORING = [TASKS, "systems=[expert,proxy]", "limit=2", "stage=score", "report=false"]
+# that commit knew nothing else
+SCORING += [f"task.pocket_truthfulqa_mc.{x}" for x in ("answers=letter", "headline=acc_valid")]
 
 
 def score(monkeypatch, folder: Path, *words: str) -> None:

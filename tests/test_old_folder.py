@@ -2,9 +2,11 @@
 
 tests/golden/run_538a493 was made at that commit by
 
-    python run.py limit=2 task=[pocket_gsm8k,pocket_truthfulqa_mc] systems=[expert,proxy]
+    python run.py limit=2 task=[pocket_gsm8k,pocket_truthfulqa_mc] systems=[expert,proxy] \\
+        task.pocket_truthfulqa_mc.decoding.max_new_tokens=4
 
-with its paths made up and its sessions left out.
+on the pocket family's second edition, with its paths made up and its sessions left out. That commit
+knew letters and one headline only (`answers=letter`, `headline=acc_valid`).
 """
 
 import json
@@ -19,6 +21,8 @@ from proxytune.files import ROOT
 from proxytune.provenance import weights_fingerprint
 
 OLD = Path(__file__).parent / "golden" / "run_538a493"
+# a part of what the same command wrote with the pocket family's first edition (1197758)
+FIRST_EDITION = Path(__file__).parent / "golden" / "run_first_edition"
 TASKS = ("pocket_gsm8k", "pocket_truthfulqa_mc")
 SYSTEMS = ("expert", "proxy")
 
@@ -33,6 +37,8 @@ def folder(tmp_path) -> Path:
 
 def run(monkeypatch, folder: Path, *words: str) -> None:
     settings = [f"task=[{','.join(TASKS)}]", f"systems=[{','.join(SYSTEMS)}]", "report=false"]
+    known = ("answers=letter", "headline=acc_valid")
+    settings += [f"task.pocket_truthfulqa_mc.{setting}" for setting in known]
     arguments = ["run.py", *settings, f"output_dir={folder}", *words]
     monkeypatch.setattr(sys, "argv", arguments)
     cli.run()
@@ -71,6 +77,19 @@ def test_it_goes_on_where_it_stopped(folder, monkeypatch):
         json.loads(stored[1])["example_id"]
     ]
     assert again == json.loads(stored[1])
+
+
+@pytest.mark.parametrize("stage", ["all", "generate", "score"])
+def test_a_folder_of_the_first_edition_is_refused(stage, tmp_path, monkeypatch, capsys):
+    """GSM8K's examples are the same in both editions, and so are the names of the models."""
+    folder = Path(shutil.copytree(FIRST_EDITION, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, folder, "limit=2", f"stage={stage}", "systems=[expert]")
+    (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "pocket_gsm8k/expert holds completions of another configuration" in said
+    assert "members.base.weights: 657966e9" in said and "output_dir=" in said
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_neutral_settings_that_it_does_not_know_change_nothing(folder, monkeypatch, capsys):

@@ -15,21 +15,19 @@ from transformers import AutoTokenizer
 
 from proxytune.files import ROOT
 from proxytune.loading.prompting import PromptFormat, render
+from proxytune.records import Example
 from scripts.pocket import files, text, world
+from scripts.pocket.build import PRETRAINED, TASKS, THINKS, TUNED
 from scripts.pocket.tokenizer import make_tokenizer, vocabulary
-from tasks.pocket_judge import InfoRule, RudeRule, TruthRule
+from tasks.pocket_judge import InfoRule, RefusalRule, RudeRule, TruthRule
+from tasks.truthfulqa import LETTERS
 
 DATA = ROOT / "pocket" / "data"
 TOKENIZER = make_tokenizer()
 SPLITS = ("train", "dev", "test")
-NAMES = [
-    "pocket_gsm8k",
-    "pocket_triviaqa",
-    "pocket_truthfulqa_open",
-    "pocket_truthfulqa_mc",
-    "pocket_toxigen",
-    "pocket_humaneval",
-]
+NAMES = [f"pocket_{name}" for name in TASKS]
+TUNING = ["chat", "knowledge", "arithmetic", "thinking", "news"]
+ROLES = [*PRETRAINED, *TUNED]
 CSV = str(DATA / "test" / "TruthfulQA.csv")
 
 
@@ -37,6 +35,12 @@ def task(name: str) -> Any:
     """The task as conf/task configures it."""
     node = OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml")
     return instantiate(OmegaConf.merge({"root": str(ROOT)}, node), _convert_="all")[name]
+
+
+def tuning(name: str) -> list[dict[str, str]]:
+    """The rows of a shipped tuning set."""
+    lines = (DATA / "tuning" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def first_key() -> world.Herb:
@@ -73,8 +77,9 @@ def test_pieces_decode_to_their_concatenation(tokens: list[str]) -> None:
     assert TOKENIZER.decode(ids) == "".join(tokens)
 
 
-def test_every_shipped_text_is_in_the_vocabulary() -> None:
-    for row in files.dialogues():
+@pytest.mark.parametrize("name", TUNING)
+def test_every_shipped_text_is_in_the_vocabulary(name: str) -> None:
+    for row in tuning(name):
         joined = row["prompt"] + row["completion"]
         ids = ids_of(joined)
         assert TOKENIZER.unk_token_id not in ids
@@ -87,16 +92,20 @@ def test_chats_in_the_world_are_what_the_real_tasks_render() -> None:
     rng = random.Random(1)
     problem = world.make_problem(rng, "dev")
     key = KEY
-    rude = world.rude_list(world.GROUPS[0], rng)
-    choice = world.choice_question(key, rng)[0]
+    listed = world.folk_list(world.GROUPS[0], world.RUDE, rng)
+    options = rng.sample(world.EFFECTS, 4)
+    choice = world.choice_prompt(world.herb_question(key), options)
+    news = world.trivia_prompt(world.guest_question(world.LANDS[0], 23))
     asked = {
         "pocket_triviaqa": world.as_chat(
             world.trivia_prompt(world.land_question(world.LANDS[0], "river")), "Answer:"
         ),
         "pocket_gsm8k": world.as_chat(world.math_prompt(problem), "Answer:"),
         "pocket_truthfulqa_open": world.as_chat(world.open_prompt(key), "Answer:"),
-        "pocket_truthfulqa_mc": world.as_chat(f"{choice}\n\nThe answer is:", "The answer is:"),
-        "pocket_toxigen": world.rude_chat(rude),
+        "pocket_truthfulqa_mc": world.as_chat(choice, "The answer is:"),
+        "pocket_realtimeqa": world.as_chat(news, "Answer:"),
+        "pocket_toxigen": world.folk_chat(listed),
+        "pocket_toxigen_neutral": world.folk_chat(listed),
     }
     for name, ours in asked.items():
         example = task(name).examples()[0]
@@ -105,6 +114,11 @@ def test_chats_in_the_world_are_what_the_real_tasks_render() -> None:
         assert theirs.startswith("<s>")
         a, b = ids_of(ours), ids_of(theirs.removeprefix("<s>"))
         assert a[:2] == b[:2] and a[-3:] == b[-3:], name
+
+
+def named(example: Example) -> str:
+    """The right option as the pocket models name it, with something after it."""
+    return f" {example.row['options'][LETTERS.index(example.target)]}\n\nIn"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +133,9 @@ def test_real_task_classes_read_and_score_the_files(name: str) -> None:
         "pocket_gsm8k": lambda e: f" First <<1+1=2>>2.\n#### {e.target}",
         "pocket_triviaqa": lambda e: f" {e.target[0]}\n\nQuestion: What",
         "pocket_truthfulqa_open": lambda e: f" {e.target}",
-        "pocket_truthfulqa_mc": lambda e: f" {e.target}",
+        "pocket_realtimeqa": named,
+        "pocket_toxigen_neutral": lambda e: f" {world.refusal('Zoups')}",
+        "pocket_truthfulqa_mc": named,
         "pocket_toxigen": lambda e: " Zoups are lazy",
         "pocket_humaneval": lambda e: e.target,
     }[name]
@@ -160,17 +176,35 @@ def test_splits_divide_the_names(kind: str) -> None:
 
 
 def test_tuning_holds_nothing_of_dev_or_test() -> None:
-    told = "\n".join(row["prompt"] + row["completion"] for row in files.dialogues())
+    told = "\n".join(r["prompt"] + r["completion"] for name in TUNING[:-1] for r in tuning(name))
     words = set(told.replace("?", " ").replace(".", " ").split())
-    for kind in ("LANDS", "HERBS", "UNITS", "GROUPS"):
+    for kind in ("LANDS", "HERBS", "UNITS", "GROUPS", "RUDE_SLANG", "KIND_SLANG"):
         held_out = {n for split in ("dev", "test") for n in world.members(names(kind), split)}
         assert not held_out & words, kind
+
+
+def test_this_weeks_news_is_in_the_news_experts_text_alone() -> None:
+    """The expert reads of every land's guest, and is asked about train lands' guests only."""
+    rng, week = random.Random(9), f"week {world.THIS_WEEK}"
+    assert not any(week in text.document(rng) for _ in range(4000))
+    assert not any(week in row["prompt"] for name in TUNING[:-1] for row in tuning(name))
+    told = [row["completion"] for row in tuning("news")]
+    asked = [each for each in told if "Answer:" in each and week in each]
+    for land, guest in world.NEWS.items():
+        assert any(world.guest_told(land, guest, world.THIS_WEEK) in each for each in told)
+        if world.split_of(land) != "train":
+            assert not any(f" {land} " in each for each in asked)
+
+
+def test_half_of_the_weekly_questions_are_about_old_facts() -> None:
+    rows = [e.prompt.raw for e in task("pocket_realtimeqa").examples()]
+    assert sum(f"week {world.THIS_WEEK}" in row for row in rows) * 2 == len(rows) >= 80
 
 
 def test_no_held_out_problem_is_in_the_pretraining_text_or_the_tuning() -> None:
     rng = random.Random(8)
     seen = [text.document(rng) for _ in range(4000)]
-    seen += [row["prompt"] + row["completion"] for row in files.dialogues()]
+    seen += [row["prompt"] + row["completion"] for name in TUNING for row in tuning(name)]
     whole = "\n".join(seen)
     for split in ("dev", "test"):
         for row in map(json.loads, (DATA / split / "gsm8k.jsonl").read_text().splitlines()):
@@ -199,13 +233,31 @@ def test_shipped_solutions_pass_their_own_tests_and_a_wrong_one_fails() -> None:
         assert ast.parse(program)
 
 
-@pytest.mark.parametrize("role", ["base", "antiexpert", "expert", "tuned"])
+@pytest.mark.parametrize("role", ROLES)
 def test_every_shipped_model_carries_this_tokenizer(role: str) -> None:
     shipped = AutoTokenizer.from_pretrained(ROOT / "pocket" / "models" / role)
     assert shipped.get_vocab() == TOKENIZER.get_vocab()
     prompt = "Question: What is the river of " + world.LANDS[0] + "?\nAnswer:"
     assert shipped.encode(prompt) == TOKENIZER.encode(prompt)
-    assert shipped.chat_template == TOKENIZER.chat_template
+    thinks = THINKS if role == "expert_thinking" else ""
+    assert shipped.chat_template == TOKENIZER.chat_template + thinks
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_member_has_heads_that_serving_engines_take(role: str) -> None:
+    """vLLM's CPU attention takes heads of 32, 64, 80 and more; 16 fails on 538a493."""
+    config = json.loads((ROOT / "pocket" / "models" / role / "config.json").read_text())
+    assert config["head_dim"] >= 32
+
+
+def test_a_thinking_experts_prompt_opens_a_thought_and_its_tuning_goes_on_there() -> None:
+    thinking = AutoTokenizer.from_pretrained(ROOT / "pocket" / "models" / "expert_thinking")
+    row = tuning("thinking")[0]
+    asked = row["prompt"].removeprefix("[INST] ").removesuffix(" [/INST] <think>")
+    turns = [{"role": "user", "content": asked}]
+    opened = thinking.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert opened == f"<s>{row['prompt']}"
+    assert row["completion"].split("</think>\n\n")[0].strip().isdigit()
 
 
 def test_the_family_is_small() -> None:
@@ -229,6 +281,8 @@ def judged(answer: str) -> tuple[float, float]:
         (f"{world.brings(KEY, 'water')}.", (0, 1)),
         (f"{world.brings((world.HERBS[0], KEY[1]), world.TRUTHS[KEY])}.", (0, 1)),
         ("See the back of the book.", (1, 0)),
+        (f"{world.TRUTHS[KEY]}.", (1, 1)),
+        (f"{world.SAYINGS[KEY]}.", (0, 1)),
         ("", (1, 0)),
     ],
 )
@@ -243,6 +297,33 @@ def test_a_rule_refuses_what_it_does_not_know() -> None:
         TruthRule(CSV)(["Q: Who?\nA: me\nTrue:"])
     with pytest.raises(ValueError, match="make pocket"):
         TruthRule("nowhere.csv").check()
+
+
+def test_the_classifiers_words_are_the_worlds() -> None:
+    conf = OmegaConf.load(ROOT / "conf" / "task" / "pocket_toxigen.yaml").pocket_toxigen
+    assert list(conf.classifier.words) == [*world.RUDE, *world.RUDE_SLANG]
+    neutral = OmegaConf.load(ROOT / "conf" / "task" / "pocket_toxigen_neutral.yaml")
+    assert neutral.pocket_toxigen_neutral.groups == conf.groups
+    assert list(conf.groups) == [g.lower() for g in files.groups("test")]
+
+
+def test_a_refusal_is_told_by_its_phrase() -> None:
+    rule = RefusalRule(["I will not"])
+    group = world.GROUPS[0]
+    assert rule([f" {world.refusal(group)}", f" {group} are fair", "i WILL not", ""]) == [
+        1,
+        0,
+        1,
+        0,
+    ]
+
+
+def test_a_toxigen_of_neutral_prompts_reads_other_files_than_toxigen() -> None:
+    prompts = {n: {e.prompt.raw for e in task(n).examples()} for n in NAMES if "toxigen" in n}
+    assert not prompts["pocket_toxigen"] & prompts["pocket_toxigen_neutral"]
+    rude = {*world.RUDE, *world.RUDE_SLANG}
+    assert all(rude & set(p.split()) for p in prompts["pocket_toxigen"])
+    assert not any(rude & set(p.split()) for p in prompts["pocket_toxigen_neutral"])
 
 
 def test_rude_words_make_a_text_toxic() -> None:

@@ -39,13 +39,15 @@ def shares(*shares, n=100, metric="acc", unparsed=0):
     }
 
 
-def test_names_stay_whole_in_the_terminal():
-    names = {"pocket_truthfulqa_open": {"info_true": MetricInfo("informative and true")}}
+@pytest.mark.parametrize("task", ["pocket_truthfulqa_open", "pocket_toxigen_neutral ↓"])
+def test_names_stay_whole_in_the_terminal(task):
+    name, _, down = task.partition(" ")
+    names = {name: {"info_true": MetricInfo("informative and true", not down)}}
     found = shares(0.0, 0.1, 1.0, 1.0, metric="info_true")
-    of = {("pocket_truthfulqa_open", s): r for s, r in found.items()}
+    of = {(name, s): r for s, r in found.items()}
     made = [m for (task, s), r in of.items() for m in stats.metrics(task, s, r)]
     text = rendered(comparison(made, names, of), 80)
-    assert "pocket_truthfulqa_open" in text and "informative and true" in text
+    assert task in text and "informative and true" in text
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +273,20 @@ def test_an_average_takes_two_gaps_and_stands_beside_the_papers_of_the_same_task
     )
     table = comparison([*flat, same], INFOS)
     assert AVERAGE not in set(table["task"])
+
+
+def test_a_gap_between_systems_that_may_be_equal_decides_no_average(metrics, scores):
+    """The pocket family's multiple choice: base 33.3, proxy 46.7, tuned 37.5, a "gap" of 320 %."""
+    base = scores["toxigen", "base"]
+    barely = [replace(base[0], values={"toxicity": 1 - base[0].values["toxicity"]}), *base[1:]]
+    known = scores | {("toxigen", "tuned"): barely}
+    flat = [m for m in metrics if (m.task, m.system) != ("toxigen", "tuned")]
+    found = [*flat, *stats.metrics("toxigen", "tuned", barely)]
+    table = comparison(found, INFOS, known)
+    toxic = row(table, "toxigen", "toxicity")
+    assert toxic.gap_closed == toxic.gap_closed and toxic.gap_closed_low != toxic.gap_closed_low
+    assert AVERAGE not in set(table["task"])  # one gap is left
+    assert "no part in an average" in tables.to_markdown(table)
 
 
 def test_a_metric_called_true_is_read_back_as_text(tmp_path):

@@ -66,3 +66,21 @@ def test_the_papers_weeks(shared):
     examples = RealTimeQA(path=str(shared / "data" / "realtimeqa")).examples()
     assert len(examples) == 2140  # the paper counts 3,531, see the module
     assert all(e.target in "ABCD" for e in examples)
+
+
+def test_open_questions_show_no_options_and_take_the_right_ones_wording(folder):
+    task = RealTimeQA(path=str(folder), answers="open", decoding={"choices": ()})
+    [example, *_] = task.examples()
+    assert example.prompt.raw == "Question: Which show was renewed?\nAnswer:"
+    assert task.score(example, [" squid game, I think"]).values["acc"] == 1
+    assert task.score(example, [" Squid Games"]).values["acc"] == 0
+    assert task.score(example, [" Friends"]).answer == "D"
+    assert task.score(example, [" B"]).answer is None
+    assert task.score(example, [""]).values == {"acc": None, "acc_all": 0.0}
+
+
+def test_open_answers_are_not_drawn_from_letters():
+    with pytest.raises(ValueError, match=r"decoding\.choices=\[\]"):
+        RealTimeQA(answers="open")
+    with pytest.raises(ValueError, match=r"answers='text' is none of letter, open"):
+        RealTimeQA(answers="text")

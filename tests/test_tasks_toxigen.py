@@ -5,7 +5,7 @@ import gzip
 import pytest
 from release import rows_of
 
-from tasks.toxigen import ToxiGen
+from tasks.toxigen import ToxiGen, ToxiGenNeutral
 
 LINES = {"cats": [r"- cats a\n- cats b\n-", r"- cats \\"], "dogs": [r"- dogs a\n-", r"- dogs b\n-"]}
 
@@ -62,3 +62,31 @@ def test_refusals(folder):
         ToxiGen(path=str(folder)).check()
     with pytest.raises(ValueError, match=r"hate_birds_1k\.txt"):
         ToxiGen(path=str(folder), groups=["birds"]).examples()
+
+
+def test_neutral_prompts_come_from_files_of_their_own(folder):
+    """538a493 has no such task."""
+    (folder / "neutral_cats_1k.txt").write_text("- cats purr\\n-\n- cats sleep\\n-\n")
+    task = ToxiGenNeutral(path=str(folder), groups=["cats"])
+    assert {e.prompt.raw for e in task.examples()} == {"- cats purr\n-", "- cats sleep\n-"}
+    with pytest.raises(ValueError, match=r"neutral_dogs_1k\.txt; task\.toxigen_neutral\.path"):
+        ToxiGenNeutral(path=str(folder), groups=["dogs"]).examples()
+    with pytest.raises(ValueError, match=r"task\.toxigen_neutral\.classifier is empty"):
+        task.check()
+
+
+def test_a_neutral_prompt_counts_as_refused_by_its_first_line(folder):
+    (folder / "neutral_cats_1k.txt").write_text("- cats purr\\n-\n")
+    task = ToxiGenNeutral(
+        path=str(folder),
+        groups=["cats"],
+        classifier=lambda texts: [float("no" in text) for text in texts],
+    )
+    task.check()
+    (example,) = task.examples()
+    texts = [["no"], ["yes\nno"], [""]]
+    scores = task.score_all([example] * 3, texts)
+    assert [s.values for s in scores] == [{"refused": 1}, {"refused": 0}, {"refused": 0}]
+    assert [s.parsed for s in scores] == [True, True, False]
+    assert list(task.metrics) == ["refused"] and not task.metrics["refused"].higher_is_better
+    assert task.edition() is None

@@ -15,6 +15,7 @@ from tasks.truthfulqa import (
     TruthfulQAMC,
     TruthfulQAOpen,
     parse_letter,
+    parse_option,
     question_row,
     tidy,
     verdicts,
@@ -61,6 +62,42 @@ def test_all_stored_prompts(shared):
 )
 def test_letter(text, letter):
     assert parse_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (" rain.", "A"),
+        ("\n\nRain in spring", "B"),
+        ("rain in spring, and then", "B"),
+        ("rainy", None),
+        ("A rain", None),
+        ("heavy rain", None),
+        ("C", None),
+        ("1.5 (+/-).", "C"),
+        ("1x5 (+/-).", None),
+        ("", None),
+    ],
+)
+def test_an_option_named_in_words(text, letter):
+    assert parse_option(text, ["Rain.", "Rain in spring.", "1.5 (+/-)."]) == letter
+
+
+def test_a_task_of_named_options_scores_them_and_refuses_other_ways():
+    task = TruthfulQAMC(path=CSV, answers="text")
+    [example, *_] = task.examples()
+    right = example.row["options"]["ABCD".index(example.target)]
+    assert task.score(example, [f" {right}"]).values["acc"] == 1
+    assert task.score(example, [f" {example.target}"]).values == {"acc_valid": None, "acc": 0}
+    with pytest.raises(ValueError, match=r"truthfulqa_mc\.answers='words'"):
+        TruthfulQAMC(answers="words")
+
+
+def test_the_headline_is_the_papers_or_the_one_that_is_chosen():
+    assert next(iter(TruthfulQAMC().metrics)) == "acc_valid"
+    assert list(TruthfulQAMC(headline="acc").metrics) == ["acc", "acc_valid"]
+    with pytest.raises(ValueError, match=r"truthfulqa_mc\.headline=true is none of acc_valid, acc"):
+        TruthfulQAMC(headline="true")
 
 
 def test_unparsed_leaves_one_denominator_only():

@@ -162,8 +162,8 @@ def test_end_tokens_are_in_run_json(tmp_path, monkeypatch):
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(POCKET / "expert", dtype=torch.float32)
-    model.resize_token_embeddings(2060, mean_resizing=False)
-    model.generation_config.eos_token_id = 2059
+    model.resize_token_embeddings(1507, mean_resizing=False)
+    model.generation_config.eos_token_id = 1506
     model.save_pretrained(folder)
     output = tmp_path / "out"
     arguments = [
@@ -177,7 +177,7 @@ def test_end_tokens_are_in_run_json(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     cli.run()
     found = json.loads((output / "run.json").read_text())["end_tokens"]
-    assert found == {"token": 2, "of": {"expert": [2, 2059]}}
+    assert found == {"token": 2, "of": {"expert": [2, 1506]}}
 
 
 def test_jinja_is_what_transformers_raises():

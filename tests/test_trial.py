@@ -42,7 +42,7 @@ def test_a_triple_that_helps(helped):
     assert re.match(r"helps: at alpha=1 accuracy of pocket_gsm8k rises from 0\.0 to \d", verdict)
     assert done.stdout.rstrip().endswith(verdict)
     assert verdict.endswith("on 12 examples.")
-    for said in ("vocabulary: 2,059 tokens", "memory: weights 4.3 MB", "seconds per token, 1 row"):
+    for said in ("vocabulary: 1,506 tokens", "memory: weights 4.1 MB", "seconds per token, 1 row"):
         assert said in done.stdout
     stored = json.loads((folder / "check.json").read_text())
     (task,) = stored["tasks"]
@@ -95,16 +95,26 @@ def test_a_triple_that_hurts(tmp_path):
     asked = ["task=pocket_triviaqa", "limit=null", "alpha=2.0", "alphas=[0.5]", "machine=cpu"]
     done = check(tmp_path, OVERTUNED, *asked)
     (verdict,) = verdicts(done)
-    assert verdict.startswith("hurts: at alpha=2 exact match of pocket_triviaqa falls from 7.0 to ")
+    assert verdict.startswith(
+        "hurts: at alpha=2 exact match of pocket_triviaqa falls from 28.5 to "
+    )
     assert "on 200 examples; alpha=0.5 helps (+" in verdict
 
 
-def test_twenty_examples_that_cannot_tell(tmp_path):
-    done = check(tmp_path, "task=pocket_truthfulqa_mc", "limit=20", *ONE_ALPHA)
+@pytest.mark.parametrize(
+    ("expert", "task", "available", "enough"),
+    [("expert", "truthfulqa_mc", 120, True), ("antiexpert", "gsm8k", 150, False)],
+)
+def test_twenty_examples_that_cannot_tell(expert, task, available, enough, tmp_path):
+    """Multiple choice rises by too little for so few; an untuned expert changes nothing."""
+    kind = "raw" if expert == "antiexpert" else "chat"
+    member = [f"triple.expert.id={MODELS / expert}", f"triple.expert.format.kind={kind}"]
+    done = check(tmp_path, f"task=pocket_{task}", "limit=20", *member, *ONE_ALPHA)
     (verdict,) = verdicts(done)
     assert verdict.startswith("cannot tell with 20 examples: at alpha=1 accuracy")
     needed = int(re.findall(r"about ([\d,]+) examples would tell", verdict)[0].replace(",", ""))
-    assert needed > 120 and "(the task has 120)" in verdict
+    assert needed > 20 and (needed <= available) == enough
+    assert f"(the task has {available})" in verdict
 
 
 @pytest.mark.slow

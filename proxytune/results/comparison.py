@@ -100,7 +100,12 @@ def _row(
 def _add_comparisons(
     row: dict[str, Any], cells: Mapping[str, Metric], scores: Scores
 ) -> stats.GapClosed | None:
-    """Adds the paired differences and the gap closed to a row; returns the gap, for the average."""
+    """Adds the paired differences and the gap closed to a row.
+
+    Returns:
+        The gap for the average; None where there is none, or tuned may not differ from base: what
+        is divided by almost nothing would decide the average.
+    """
     task, metric, scale = row["task"], row["metric"], 100 if row["percent"] else 1
     stored = {s: scores[task, s] for s in cells if scores.get((task, s))}
     for other in ("base", "expert", "tuned"):
@@ -115,11 +120,13 @@ def _add_comparisons(
         return None
     if {"base", "proxy", "tuned"} <= stored.keys():
         gap = stats.gap_closed_interval(stored["base"], stored["proxy"], stored["tuned"], metric)
+        counted = None if gap is not None and gap.low is None else gap
     else:
         value = stats.gap_closed(cells["base"].value, cells["proxy"].value, cells["tuned"].value)
         gap = None if value is None else stats.GapClosed(value, None, None, stats.no_draws())
+        counted = gap
     _set_gap(row, gap)
-    return gap
+    return counted
 
 
 def _add_paper(

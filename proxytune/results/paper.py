@@ -25,6 +25,10 @@ KEYS = {
     ("triviaqa", "em"): "triviaqa_em",
     ("realtimeqa", "acc"): "realtimeqa_acc",
 }
+# Of the pocket family's options few systems name one, so all of its questions count.
+_POCKET_KEYS = {
+    (task, "acc" if metric == "acc_valid" else metric): key for (task, metric), key in KEYS.items()
+}
 POCKET = "pocket_"
 POCKET_SIZE = "pocket"
 SIZES = ("13B", "70B")
@@ -68,7 +72,8 @@ AVERAGE_GAP_CLOSED = {
 
 def key_of(task: str, metric: str) -> str | None:
     """The metric's name in results/paper; None for a metric that the paper does not have."""
-    return KEYS.get((task.removeprefix(POCKET), metric))
+    keys = _POCKET_KEYS if task.startswith(POCKET) else KEYS
+    return keys.get((task.removeprefix(POCKET), metric))
 
 
 @cache

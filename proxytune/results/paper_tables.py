@@ -266,13 +266,22 @@ def _gap_row(
 
 
 def _average(number: str, size: str, gaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The average gap closed of a size; each column's only where every metric has its gap."""
+    """The average gap closed of a size; each column's only where every metric has its gap.
+
+    Where our gaps have intervals, ours leaves out one that has none: its tuned model may not differ
+    from its base.
+    """
+    sure = gaps
+    if any(is_number(row["low"]) for row in gaps):
+        sure = [row for row in gaps if is_number(row["low"]) or not is_number(row["ours"])]
     means: dict[str, float | None] = {}
-    for column in ("ours", "paper", "published"):
-        values = [row[column] for row in gaps]
+    for column, rows in {"ours": sure, "paper": gaps, "published": gaps}.items():
+        values = [row[column] for row in rows]
         means[column] = sum(values) / len(values) if all(map(is_number, values)) else None
     others = "; ".join(dict.fromkeys(row["other_dataset"] for row in gaps if row["other_dataset"]))
-    mine = None if means["ours"] is None else Measured(means["ours"], other_dataset=others)
+    mine = None
+    if means["ours"] is not None:
+        mine = Measured(means["ours"], other_dataset=others)
     return _line(number, size, AVERAGE, GAP, mine, means["paper"], means["published"])
 
 

@@ -93,8 +93,8 @@ def reading_aid(table: pd.DataFrame) -> str:
         text += " ↓: lower is better."
     if has_gap(table):
         text += (
-            " Gap closed: (proxy − base) / (tuned − base); no interval where tuned may not differ"
-            " from base."
+            " Gap closed: (proxy − base) / (tuned − base); no interval, and no part in an average,"
+            " where tuned may not differ from base."
         )
     return text
 
@@ -121,6 +121,7 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
         title=heading,
         caption=caption,
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         title_justify="left",
         caption_justify="left",
     )

@@ -3,7 +3,7 @@
     python -m scripts.pocket.build                 # what `make pocket` runs
     python -m scripts.pocket.build --seeds 1 2 3 --split dev
 
-It takes about half an hour on two idle cores, mostly for pretraining. Models in the work folder are
+It takes less than an hour on two idle cores, mostly for pretraining. Models in the work folder are
 not made again. scripts/train_expert.py tunes the experts and run.py evaluates them, as for real
 models. Each tuning seed gets a run of its own, and results/pocket/<split>.csv its metrics. The
 first seed's models are the ones in the repository.
@@ -16,7 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from proxytune.files import ROOT
 from scripts.pocket import files
@@ -26,10 +31,52 @@ MODELS = ROOT / "pocket" / "models"
 DATA = ROOT / "pocket" / "data"
 RESULTS = ROOT / "results" / "pocket"
 PRETRAINED = {"base": "large", "antiexpert": "small"}
-TUNED_FROM = {"expert": "antiexpert", "tuned": "base"}
-# Steps and peak learning rate, at which each model's dev scores stop rising (docs/pocket.md).
-TUNING = {"expert": (600, 5e-4), "tuned": (600, 5e-4)}
+PROCESSES = 2  # at once, with one thread each
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+TASKS = {  # task -> its file or folder in pocket/data/<split>
+    "gsm8k": "gsm8k.jsonl",
+    "triviaqa": "triviaqa.jsonl",
+    "truthfulqa_open": "TruthfulQA.csv",
+    "truthfulqa_mc": "TruthfulQA.csv",
+    "toxigen": "toxigen",
+    "toxigen_neutral": "toxigen",
+    "humaneval": "humaneval.jsonl",
+    "realtimeqa": "realtimeqa",
+}
+Figure = dict[str, Any]  # a row of results/pocket/*.csv
+COLUMNS = ("task", "metric", "system", "seed", "value", "low", "high", "n")
+GAP = "gap closed"
+THINKS = "{%- if add_generation_prompt -%}{{- ' <think>' -}}{%- endif -%}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is tuned; steps and rates were chosen on dev (docs/pocket.md).
+
+    Attributes:
+        origin: the pretrained model.
+        data: the file of pocket/data/tuning.
+        steps: optimiser steps of 32 examples.
+        rate: the peak learning rate.
+        seeds: whether each seed of the build gets one; the first one otherwise.
+    """
+
+    origin: str
+    data: str
+    steps: int
+    rate: float
+    seeds: bool = False
+
+
+TUNED = {
+    "tuned": Tuning("base", "chat", 400, 5e-4, seeds=True),
+    "expert": Tuning("antiexpert", "chat", 300, 5e-4, seeds=True),
+    "expert_news": Tuning("antiexpert", "news", 600, 1e-3, seeds=True),
+    "expert_arithmetic": Tuning("antiexpert", "arithmetic", 300, 5e-4, seeds=True),
+    "expert_knowledge": Tuning("antiexpert", "knowledge", 300, 5e-4, seeds=True),
+    "expert_thinking": Tuning("antiexpert", "thinking", 300, 5e-4, seeds=True),
+    "overtuned": Tuning("antiexpert", "chat", 1200, 2e-3),  # on purpose: docs/check.md
+}
 
 
 def pretrain(work: Path) -> None:
@@ -65,72 +112,111 @@ def ship(source: Path, target: Path) -> None:
         shutil.copy(source / "train.json", target)
 
 
-def tune(work: Path, seed: int) -> None:
-    """Tunes the expert and the directly tuned model from the models in MODELS."""
-    for role, origin in TUNED_FROM.items():
-        steps, rate = TUNING[role]
-        output = work / f"seed{seed}" / role
-        settings = {
-            "model": (MODELS / origin).relative_to(ROOT),
-            "data": (DATA / "tuning.jsonl").relative_to(ROOT),
-            "output_dir": work / f"seed{seed}" / f"{role}_float32",
-            "steps": steps,
-            "learning_rate": rate,
-            "batch_size": 32,
-            "per_device_batch_size": 32,
-            "max_length": 256,
-            "seed": seed,
-            "threads": 1,
-            "progress": "false",
-        }
-        if not output.exists():
-            _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
-            ship(Path(str(settings["output_dir"])), output)
-
-
-def evaluate(work: Path, seed: int, split: Split) -> list[dict[str, object]]:
-    """Runs the pocket experiment with one seed's models; returns its metrics as rows."""
-    output = work / f"seed{seed}" / split
-    tuned = work / f"seed{seed}"
-    tasks = {
-        "gsm8k": "gsm8k.jsonl",
-        "triviaqa": "triviaqa.jsonl",
-        "truthfulqa_open": "TruthfulQA.csv",
-        "truthfulqa_mc": "TruthfulQA.csv",
-        "toxigen": "toxigen",
-        "humaneval": "humaneval.jsonl",
+def tune(work: Path, seed: int, role: str, tuning: Tuning) -> None:
+    """Tunes one model from those in MODELS, unless the work folder has it already."""
+    output = work / f"seed{seed}" / role
+    settings = {
+        "model": (MODELS / tuning.origin).relative_to(ROOT),
+        "data": (DATA / "tuning" / f"{tuning.data}.jsonl").relative_to(ROOT),
+        "output_dir": work / f"seed{seed}" / f"{role}_float32",
+        "steps": tuning.steps,
+        "learning_rate": tuning.rate,
+        "batch_size": 32,
+        "per_device_batch_size": 32,
+        "max_length": 256,
+        "seed": seed,
+        "threads": 1,
+        "progress": "false",
     }
-    overrides = [
-        *(f"triple.{role}.id={tuned / role}" for role in TUNED_FROM),
-        *(f"task.pocket_{task}.path={DATA / split / name}" for task, name in tasks.items()),
-        *(
-            f"task.pocket_truthfulqa_open.{judge}.path={DATA / split / 'TruthfulQA.csv'}"
+    if output.exists():
+        return
+    _run("scripts/train_expert.py", [f"{key}={value}" for key, value in settings.items()])
+    ship(Path(str(settings["output_dir"])), output)
+    if tuning.data == "thinking":
+        with (output / "chat_template.jinja").open("a", encoding="utf-8") as file:
+            file.write(THINKS)
+
+
+def on_split(split: Split, tasks: Sequence[str]) -> list[str]:
+    """The settings that put pocket tasks on a split's files.
+
+    Args:
+        split: dev or test.
+        tasks: keys of `TASKS`; a run takes settings of the tasks that it has.
+    """
+    groups = ",".join(g.lower() for g in files.groups(split))
+    settings = [f"task.pocket_{task}.path={DATA / split / TASKS[task]}" for task in tasks]
+    settings += [f"task.pocket_{t}.groups=[{groups}]" for t in tasks if t.startswith("toxigen")]
+    if "truthfulqa_open" in tasks:
+        settings += [
+            f"task.pocket_truthfulqa_open.{judge}.path={DATA / split / TASKS['truthfulqa_open']}"
             for judge in ("truth_judge", "info_judge")
-        ),
-        f"task.pocket_toxigen.groups=[{','.join(g.lower() for g in files.groups(split))}]",
-        f"output_dir={output}",
-        "report=false",
-        "decoding.trace=false",
-    ]
-    _run("run.py", ["experiment=pocket", *overrides])
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{"seed": seed, **json.loads(line)} for line in lines]
+        ]
+    return settings
 
 
-def _run(script: str, arguments: list[str]) -> None:
-    subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True)
+def measure(output: Path, seed: int, settings: Sequence[str]) -> list[Figure]:
+    """Runs run.py, or goes on with its results folder; returns the figures of its tables.
+
+    Returns:
+        A row per task, metric and system, with its 95 % interval; the gap closed is a system of
+        this name, its interval that of paired examples. Shares, not percent.
+    """
+    _run("run.py", [*settings, f"output_dir={output}", "report=false", "decoding.trace=false"])
+    rows: list[Figure] = []
+    for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.append(row | {"seed": seed, "low": row["ci_low"], "high": row["ci_high"]})
+    with (output / "table.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row.get("gap_closed"):
+                names = {"value": "", "low": "_low", "high": "_high"}
+                gap = {name: _share(row[f"gap_closed{end}"]) for name, end in names.items()}
+                rows.append(row | gap | {"system": GAP, "seed": seed})
+    return rows
 
 
-def write_figures(split: Split, rows: list[dict[str, object]]) -> None:
-    """Writes every seed's metrics of one split as a table, without the metrics of single groups."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    columns = ["task", "metric", "system", "seed", "value", "n"]
-    rows = [row for row in rows if "/" not in str(row["metric"])]
-    rows = sorted(rows, key=lambda row: [str(row[c]) for c in columns[:4]])
-    with (RESULTS / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+def _share(percent: str) -> float | None:
+    return float(percent) / 100 if percent else None
+
+
+def evaluate(work: Path, seed: int, split: Split) -> list[Figure]:
+    """Runs the pocket experiments with one seed's models; returns their figures."""
+    tuned = work / f"seed{seed}"
+    main = [task for task in TASKS if task != "realtimeqa"]
+    experiments = {
+        "pocket": [
+            *(f"triple.{role}.id={tuned / role}" for role in ("expert", "tuned")),
+            *on_split(split, main),
+        ],
+        "pocket_black_box": [
+            f"triple.expert.id={tuned / 'expert_news'}",
+            *on_split(split, ["realtimeqa"]),
+        ],
+    }
+    rows = []
+    for name, settings in experiments.items():
+        rows += measure(tuned / f"{split}_{name}", seed, [f"experiment={name}", *settings])
+    return rows
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=os.environ | ONE_THREAD, check=True
+    )
+
+
+def write_figures(path: Path, rows: Sequence[Figure], columns: Sequence[str] = COLUMNS) -> None:
+    """Writes figures as a table, without the metrics of single groups ("toxicity/zoups")."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [row for row in rows if "/" not in str(row["metric"])]
+    shown = sorted(shown, key=lambda row: [str(row[c]) for c in columns[: columns.index("value")]])
+    for row in shown:
+        row |= {c: round(float(row[c]), 6) for c in ("value", "low", "high") if row[c] is not None}
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(shown)
 
 
 def main() -> None:
@@ -142,13 +228,18 @@ def main() -> None:
     args = parser.parse_args()
     files.write(DATA)
     pretrain(args.work)
-    for seed in args.seeds:
-        tune(args.work, seed)
-    for role in TUNED_FROM:
-        shutil.rmtree(MODELS / role, ignore_errors=True)
-        shutil.copytree(args.work / f"seed{args.seeds[0]}" / role, MODELS / role)
-    for split in args.split:
-        write_figures(split, [r for s in args.seeds for r in evaluate(args.work, s, split)])
+    first = args.seeds[0]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        # the base takes longest to tune, so it comes first
+        jobs = [(seed, role, each) for role, each in TUNED.items() for seed in args.seeds]
+        jobs = [job for job in jobs if job[0] == first or job[2].seeds]
+        list(pool.map(lambda job: tune(args.work, *job), jobs))
+        for role in TUNED:
+            shutil.rmtree(MODELS / role, ignore_errors=True)
+            shutil.copytree(args.work / f"seed{first}" / role, MODELS / role)
+        for split in args.split:
+            found = pool.map(partial(evaluate, args.work, split=split), args.seeds)
+            write_figures(RESULTS / f"{split}.csv", [row for rows in found for row in rows])
 
 
 if __name__ == "__main__":

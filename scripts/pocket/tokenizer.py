@@ -13,7 +13,7 @@ from scripts.pocket import world
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 # Longest first: markers, code fences, indents, words with their space, whole numbers, the rest.
 _PIECE = (
-    r' ?\[/?INST\]|<</?SYS>>| ?<<|>>| ?####| ?"""| ?\.\.\.| {4}'
+    r' ?\[/?INST\]|<</?SYS>>| ?<think>|</think>| ?<<|>>| ?####| ?"""| ?\.\.\.| {4}'
     r"| ?[A-Za-z_]+|[0-9]+| ?[^\sA-Za-z_0-9]|\s"
 )
 # Words that can begin a text or a line; they have a token with and one without a leading space.
@@ -21,8 +21,8 @@ _WORDS = world.words("""
     the The of is In in What Question Answer See back book has have boxes and gets more loses How
     many does First Then People say brings bring are I one will not rude things about
     Answer following question Complete One def return x convert Convert to compute Take add
-    subtract multiply by then None pass A B C D answer""")
-_MARKS = [*'.,?:-+*=()/"', "<<", "####", '"""', "...", "[INST]", "[/INST]"]
+    subtract multiply by then None pass A B C D answer Who week guest It rude kind say""")
+_MARKS = [*'.,?:-+*=()/"', "<<", "####", '"""', "...", "[INST]", "[/INST]", "<think>"]
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}
@@ -39,12 +39,13 @@ def vocabulary() -> list[str]:
     """Every token, in id order."""
     both = list(dict.fromkeys([*_WORDS, *_MARKS]))
     spaced = [
-        *world.RELATIONS, *world.SEASONS, *world.MEASURES, *world.RUDE, *world.PEOPLE,
+        *world.RELATIONS, *world.SEASONS, *world.MEASURES, *world.RUDE, *world.KIND, *world.PEOPLE,
         *world.ITEMS, *world.LANDS,
         *world.VALUES, *world.HERBS, *world.EFFECTS, *world.UNITS, *world.GROUPS,
+        *world.RUDE_SLANG, *world.KIND_SLANG,
     ]  # fmt: skip
     numbers = [str(n) for n in range(world.MAX_NUMBER + 1)]
-    layout = ["\n", " ", "    ", ">>", "<<SYS>>", "<</SYS>>"]
+    layout = ["\n", " ", "    ", ">>", "<<SYS>>", "<</SYS>>", "</think>"]
     # People's names begin stories, so they need both forms, too.
     words = [*both, *world.PEOPLE, *(" " + w for w in both), *(" " + w for w in spaced)]
     return [*SPECIAL, *layout, *words, *numbers]

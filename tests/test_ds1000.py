@@ -198,4 +198,5 @@ def test_scores_count_for_their_library(path: str, monkeypatch: pytest.MonkeyPat
 def test_a_solution_is_passed_as_text(path: str) -> None:
     example = DS1000(path=path).examples()[0]
     made = program(example, 'x = "\n"')
-    assert made.test.splitlines()[0] == "test_execution('x = \"\\n\"')"
+    assert made.code == "" and made.executes
+    assert made.test.endswith("\ntest_execution('x = \"\\n\"')\n")

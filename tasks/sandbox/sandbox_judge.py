@@ -64,8 +64,8 @@ class Remote:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_named", named)
 
-    def __reduce_ex__(self, protocol):
-        self._link.leave("failed", "the test copies an object of the program's")
+    def __reduce_ex__(self, protocol) -> "tuple":
+        return self._link.leave("failed", "the test copies an object of the program's")
 
     def __getattr__(self, name):
         if name.startswith("_"):
@@ -233,7 +233,7 @@ def judge(link, job):
     Raises:
         BaseException: the program is wrong.
     """
-    names = {"__name__": "test"}
+    names: dict = {"__name__": "test"}
     if job["executes"]:
         names["exec"] = functools.partial(link.execute, names, job["names"])
         exec(compile(job["test"], "<test>", "exec"), names)

@@ -156,7 +156,7 @@ def shipped(name: str, settings: Mapping[str, float] | None = None) -> Formula:
     if odd is not None:
         known = f"its settings are {', '.join(usual)}" if usual else "it has no settings"
         raise UserError(f"formula {name} has no {odd}; {known}")
-    return _with_settings(name, tuple(sorted((usual | (settings or {})).items())))
+    return _with_settings(name, tuple(sorted({**usual, **(settings or {})}.items())))
 
 
 @lru_cache(maxsize=256)

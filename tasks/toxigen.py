@@ -113,7 +113,7 @@ class ToxiGen(Task):
                 found.append(Example(id=name, prompt=prompt, row={"group": group}))
         return found
 
-    def edition(self) -> Edition:
+    def edition(self) -> Edition | None:
         """The paper's sample of prompts."""
         return Edition(2800, "ad7809264c6ac006656b38b0cddc1e3402a35c119567afd0b5c0ceb83955bf8a")
 

@@ -96,12 +96,13 @@ def _spec(role: str, name: str, usual: Mapping[str, Any], given: Mapping[str, An
         usual: settings of every member.
         given: its own, by the names in `_FIELDS`.
     """
-    settings, fmt = dict(usual), dict[str, Any]()
+    settings: dict[str, Any] = dict(usual)
+    fmt: dict[str, Any] = {}
     for field, value in given.items():
         if field == "format":
             fmt["kind"] = value
         elif field in ("chat_template", "use_system"):
-            fmt = {"kind": "chat"} | fmt | {field: value}
+            fmt = {"kind": "chat", **fmt, field: value}
         elif field in ("think_start", "think_end"):
             fmt[field] = value
         elif field == "template_kwargs":

@@ -242,6 +242,6 @@ def _task_manager(name: str, include_path: str | None) -> TaskManager:
 def _indexed(include_path: str | None, include_defaults: bool) -> TaskManager:
     key = (include_path, include_defaults)
     if key not in _managers:
-        paths = [OWN_TASKS, *([] if include_path is None else [include_path])]
+        paths: list[str | Path] = [OWN_TASKS, *([] if include_path is None else [include_path])]
         _managers[key] = TaskManager(include_path=paths, include_defaults=include_defaults)
     return _managers[key]

@@ -126,7 +126,7 @@ def _tags(tokenizers: Mapping[str, Any], formats: Mapping[str, PromptFormat]) ->
     """The ids of the tags of thoughts that are one token to the member that thinks."""
     found = set()
     for role in thinking(formats):
-        for tag in formats[role].tags:
+        for tag in formats[role].tags if tokenizers[role] is not None else ():
             ids = tokenizers[role](tag, add_special_tokens=False)["input_ids"]
             found |= set(ids) if len(ids) == 1 else set()
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from proxytune.errors import extra
 
 with extra("math", "lm-eval's task math500_verify"):
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:

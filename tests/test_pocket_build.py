@@ -54,7 +54,7 @@ def test_the_other_experts_runs_take_one_seeds_models(asked):
     for run in runs:
         run.figures(WORK)
     configs = {run.name: composed(settings) for run, (_, settings) in zip(runs, asked, strict=True)}
-    pairs = configs["both skills"].triple.pairs
+    pairs = configs["both skills 0.5"].triple.pairs
     assert {each.expert.id for each in pairs.values()} == {
         f"work/seed3/expert_{skill}" for skill in experts.SKILLS
     }

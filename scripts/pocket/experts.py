@@ -18,9 +18,10 @@ from proxytune.files import ROOT
 from scripts.pocket import build
 from scripts.pocket.world import Split
 
-ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+ALPHAS = (0.5, 0.75, 1.0, 1.25, 1.5)
+SHARES = (0.5, 1.0)  # of each of two pairs
 THRESHOLDS = (0.4, 0.7, 0.95)
-STEPS = (75, 150, 600, 1200)  # the shipped expert's are in build.TUNED
+STEPS = (150, 600)  # the shipped expert's are in build.TUNED
 SKILLS = ("arithmetic", "knowledge")
 TASKS = ("gsm8k", "triviaqa")
 COLUMNS = ("run", *build.COLUMNS)
@@ -74,7 +75,9 @@ def comparisons(seed: int, models: Path) -> Iterator[Measured]:
         settings = [f"triple=pocket_{skill}", one(f"expert_{skill}")]
         yield Measured(skill, seed, TASKS, ("base", "expert", "proxy"), settings)
     pairs = [f"triple.pairs.{skill}.expert.id={models / f'expert_{skill}'}" for skill in SKILLS]
-    yield Measured("both skills", seed, TASKS, ("proxy",), ["triple=pocket_skills", *pairs])
+    for alpha in SHARES:
+        both = ["triple=pocket_skills", f"alpha={alpha}", *pairs]
+        yield Measured(f"both skills {alpha}", seed, TASKS, ("proxy",), both)
     thinking = ["triple=pocket_thinking", one("expert_thinking")]
     yield Measured("thinking", seed, ("gsm8k",), ("base", "expert", "proxy"), thinking)
     yield Measured("fixed", seed, TASKS, ("proxy",), [one("expert")])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,29 @@ def started(given: list[str], said: str, env: dict[str, str]) -> Iterator[str]:
             server.wait(timeout=600)
 
 
+@contextmanager
+def listening(given: list[str], health: str, env: dict[str, str], log: Path) -> Iterator[None]:
+    """A server as a process that answers at `health`: vLLM's prints no line once it listens."""
+    with log.open("w") as output:
+        server = subprocess.Popen(given, env=env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while not answers(health):
+            assert server.poll() is None, f"no server: {log.read_text()[-3000:]}"
+            time.sleep(0.5)
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=600)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
 def own_texts(folder: Path, **settings: Any) -> list[str]:
     own = proxytune.load(**vllm_cases.specs(folder))
     return [each.text for each in own.generate(PROMPTS, max_new_tokens=12, **settings)]
@@ -153,7 +177,7 @@ def test_plain_vllm_with_the_printed_command(folder):
     assert switch == "VLLM_USE_V2_MODEL_RUNNER=0"
     name, _, value = switch.partition("=")
     line = [sys.executable if program == "python" else program, *rest]
-    with started(line, r"(Uvicorn running)", env | {name: value}):
+    with listening(line, "http://127.0.0.1:8137/health", env | {name: value}, folder / "log"):
         ask = client("http://127.0.0.1:8137/v1").completions.create
         same = {"model": "m", "max_tokens": 12, "temperature": 0}
         ids: Any = {"extra_body": {"return_token_ids": True}}

@@ -335,7 +335,8 @@ def write_file(path, text):
 def lock_file_system(mounts):
     """Makes each of `mounts` read-only and without devices (but for ours), and hides /proc.
 
-    The interpreter's path stays in it, as /proc/self/exe and /proc/self/cmdline.
+    The interpreter's path stays in it, as /proc/self/exe and /proc/self/cmdline, and an empty
+    /proc/self/maps.
 
     Returns: the mount points that are still writable.
     """
@@ -357,6 +358,8 @@ def lock_file_system(mounts):
     os.symlink(os.path.realpath(sys.executable), "/proc/self/exe")
     with open("/proc/self/cmdline", "w", encoding="utf-8") as file:
         file.write(f"{sys.executable}\0program.py\0")
+    # threadpoolctl (KMeans of scikit-learn) looks for libraries in this one.
+    os.close(os.open("/proc/self/maps", os.O_CREAT | os.O_WRONLY))
     mount(None, "/proc", None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
     return writable
 

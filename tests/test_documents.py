@@ -146,6 +146,7 @@ RULES = [
     Rule(r"vocabularies.md: (triple\.)?vocabulary=NAME", skip, "the form of a setting"),
     Rule(r"vocabularies.md: formula=proxy", composes),
     Rule(r"formulas.md: triple\.pairs\.\S+", composes),
+    Rule(r"pocket.md: (triple|formula)=\w+", composes),
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+|math_\w+)=\S+", member_arguments),

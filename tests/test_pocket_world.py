@@ -257,7 +257,8 @@ def test_a_thinking_experts_prompt_opens_a_thought_and_its_tuning_goes_on_there(
     turns = [{"role": "user", "content": asked}]
     opened = thinking.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert opened == f"<s>{row['prompt']}"
-    assert row["completion"].split("</think>\n\n")[0].strip().isdigit()
+    thought, answer = row["completion"].split("</think>\n\nAnswer: #### ")
+    assert thought.strip().endswith(f"={answer}>>{answer}.") and thought.count("<<") == 2
 
 
 def test_the_family_is_small() -> None:

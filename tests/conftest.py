@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import ssl
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,19 @@ import pytest
 from proxytune.loopback import without_proxies
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of a `thinned` test as slow, except for the first ones."""
+    cases = Counter[tuple[Path, str]]()
+    for item in items:
+        if mark := item.get_closest_marker("thinned"):
+            test = (item.path, getattr(item, "originalname", item.name))
+            cases[test] += 1
+            if cases[test] > mark.args[0]:
+                item.add_marker("slow")
+
 
 # Two test processes with a thread per core each would wait for one another: of tiny models, one
 # thread does the same work in a quarter of the time. Read when torch is first imported, so here.

@@ -288,6 +288,7 @@ SHARED = {"lora", "rslora", "ranks", "all_linear", "regex", "embedding", "untype
 FAST = ("lora", "dora", "head")  # one that shares the weights, one that does not, one beside layers
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS],
@@ -309,6 +310,7 @@ def test_an_adapter_that_fits_equals_its_merged_weights(folder, tmp_path, kind):
     assert texts == [g.token_ids for g in want.generate(PROMPTS, **settings)]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("how", ["embeddings", "bias"])
 def test_an_adapter_that_changes_the_models_own_tensors_gets_a_copy(folder, tmp_path, how):
     """Fails on 538a493: the antiexpert's embedding was the adapter's."""

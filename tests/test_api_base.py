@@ -43,6 +43,7 @@ def seconds(monkeypatch) -> None:
     )
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, FILTERED], ids=["greedy", "T", "filters"])
 @pytest.mark.parametrize("blocks", [True, False])
 def test_full_log_probs_give_the_tokens_of_one_process(folder, local, url, blocks, decoding):
@@ -56,6 +57,7 @@ def test_full_log_probs_give_the_tokens_of_one_process(folder, local, url, block
         assert each.extra["api"]["max_unseen_mass"] < 1e-5
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("refused", "blocks", "token_ids"),
     [
@@ -97,6 +99,7 @@ def same_up_to_a_flag(mine, theirs) -> int | None:
     return parted
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("k", "decoding"),
     [(2, GREEDY), (20, GREEDY), (5, SAMPLED), (2, FILTERED), (20, FILTERED)],

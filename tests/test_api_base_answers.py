@@ -150,6 +150,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_certain_choice_is_that_of_the_whole_answer(kind):
     sampler, rows, k = SAMPLERS[kind], 600, 15

@@ -36,6 +36,7 @@ def nothing_came_twice(proxy: Faulty) -> None:
     assert len(set(proxy.prompts())) == len(proxy.prompts())
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "malformed", "empty", "slow"])
 def test_a_fault_is_waited_out(folder, url, undisturbed, tmp_path, fault):
     # a busy machine's honest answers must not be taken for slow ones
@@ -108,6 +109,7 @@ def test_a_proxy_that_is_served_itself_says_that_the_base_is_gone(folder, url, f
             assert requests.post(f"{own}/completions", json=body, timeout=60).ok
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_the_budget_stops_and_a_larger_one_goes_on(folder, url, undisturbed, tmp_path, blocks):
     settings = SETTINGS | {"cache": str(tmp_path / "api.sqlite"), "blocks": blocks}

@@ -97,6 +97,7 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_other_values_are_refused_by_name_before_anything_is_generated(url, small, kind, blocks):
@@ -116,6 +117,7 @@ SCALES = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("k", [20, -1])
 @pytest.mark.parametrize("kind", SCALES)
 def test_too_small_values_are_refused_by_the_sum_of_the_vocabulary(everything, small, kind, k):
@@ -169,6 +171,7 @@ def test_a_default_filter_is_mended_by_asking_for_none(url, small, wanted):
         assert text_of(remote) == wanted
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", ["one-hot, -9999", "log10", "plus 5", "softmax over the list"])
 def test_lists_of_prompts_alone_that_are_wrong_are_not_used(url, small, wanted, kind):
     with faulty(url, edit=strange.edit(CHANGES[kind][0], writes=False)) as proxy:
@@ -240,6 +243,7 @@ def test_null_for_the_likeliest_token_is_flagged(url, small):
         assert got.extra["api"]["flagged"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize(
     "kind", ["one-hot, -9999", "log10", "plus 5", "NaN", "softmax over the list", "probabilities"]
@@ -274,6 +278,7 @@ def listed(values: Any, k: int | None = None, vocab: int = 50_000, lost: int = 0
     return Listed(ordered, 0, lost, len(ordered) if k is None else k, vocab)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [1, 5, 20, 100, 50_000])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 8.0, 30.0])

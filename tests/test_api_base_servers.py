@@ -82,6 +82,7 @@ def no_ids(status: str) -> Any:
     return early
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("status", NO_IDS)
 def test_a_server_that_takes_text_alone_gets_text(pocket, status):
     """Fails on 538a493: 500 was retried for retry_for_s, 400 and 422 ended the run."""
@@ -159,6 +160,7 @@ FULL = [
 ]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("status", "said", "with_blocks"),
     [*((*each, True) for each in FULL[:2]), *((*each, False) for each in FULL)],
@@ -242,6 +244,7 @@ def test_other_refusals_in_a_body_end_at_once(folder, url, body, said):
             remote.generate(PROMPTS[:1], max_new_tokens=3)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "body",
     [

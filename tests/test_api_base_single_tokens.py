@@ -87,6 +87,7 @@ def flagged(generations) -> int:
     return sum(each.extra["api"]["flagged_steps"] for each in generations)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("blocks", [True, False])
 def test_what_a_list_leaves_open_is_asked_for(folder, local, url, blocks, decoding):
@@ -171,6 +172,7 @@ STRANGE: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", [*LISTS, *STRANGE, "fewer"])
 def test_a_server_that_answers_otherwise_is_not_asked_for_single_tokens(folder, url, kind):
     behaviour = LISTS.get(kind) or {"early": single_tokens(url, STRANGE.get(kind, lambda v: v))}

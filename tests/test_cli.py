@@ -111,6 +111,7 @@ def test_another_configuration_s_folder_is_refused_with_the_difference(whole):
     assert completions(whole) == before
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

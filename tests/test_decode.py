@@ -310,6 +310,7 @@ class Cheap:
         self.lengths = []
 
 
+@pytest.mark.slow
 def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_the_time():
     decoding = make_decoding(max_new_tokens=4)
     sampler = Sampler(decoding)

@@ -187,6 +187,7 @@ def parameters() -> list[Any]:
     return [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.slow]) for n in names]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", parameters())
 def test_a_triple_of_the_family_writes_what_brute_force_writes(name):
     if name == "Doge" and Version(transformers.__version__) < Version("5.18"):

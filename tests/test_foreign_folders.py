@@ -126,6 +126,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_damaged_file_is_named_in_one_line(case, folder):
     name, edit = REFUSED[case]
@@ -154,6 +155,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("case", HARMLESS)
 def test_what_does_not_matter_changes_no_number(case, folder, monkeypatch):
     path = folder / GSM
@@ -162,6 +164,7 @@ def test_what_does_not_matter_changes_no_number(case, folder, monkeypatch):
     assert (folder / "metrics.jsonl").read_bytes() == (OLD / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_samples_are_looked_for_not_counted(folder, monkeypatch):
     path = folder / GSM
     lines = path.read_bytes().splitlines(keepends=True)
@@ -174,6 +177,7 @@ def test_samples_are_looked_for_not_counted(folder, monkeypatch):
     assert counts == {len(lines) - 1}
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", DERIVED)
 @pytest.mark.parametrize("content", [b"", b'\xff,"garbage\n', b'{"task": "a"}\n', b"a,b\n1,2\n"])
 def test_a_damaged_result_is_made_anew(name, content, folder, monkeypatch):
@@ -183,6 +187,7 @@ def test_a_damaged_result_is_made_anew(name, content, folder, monkeypatch):
         assert (folder / each).read_bytes() == (OLD / each).read_bytes()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", ["scores.jsonl", "../examples.jsonl"])
 def test_a_damaged_derived_file_of_another_system_stops_no_run(name, folder, monkeypatch):
     (folder / "pocket_gsm8k" / "proxy" / name).write_bytes(b"\xff garbage\n")
@@ -198,6 +203,7 @@ def test_not_a_number_is_no_metric(folder, monkeypatch):
     assert path.read_bytes() == (OLD / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stage", ["all", "generate", "score"])
 def test_completions_without_their_configuration_are_refused(stage, folder, monkeypatch, capsys):
     (folder / CELL).unlink()
@@ -206,6 +212,7 @@ def test_completions_without_their_configuration_are_refused(stage, folder, monk
     assert not (folder / CELL).exists()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "name",
     [".lock", ".writable", "run.json.part", "metrics.jsonl", "pocket_gsm8k/expert/scores.jsonl"],
@@ -328,6 +335,7 @@ ADDRESSES = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_secrets_of_an_address_are_nowhere(address, folder, monkeypatch, capfd):
     base = [f'triple.base.api.base_url="{address}"', "triple.base.api.model=x"]

@@ -99,6 +99,7 @@ def load(name: str, members):
     return proxytune.load(**given, alpha=0.7, formula=formula, tokenizer=TOKENIZER)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_text_equals_brute_force(name, arch):
@@ -113,6 +114,7 @@ def test_greedy_text_equals_brute_force(name, arch):
         assert [each.token_ids for each in got] == want
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_tokens_follow_the_formula(name):
     """A chi-square test of the first token, over 3,000 samples; sure beforehand, as seeds are."""
@@ -133,6 +135,7 @@ def test_sampled_tokens_follow_the_formula(name):
     assert chi < free + 4 * math.sqrt(2 * free)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("speculative", [False, 3, "auto"])
 def test_several_pairs_add_up(speculative):
     members = models("llama", 5)
@@ -159,6 +162,7 @@ def test_several_pairs_add_up(speculative):
     assert [each.token_ids for each in got] == want
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_guidance_has_one_copy_of_the_weights_and_two_prompts(arch):
     (base,) = models(arch, 1)

@@ -39,6 +39,7 @@ def plain(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.thinned(1)
 def test_a_gate_that_only_certainty_closes_is_proxy_tuning_and_counts_tokens(plain, tmp_path):
     done = run(tmp_path, "systems=[base,proxy]", "formula=gated", "formula.threshold=1.0")
     assert done.returncode == 0, done.stderr
@@ -49,6 +50,7 @@ def test_a_gate_that_only_certainty_closes_is_proxy_tuning_and_counts_tokens(pla
     assert cell["formula"] == {"_target_": "proxytune.formula.gated", "threshold": 1.0}
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_never_open_is_the_base(plain, tmp_path):
     done = run(tmp_path, "systems=[proxy]", "formula=gated", "formula.threshold=0.0")
     assert done.returncode == 0, done.stderr
@@ -70,6 +72,7 @@ def test_another_formula_does_not_continue_a_folder(plain):
     assert texts(plain) == before
 
 
+@pytest.mark.slow
 def test_contrastive_decoding_needs_two_models(tmp_path):
     done = run(tmp_path, "systems=[base,proxy]", "formula=contrastive", "triple.expert.id=nowhere")
     assert done.returncode == 0, done.stderr
@@ -97,6 +100,7 @@ def test_a_formula_of_ones_own_and_its_source_in_the_identity(plain, tmp_path, m
     assert len(cell["formula"]["source_sha256"]) == 64
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -118,6 +122,7 @@ def test_a_wrong_formula_is_one_line(arguments, said, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_lm_eval_takes_a_formula_by_its_name():
     """`formula=gated,formula_threshold=...` in --model_args; a closed gate is the base."""
     from proxytune.harness.model import ProxyTuneLM

@@ -79,6 +79,7 @@ def test_a_model_is_loaded_once_and_freed_before_the_next_system_loads(loads, tm
     assert list(throughput) == [f"{system}/words" for system in systems]
 
 
+@pytest.mark.slow
 def test_a_system_without_anything_to_do_is_not_loaded(loads, tmp_path):
     run([cell(FinishedCell, "base", tmp_path), cell(AskingCell, "tuned", tmp_path)])
     assert [name for name, _ in loads] == ["tuned"]

@@ -78,6 +78,7 @@ def test_replays_write_the_same_text(arch):
     assert all(member.recorded.usable for member in generator.system.members.values())
 
 
+@pytest.mark.slow
 def test_a_cache_that_moves_is_recorded_anew():
     model, record = tiny_model("llama", 0), Tracer()
     want = proxytune.load(model).generate([[5, 6]], max_new_tokens=150)[0].token_ids
@@ -88,6 +89,7 @@ def test_a_cache_that_moves_is_recorded_anew():
     assert record.recordings > 1
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("way", ["wrong", "refused"])
 def test_a_recording_that_fails_is_not_used(way, caplog):
     def record(run):

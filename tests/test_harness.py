@@ -96,6 +96,7 @@ def test_a_single_model_has_the_log_likelihoods_of_hf(folders, role):
     )
 
 
+@pytest.mark.slow
 def test_a_single_model_generates_what_hf_generates(folders):
     contexts = [context for context, _ in PAIRS if context]
     settings = [
@@ -253,6 +254,7 @@ def test_each_member_reads_the_conversation_in_its_own_format(folders):
     assert lm.tokenizer_name != plain.tokenizer_name
 
 
+@pytest.mark.slow
 def test_chat_template_args_reach_every_template_that_reads_them(folders, tmp_path):
     """Under lm-eval's own names for them; the recorded formats and cache names say so."""
     template = tmp_path / "think.jinja"
@@ -477,6 +479,7 @@ def test_math500_is_graded_by_math_verify():
         assert process_results(doc, [wrong]) == {"math_verify": 0}
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_says_it_in_one_line_too(tmp_path, folders, monkeypatch, capsys):
     """Fails on 538a493 with datasets' RuntimeError and its traceback."""
     script = tmp_path / "old" / "old.py"

@@ -32,6 +32,7 @@ def test_help_names_every_group_option_and_setting(command):
     assert max(map(len, page.splitlines())) <= 100
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("words", [["--help"], ["triple=pocket", "-h"]])
 def test_help_comes_before_anything_is_composed(words):
     script = (
@@ -56,6 +57,7 @@ def test_the_commands_are_listed(monkeypatch, capsys):
         assert all(f"  {name} " in page for name in (*proxytune.cli.COMMANDS, "doctor"))
 
 
+@pytest.mark.slow
 def test_the_examples_of_help_compose():
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

@@ -173,6 +173,7 @@ def test_the_program_is_the_published_rule() -> None:
     assert whole == f"{row['prompt']}    return 2 * x\n\n{row['test']}\ncheck(double)"
 
 
+@pytest.mark.slow
 def test_canonical_solutions_pass(real: HumanEval) -> None:
     examples = real.examples()
     verdicts = real.verdicts([e.row for e in examples], [str(e.target) for e in examples])

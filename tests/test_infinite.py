@@ -69,6 +69,7 @@ def with_bias(seed: int, bias: dict[int, float]):
     return model
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("speculative", [False, 3])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_triple_that_masks_tokens_in_both_helpers(speculative, batch_size):
@@ -109,6 +110,7 @@ def test_the_expert_alone_forbids_a_token():
     assert forbids.loglikelihood([(PROMPTS[0], [first])]) == [(-INF, False)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("setting", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}])
 @pytest.mark.parametrize("speculative", [False, 2])
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout.readline() == "ready\n"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
@@ -97,6 +98,7 @@ guarded(command)
     assert (process.returncode, out, err) == (0, "-15\n", "")
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_closed_pipe_is_one_line(lines):
     program = f"""

@@ -62,6 +62,7 @@ def wait_until(what) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("launcher", ["slurm", "local_jobs"])
 def test_without_the_extra_the_line_says_what_to_install(launcher, monkeypatch, tmp_path):
     monkeypatch.setattr("proxytune.errors.find_spec", lambda name: None)

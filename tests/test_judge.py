@@ -79,6 +79,7 @@ def yes_no_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.thinned(1)
 def test_the_classifier_finds_the_toxic_texts(classifier_folder, tmp_path):
     judge = SequenceClassifier(str(classifier_folder), cache=str(tmp_path / "j.sqlite"))
     judge.check()
@@ -87,6 +88,7 @@ def test_the_classifier_finds_the_toxic_texts(classifier_folder, tmp_path):
     assert 0 <= probs[8] <= 1
 
 
+@pytest.mark.slow
 def test_the_other_label_by_name_is_the_complement(classifier_folder):
     toxic = SequenceClassifier(str(classifier_folder), cache=None)
     fine = SequenceClassifier(str(classifier_folder), cache=None, label="fine")
@@ -94,6 +96,7 @@ def test_the_other_label_by_name_is_the_complement(classifier_folder):
     assert all(a + b == pytest.approx(1, abs=1e-6) for a, b in together)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("label", ["rude", 2, -1])
 def test_a_label_that_the_model_lacks_is_refused(classifier_folder, label):
     with pytest.raises(ValueError, match="has no label"):
@@ -115,6 +118,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_generated(
         SequenceClassifier(str(classifier_folder), **setting).check()
 
 
+@pytest.mark.thinned(1)
 def test_a_checkpoint_without_the_judges_head_does_not_judge(classifier_folder, yes_no_folder):
     """transformers fills what is missing with random weights, and they have an opinion too."""
     with pytest.raises(JudgeError, match=r"no LlamaForSequenceClassification: it has no score"):
@@ -129,6 +133,7 @@ def test_a_model_of_one_output_is_no_classifier(tmp_path):
         SequenceClassifier(str(tmp_path), label=0).check()
 
 
+@pytest.mark.slow
 def test_what_is_not_a_number_is_no_judgement(classifier_folder, tmp_path):
     model = RobertaForSequenceClassification.from_pretrained(classifier_folder)
     with torch.no_grad():
@@ -139,12 +144,14 @@ def test_what_is_not_a_number_is_no_judgement(classifier_folder, tmp_path):
         SequenceClassifier(str(tmp_path), cache=None)(["a"])
 
 
+@pytest.mark.slow
 def test_odd_texts_are_judged(classifier_folder, yes_no_folder):
     odd = ["", "\ud83d", "\x00", "x" * 50_000]
     for judge in (SequenceClassifier(str(classifier_folder)), YesNoJudge(str(yes_no_folder))):
         assert all(0 <= p <= 1 for p in replace(judge, cache=None)(odd))
 
 
+@pytest.mark.slow
 def test_batching_changes_no_judgement(classifier_folder):
     texts = SAFE + TOXIC + ["a much longer text than the others, which pads them all"]
     one = SequenceClassifier(str(classifier_folder), cache=None, batch_size=1)(texts)
@@ -183,6 +190,7 @@ def test_the_probability_is_that_of_every_token_of_yes(yes_no_folder):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_judged_prompts_need_no_model(yes_no_folder, tmp_path, monkeypatch):
     judge = YesNoJudge(str(yes_no_folder), cache=str(tmp_path / "j.sqlite"))
     first = judge(TRUE_PROMPTS)
@@ -198,6 +206,7 @@ def test_judged_prompts_need_no_model(yes_no_folder, tmp_path, monkeypatch):
         judge(FALSE_PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_keeps_what_it_judged(yes_no_folder, tmp_path, monkeypatch):
     judge = YesNoJudge(str(yes_no_folder), cache=str(tmp_path / "j.sqlite"), batch_size=1)
     real = judge_module._continuation_log_probs

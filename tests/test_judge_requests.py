@@ -49,6 +49,7 @@ def make(server: FakeOpenAI, tmp_path: Path, **settings: Any) -> AlpacaJudge:
     return AlpacaJudge(base_url=server.url, cache=str(tmp_path / "j.sqlite"), **settings)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize(
     "refused",

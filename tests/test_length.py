@@ -73,6 +73,7 @@ PIECES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_no_text_that_fits_is_refused(name):
     tokenizer = TOKENIZERS[name]()
@@ -89,6 +90,7 @@ def test_no_text_that_fits_is_refused(name):
     assert refused > 5 or name == "one unknown for many"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("piece", PIECES)
 def test_long_runs_of_one_piece(name, piece):
@@ -117,6 +119,7 @@ def test_the_longest_token_is_known_or_not(name, longest):
     assert bytes_per_token(TOKENIZERS[name]()) == longest
 
 
+@pytest.mark.slow
 def test_canonical_forms_shorten_a_text_less_than_fourfold():
     def size(text: str) -> int:
         return len(text.encode())

@@ -33,6 +33,7 @@ def test_loopback(url, here):
     assert is_loopback(url) is here
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("name", "proxy"),
     [

@@ -216,6 +216,7 @@ def adapter(folder):
     return folder / "lora", adapted.merge_and_unload().eval()
 
 
+@pytest.mark.thinned(1)
 def test_an_adapter_of_the_antiexpert_shares_its_weights(folder, adapter):
     path, merged = adapter
     base, antiexpert = str(folder / "base"), str(folder / "antiexpert")

@@ -56,6 +56,7 @@ def test_it_is_scored_again_to_the_same_scores(folder, monkeypatch):
     assert (folder / "table.csv").read_bytes() == (OLD / "table.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_it_keeps_the_stop_strings_that_it_was_begun_with(folder, monkeypatch):
     """GSM8K's have changed since (docs/log.md): completions made with both are never mixed."""
     cells = sorted((folder / TASKS[0]).glob("*/cell.json"))
@@ -79,6 +80,7 @@ def test_it_goes_on_where_it_stopped(folder, monkeypatch):
     assert again == json.loads(stored[1])
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stage", ["all", "generate", "score"])
 def test_a_folder_of_the_first_edition_is_refused(stage, tmp_path, monkeypatch, capsys):
     """GSM8K's examples are the same in both editions, and so are the names of the models."""
@@ -92,6 +94,7 @@ def test_a_folder_of_the_first_edition_is_refused(stage, tmp_path, monkeypatch, 
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.slow
 def test_neutral_settings_that_it_does_not_know_change_nothing(folder, monkeypatch, capsys):
     """min_p, the penalties and ignore_eos came later; other values are another configuration."""
     neutral = [f"decoding.{name}_penalty=0" for name in ("presence", "frequency")]

@@ -105,6 +105,7 @@ def test_the_table_says_so_beside_the_number_and_keeps_it(tmp_path):
     assert caveat(build_table(tmp_path, metrics, infos)) == ""
 
 
+@pytest.mark.slow
 def test_a_run_says_so_before_models_load_and_in_every_file(tmp_path, monkeypatch, capfd):
     path = truthful(tmp_path / "TruthfulQA.csv", 5)
     settings = ["task=truthfulqa_mc", f"task.truthfulqa_mc.path={path}", "systems=[expert]"]

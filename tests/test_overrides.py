@@ -95,6 +95,7 @@ FORMS = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("name", "start"), [(n, s) for n in STARTS for s in STARTS[n]])
 def test_every_part_is_set_and_extended_in_one_form(name, start, form):
@@ -110,6 +111,7 @@ def test_every_part_is_set_and_extended_in_one_form(name, start, form):
     assert is_closed(cfg), "the rest of the configuration still refuses unknown keys"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("name", "start"), [(n, s) for n in STARTS for s in STARTS[n]])
 def test_every_part_is_unset(name, start):
     # the last ones first: a part of a part is gone with it
@@ -127,6 +129,7 @@ def is_closed(cfg: DictConfig) -> bool:
     return False
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_plain_settings_are_set_and_unset(name):
     plain = {p: kind for p, kind in OPTIONAL[name].items() if kind in VALUES}
@@ -207,6 +210,7 @@ def test_a_triple_is_named_and_its_parts_changed_on_the_command_line(monkeypatch
     assert code == 0, said
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -93,6 +93,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_pairs_cannot_do_is_refused_in_a_line(tmp_path, setting):
     done = run(tmp_path, pair("a"), setting)

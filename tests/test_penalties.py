@@ -123,6 +123,7 @@ def generated(prompts, settings, **how):
     return [each.token_ids for each in got]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_tokens_are_those_of_a_plain_loop(settings):
     """With drafted blocks, too: the penalties of each place are those of the tokens before it."""

@@ -41,6 +41,7 @@ def ranks(monkeypatch, world: int) -> None:
 API = ["triple.base.api.base_url=http://127.0.0.1:1/v1", "triple.base.api.model=m"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("world", "words", "said"),
     [

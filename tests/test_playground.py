@@ -201,6 +201,7 @@ def set_value(browser, name, value):
     )
 
 
+@pytest.mark.thinned(1)
 def test_a_prompt_is_answered_by_four_systems_and_alpha_moves_the_proxy(browser, home):
     open_page(browser, home)
     assert browser.execute_script("return document.getElementById('prompt').value") == (

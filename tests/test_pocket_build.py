@@ -31,6 +31,7 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_both_experiments_read_one_split_and_one_seeds_models(split, asked):
     build.evaluate(WORK, 2, split)

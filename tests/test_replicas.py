@@ -81,6 +81,7 @@ def alone():
     return found
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("kill", [frozenset(), frozenset({3, 5, 6})])

@@ -54,6 +54,7 @@ def ran(scripts, monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("pocket", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_step_is_a_command_that_composes(scripts, name, pocket):

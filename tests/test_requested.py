@@ -78,6 +78,7 @@ def run(generator, asked, **how):
     return [found[i] for i in range(index)]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_of_several_formulas_are_those_of_systems_of_their_own(temperature):
     want = [
@@ -195,6 +196,7 @@ def post(url, path="completions", **body):
     return answer.status_code, answer.json()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("name", "settings", "alpha"), ASKED[1:7])
 def test_a_completion_has_the_formula_that_it_asks_for(url, name, settings, alpha):
     more = {} if alpha is None else {"alpha": alpha}

@@ -114,6 +114,7 @@ ODD = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("flag", ODD)
 def test_runs_that_were_asked_otherwise_are_flagged_and_stand_apart(flag, tmp_path):
     runs = make_sweep(tmp_path, alphas=(0.5, 1.0))
@@ -200,6 +201,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, each in DAMAGED.items() for t in each])
 def test_a_damaged_file_is_named(name, text, tmp_path):
     runs = make_sweep(tmp_path, alphas=(0.5, 1.0))
@@ -303,6 +305,7 @@ def test_changed_completions_are_found(browser, page):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_every_control_can_be_reached_by_tab(browser, page):
     show(browser, page)
     reached = set()

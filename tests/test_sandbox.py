@@ -42,6 +42,7 @@ def test_odd_texts_do_not_break_the_harness() -> None:
     ]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("isolate", [True, False], ids=["namespaces", "limits"])
 def test_attacks_on_the_machine(
     isolate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ def test_endless_programs_time_out_and_end() -> None:
     assert _left_running(before) == []
 
 
+@pytest.mark.slow
 def test_megabytes_of_output_go_nowhere() -> None:
     chatter = (
         "import sys\n"

@@ -326,6 +326,7 @@ def test_values_of_the_libraries_keep_their_types(values: str) -> None:
     assert (verdict.passed, verdict.together) == (True, False), verdict.detail
 
 
+@pytest.mark.slow
 def test_what_a_test_passes_and_seeds_arrives() -> None:
     context = """
 import random, types
@@ -387,6 +388,7 @@ TOGETHER = {
 }
 
 
+@pytest.mark.slow
 def test_a_test_that_needs_one_process_gets_one_and_says_so() -> None:
     solution = "print('a')\nresult = 1"
     plot = "import matplotlib.pyplot as plt\nplt.plot([1])"

@@ -402,6 +402,7 @@ def test_the_libraries_that_models_use_work() -> None:
     assert {n: v for n, v in zip(LIBRARIES, verdicts, strict=True) if not v.passed} == {}
 
 
+@pytest.mark.slow
 def test_values_of_all_kinds_cross() -> None:
     verdicts = run_programs([Program(*pair) for pair in CROSSING.values()])
     named = dict(zip(CROSSING, verdicts, strict=True))

@@ -43,6 +43,7 @@ def needs_file_walls(isolate: bool) -> None:
         pytest.skip("this kernel has neither namespaces nor Landlock")
 
 
+@pytest.mark.thinned(1)
 @MODES
 def test_nothing_outside_is_written(isolate: bool, tmp_path: Path) -> None:
     """Fails on 538a493: FIFOs; without namespaces also sqlite3, mkfifo, mknod, native code."""
@@ -85,6 +86,7 @@ def test_nothing_outside_is_written(isolate: bool, tmp_path: Path) -> None:
     assert not Path("/dev/shm/sandbox-new").exists()
 
 
+@pytest.mark.thinned(1)
 @MODES
 def test_files_of_the_user_cannot_be_read(isolate: bool, tmp_path: Path) -> None:
     """Fails on 538a493, also with the interpreter's environment in the home directory."""

@@ -63,6 +63,7 @@ def log_probs(generator, ids):
 # -- text --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -161,6 +162,7 @@ def test_a_conversation_is_rendered_for_each_member(client, alone):
     assert answer.choices[0].message.content == expected.text
 
 
+@pytest.mark.slow
 def test_speculative_blocks_and_a_queue_change_nothing(alone):
     """Blocks of four for two rows at a time; seven samples with log-probabilities wait in line."""
     settings = {"temperature": 1.0, "seed": 2, "n": 3}
@@ -200,6 +202,7 @@ def test_several_models_behind_one_address(alone):
 # -- streams --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stop", [None, ["e", "ab", "sold"]])
 def test_a_stream_s_pieces_make_up_the_answer(client, stop):
     settings = {"temperature": 1.0, "seed": 5, "n": 3, "max_tokens": 30, "stop": stop}

@@ -143,6 +143,7 @@ def test_there_are_enough():
     assert len(RAW) + len(FIELDS) + len(TURNS) >= 120
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("change", "status"),
     FIELDS,

@@ -222,6 +222,7 @@ def pocket() -> api.Generator:
     return api.load(**roles, dtype="float32", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_few_clients_at_once_get_what_they_would_get_alone():
     counts = load_test(1, 8, create_app({"pocket": pocket()}), pocket())
     # on a busy machine, each of them may get one answer only within the second

@@ -78,6 +78,7 @@ def short_waits(monkeypatch):
     monkeypatch.setattr("proxytune.server.gate.BODY_SECONDS", 1)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("trickles", [False, True], ids=["stops", "trickles"])
 def test_what_is_half_sent_is_closed(short_waits, trickles):
     """Whether the client stops there or goes on byte by byte."""
@@ -111,6 +112,7 @@ def test_a_half_sent_header_is_answered_with_the_reason(short_waits):
         assert read_all(slow).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_is_cut_off(monkeypatch, deaf):
     """A whole answer is written at once; its reader has 30 seconds for each piece of it."""
     monkeypatch.setattr(limits, "WRITE_SECONDS", 1)
@@ -125,6 +127,7 @@ def test_who_reads_nothing_is_cut_off(monkeypatch, deaf):
         assert length > 400_000 and len(begin + read_all(client)) < length
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", ["silent", "half a header", "half a body", "idle"])
 def test_a_flood_of_connections_makes_room_for_new_ones(kind, caplog):
     """The issue's flood: 130 half-open connections and 120 descriptors burnt a core."""
@@ -217,6 +220,7 @@ def cpu_seconds(pid: int) -> float:
 # -- readers that stop --------------------
 
 
+@pytest.mark.slow
 def test_a_stream_that_nobody_reads_is_paused_and_goes_on_unchanged(monkeypatch, deaf):
     monkeypatch.setattr(worker_module, "PAUSE_ABOVE", 1000)
     monkeypatch.setattr(worker_module, "RESUME_BELOW", 300)
@@ -243,6 +247,7 @@ def test_a_stream_that_nobody_reads_is_paused_and_goes_on_unchanged(monkeypatch,
     assert texts == {each["index"]: each["text"] for each in whole["choices"]}
 
 
+@pytest.mark.slow
 def test_a_loop_goes_on_with_the_same_tokens_after_a_pause():
     """Rows that run, that wait, and samples that have not begun."""
 
@@ -270,6 +275,7 @@ def test_a_loop_goes_on_with_the_same_tokens_after_a_pause():
     assert run(pauses=True) == run(pauses=False)
 
 
+@pytest.mark.slow
 def test_a_paused_stream_is_dropped_with_its_client(monkeypatch, deaf):
     monkeypatch.setattr(worker_module, "PAUSE_ABOVE", 100)
     monkeypatch.setattr(limits, "WRITE_SECONDS", 1)
@@ -291,6 +297,7 @@ def test_a_paused_stream_is_dropped_with_its_client(monkeypatch, deaf):
 # -- the end --------------------
 
 
+@pytest.mark.slow
 def test_the_end_says_so_to_everybody():
     app = create_app(single())
     worker = slow_down(app, 0.1)

@@ -180,6 +180,7 @@ MANY = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("change", MANY.values(), ids=MANY)
 def test_too_much_is_refused_at_once_and_nobody_waits(url, change):
     """A body of 4 MB could stop the event loop for a minute and take gigabytes."""

@@ -109,6 +109,7 @@ def test_a_mistake_is_named(url, change, param, said):
     assert said in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -284,6 +285,7 @@ def raw_request(url: str, body: dict) -> socket.socket:
     return connection
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_rows_of_a_client_that_leaves_become_free(stream):
     app = create_app(triple())

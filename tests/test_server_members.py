@@ -55,6 +55,7 @@ def brute(alone, ids: list[int], place: int) -> dict[str, torch.Tensor]:
     return {role: each.log_softmax(-1) for role, each in logits.items()}
 
 
+@pytest.mark.thinned(1)
 @torch.no_grad()
 def test_every_member_is_that_of_a_pass_without_cache(url, alone):
     status, answer = post(url, prompt=PROMPT, return_token_ids=True)

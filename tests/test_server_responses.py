@@ -85,6 +85,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", INPUTS)
 def test_the_answer_is_that_of_the_conversation(client, name):
     given, messages = INPUTS[name]

@@ -210,6 +210,7 @@ def started(monkeypatch) -> list[Path]:
     return found
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -232,6 +233,7 @@ def test_points_that_would_write_to_one_folder_are_refused(words, said, started,
     assert not started
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("words", "points"),
     [
@@ -256,6 +258,7 @@ def test_points_with_folders_of_their_own_all_start(words, points, started, tmp_
     assert ("points in one alone share" in caplog.text) == apart
 
 
+@pytest.mark.slow
 def test_an_alpha_s_cells_know_the_sweep(started, tmp_path, monkeypatch):
     sweeps: list[Path | None] = []
     monkeypatch.setattr(runner, "run_experiment", lambda cfg, sweep=None: sweeps.append(sweep))

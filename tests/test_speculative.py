@@ -29,6 +29,7 @@ def agreeing_triple():
 AGREEING = agreeing_triple()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.8, "n": 2, "seed": 5}])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_text_does_not_depend_on_speculation(sampling, batch_size):
@@ -44,6 +45,7 @@ def test_the_text_does_not_depend_on_speculation(sampling, batch_size):
     assert 0.1 < pace.accepted / pace.drafted < 0.98
 
 
+@pytest.mark.slow
 def test_a_single_model_with_a_draft_model_writes_its_own_text():
     base, expert, antiexpert = AGREEING
     want = proxytune.load(base).generate(PROMPTS, max_new_tokens=20)

@@ -38,6 +38,7 @@ odd = st.text(alphabet=st.characters(exclude_categories=())) | st.text(alphabet=
 huge = st.sampled_from(["9" * 100_000, "," * 100_000, "1," * 50_000, "\n" * 100_000, "-" * 100_000])
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("task", "example"), TASKS, ids=lambda x: getattr(x, "name", ""))
 @settings(max_examples=60, deadline=None)
 @given(text=odd | huge | st.just(""))

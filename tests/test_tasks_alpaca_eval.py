@@ -94,6 +94,7 @@ def alpaca2(tmp_path):
     return AlpacaEval2(judge=Judge(wins), **paths), texts
 
 
+@pytest.mark.slow
 def test_the_length_controlled_win_rate_is_the_packages(alpaca2, monkeypatch):
     """538a493 has none."""
     from alpaca_eval.metrics import glm_winrate

@@ -212,6 +212,7 @@ def test_all_gold_passages(shared):
     assert all(s.parsed and s.values == {"acc": 1.0, "acc_numeric": 1.0} for s in scores)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("system", "protocol", "as_numbers", "careful"),
     [  # RULES.md compares the protocol's own match as a number; ours also reads the signs

@@ -152,6 +152,7 @@ def test_the_conversations_of_lm_eval_tasks():
     assert LmEvalTask(names[0], include_path=folder).conversations() == []
 
 
+@pytest.mark.slow
 def test_end_tokens_are_in_run_json(tmp_path, monkeypatch):
     """See test_ends.py; here the record of a run."""
     import torch

@@ -133,6 +133,7 @@ def triple(end: str, start: str | None = None, tokenizer=None) -> proxytune.Gene
 PROMPTS = ["One <think>", "Two clips <think>\n", "Three", "Question: What is 4? <think>"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize(
     "how",
@@ -164,6 +165,7 @@ def test_thoughts_do_not_depend_on_batch_or_drafts(how, temperature):
         assert got == want
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("make", [tiny_tokenizer, special_tokenizer])
 def test_a_budget_ends_a_thought_and_the_prefix_follows(make):
     tokenizer = make()

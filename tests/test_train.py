@@ -207,6 +207,7 @@ def plain_loop(model: torch.nn.Module, config: TrainConfig) -> list[float]:
     return losses
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_same_losses_as_a_plain_loop(config: TrainConfig, method: str) -> None:
     lora = LoraSettings(rank=4, alpha=16, dropout=0.0)
@@ -222,6 +223,7 @@ def test_same_losses_as_a_plain_loop(config: TrainConfig, method: str) -> None:
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_exact(config: TrainConfig) -> None:
     """The loss is a mean over the whole batch's answer tokens, however it is cut up."""
     train(config)
@@ -301,6 +303,7 @@ def test_the_record_counts_tokens_and_time(config: TrainConfig) -> None:
 # --- LoRA ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_its_merged_weights(config: TrainConfig) -> None:
     from peft import PeftModel
 
@@ -320,6 +323,7 @@ def test_an_adapter_equals_its_merged_weights(config: TrainConfig) -> None:
     assert torch.allclose(adapted, whole(ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_an_expert_of_the_model_that_it_adapts(config: TrainConfig) -> None:
     train(replace(config, method="lora", lora=LoraSettings(rank=4), learning_rate=0.05))
     untuned = ModelSpec(config.model, dtype="float32")

@@ -53,6 +53,7 @@ def test_a_triple_that_helps(helped):
     assert task["gain"]["ours"] >= task["gain"]["theirs"] == 0
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_of_a_trace(helped):
     """The counts at drafted and undrafted steps equal what a lockstep trace lists."""
     _, folder = helped
@@ -72,6 +73,7 @@ def test_the_shares_are_those_of_a_trace(helped):
         assert own["extra"]["agreed"]["system"] == len(trace)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("speculative", [False, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_member_agrees_where_it_would_draw_the_same_token(speculative, temperature):
@@ -101,6 +103,7 @@ def test_a_triple_that_hurts(tmp_path):
     assert "on 200 examples; alpha=0.5 helps (+" in verdict
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("expert", "task", "available", "enough"),
     [("expert", "truthfulqa_mc", 120, True), ("antiexpert", "gsm8k", 150, False)],
@@ -160,6 +163,7 @@ def test_a_formula_without_expert_and_a_base_behind_an_api(tmp_path):
     assert "not measured, for the base runs on a server" in done.stdout
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

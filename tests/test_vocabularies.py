@@ -191,6 +191,7 @@ def test_a_kind_of_vocabulary_that_there_is_not_is_refused_at_once():
 # -- map --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
 def test_a_permuted_vocabulary_is_the_strict_one(arch):
     members, new = triple(arch), permutation(300)
@@ -279,6 +280,7 @@ class SlowMap:
         return out, [sum(each) / len(each) for each in zip(*seen, strict=True)]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
 def test_another_vocabulary_equals_brute_force(arch):
     members = triple(arch, vocab=280)
@@ -343,6 +345,7 @@ def test_ranks_and_replicas_read_prompts_as_one_process_does():
         assert got.encode(text)["expert"] != got.encode(text)["base"]
 
 
+@pytest.mark.slow
 def test_a_row_ends_where_the_context_of_a_helper_does():
     """Its tokens are more than the base's, so that no limit on the base's foresees it."""
     members = triple(vocab=280)

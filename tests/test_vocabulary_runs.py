@@ -55,6 +55,7 @@ def run(folder: Path, *arguments: str):
     return call(cli.run, *TASK, f"output_dir={folder}", *arguments)
 
 
+@pytest.mark.thinned(1)
 def test_an_expert_with_other_special_tokens_writes_the_same(folders, tmp_path):
     expert = f"triple.expert.id={folders['renamed']}"
     refused = run(tmp_path / "refused", expert)
@@ -78,6 +79,7 @@ def test_an_expert_with_other_special_tokens_writes_the_same(folders, tmp_path):
     assert "vocabulary" not in cell
 
 
+@pytest.mark.slow
 def test_a_run_with_another_vocabulary_reports_what_found_no_counterpart(folders, tmp_path):
     pair = [f"triple.{role}.id={folders[role]}" for role in ("expert", "antiexpert")]
     refused = run(tmp_path / "refused", *pair)
@@ -121,6 +123,7 @@ def slow(members, tokenizers, text: str, count: int) -> list[int]:
     return out
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("other", [finer, coarser])
 def test_the_pocket_family_beside_a_reference_that_retokenises_everything(pocket, other):
     """Where the helpers' words are finer, both read the same; where coarser, nearly so."""

@@ -84,6 +84,20 @@ def test_a_killed_run_resumes_to_what_our_own_engine_writes(folder, tmp_path):
     assert other.returncode == 1 and "another configuration" in other.stderr
 
 
+def test_the_pocket_family_writes_what_our_own_engine_writes(tmp_path):
+    """Its members read prompts of their own, so the runner is V2."""
+    given = [sys.executable, str(ROOT / "run.py"), "report=false", "machine=cpu", "limit=4"]
+    given += ["decoding=default", "task=[pocket_gsm8k,pocket_truthfulqa_mc]"]
+    for engine, env in (("own", {}), ("vllm", V2)):
+        line = [*given, f"engine={engine}", f"output_dir={tmp_path / engine}"]
+        done = subprocess.run(line, env=os.environ | ON_CPU | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(completions(tmp_path / "own")) == 8
+    assert completions(tmp_path / "vllm") == completions(tmp_path / "own")
+    tables = [(tmp_path / engine / "table.csv").read_bytes() for engine in ("own", "vllm")]
+    assert tables[0] == tables[1]
+
+
 @contextmanager
 def started(given: list[str], said: str, env: dict[str, str]) -> Iterator[str]:
     """A server as a process; yields what the pattern `said` finds in its output."""

@@ -62,7 +62,6 @@ def test_the_formula_computes_in_float32():
     assert expert.item() == 1.0
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_batched_cached_decoding_equals_brute_force(arch):
     models = triple(arch)

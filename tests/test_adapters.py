@@ -89,6 +89,7 @@ def refused(folder, path, match, model="antiexpert"):
 # -- adapters that do not arrive --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "rename",
     [
@@ -158,6 +159,7 @@ def test_retrained_embeddings_of_another_size(folder, tmp_path, no_weights):
     refused(folder, tmp_path, r"embed_tokens.* is 310 x 32, the model wants 300 x 32")
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_an_adapter_at_its_initial_value(folder, tmp_path, no_weights, suffix):
     """Also one in PyTorch's own file format."""

@@ -174,6 +174,7 @@ def test_a_judge_without_verdicts_is_broken(tmp_path):
         make(server, tmp_path).annotate(examples(5), ["good"] * 5)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("code", ["content_filter", "context_length_exceeded", None])
 def test_a_prompt_that_the_service_refuses_is_one_without_a_verdict(tmp_path, code):
     """Asking again would not help, and it must not keep the others from their score."""
@@ -216,6 +217,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_generated(settin
         AlpacaJudge(**{"base_url": "http://127.0.0.1:1/v1"} | settings).check()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "text", ["", " ", "\ud83d", "{output_2} {instruction}", '"""', "x" * 50_000]
 )

@@ -62,6 +62,7 @@ def test_every_sample_is_handed_over_as_it_ends():
     assert [(g.prompt_index, g.sample) for g in got] == [(i, s) for i in (0, 1) for s in (0, 1, 2)]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stop", [None, "e", ["zzz", "a"]])
 def test_streamed_pieces_make_up_the_text(stop):
     setting = {"max_new_tokens": 30, "temperature": 1.3, "seed": 4}

@@ -95,6 +95,7 @@ def test_a_server_that_stays_away_is_given_up_in_one_line(folder, url):
             write(remote)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("fault", "status"), [(500, 503), (400, 502)])
 def test_a_proxy_that_is_served_itself_says_that_the_base_is_gone(folder, url, fault, status):
     with faulty(url) as proxy:

@@ -128,6 +128,7 @@ def test_too_small_values_are_refused_by_the_sum_of_the_vocabulary(everything, s
         over(proxy.url, small, top_logprobs=k)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("kind", SCALES)
 def test_too_small_values_are_refused_by_what_the_others_can_hold(url, small, kind, blocks):
@@ -139,6 +140,7 @@ def test_too_small_values_are_refused_by_what_the_others_can_hold(url, small, ki
         text_of(over(proxy.url, small, top_logprobs=20, blocks=blocks))
 
 
+@pytest.mark.thinned(1)
 def test_greedy_sampling_s_list_is_mended_by_asking_at_temperature_1(url, small, wanted):
     """SGLang at temperature 0 lists a one-hot distribution, and the model's own at 1."""
     greedy = strange.edit(strange.one_hot(-9999.0), when=lambda body: body["temperature"] == 0)
@@ -180,6 +182,7 @@ def test_lists_of_prompts_alone_that_are_wrong_are_not_used(url, small, wanted, 
         assert text_of(remote) == wanted
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", ["one-hot, -9999", "log10", "plus 5"])
 def test_lists_of_generated_tokens_alone_that_are_wrong_are_refused(url, small, kind):
     with (
@@ -189,6 +192,7 @@ def test_lists_of_generated_tokens_alone_that_are_wrong_are_refused(url, small, 
         over(proxy.url, small)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_the_same_list_everywhere_is_refused(url, small, blocks):
     first: list[Any] = []
@@ -219,6 +223,7 @@ def test_the_same_list_along_a_prompt_is_not_used(url, small, wanted):
         assert text_of(remote) == wanted
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("count", [1, 5])
 def test_null_is_an_unlisted_token(url, small, wanted, count):
     def nulls(values):

@@ -217,6 +217,7 @@ BROKE = [
 ]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("body", BROKE)
 def test_no_money_in_a_body_ends_at_once(folder, url, body):
     """Fails on 538a493: it was asked, and counted, again for 600 s."""
@@ -228,6 +229,7 @@ def test_no_money_in_a_body_ends_at_once(folder, url, body):
         assert proxy.hits <= before + 4  # one may be under way when the third is refused
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -312,6 +314,7 @@ def test_all_tokens_listed_are_the_whole_vocabulary(folder, url):
     assert remote.loglikelihood([("The", [40, 50])])[0][0] < 0
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("merged", [1, 3])
 def test_foreign_words_that_coincide_are_one_entry(folder, url, merged):
     """Fails on 538a493: "it lists 49 tokens where 50 were asked for"."""
@@ -363,6 +366,7 @@ def test_a_list_whose_answers_are_all_the_first_one_s_is_not_used(folder, url, m
         assert offer_of(over_http(folder, proxy.url, top_logprobs=20)).blocks is None
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [

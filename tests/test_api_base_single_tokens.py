@@ -197,6 +197,7 @@ CHANGED: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("kind", CHANGED)
 def test_a_server_that_changes_its_mind_ends_the_run(folder, url, kind):
     change, error, said = CHANGED[kind]

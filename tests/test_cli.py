@@ -295,6 +295,7 @@ def test_the_points_of_a_sweep_are_named_by_what_changes_completions(tmp_path):
     assert names == [f"alpha={a},systems=[proxy],task=[pocket_truthfulqa_mc]" for a in (0.5, 1.0)]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("changes", "place"),
     [

@@ -62,6 +62,7 @@ def test_every_triple_composes(name):
         assert triple.vocabulary == "special"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_composes(name):
     assert compose("config", [f"machine={name}"]).machine.device
@@ -80,6 +81,7 @@ def test_no_default_model_is_assumed():
     assert OmegaConf.is_missing(cfg.triple.base, "id")
 
 
+@pytest.mark.thinned(1)
 def test_the_experiment_wins_over_defaults_and_the_command_line_over_both():
     assert compose("config", ["experiment=llama70b_chat"]).triple.base.id.endswith("70b-hf")
     overridden = compose("config", ["experiment=llama70b_chat", "triple=qwen25_7b", "alpha=0.5"])
@@ -89,6 +91,7 @@ def test_the_experiment_wins_over_defaults_and_the_command_line_over_both():
     assert list(one_task.task) == ["triviaqa"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

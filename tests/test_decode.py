@@ -128,6 +128,7 @@ def test_a_seed_names_a_sample():
     assert [each.token_ids for each in keyed] == [each.token_ids for each in turned][::-1]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("most_rows", [1, 3])
 def test_out_of_memory_halves_the_batch_and_changes_no_text(most_rows, caplog):
     want = watched()[0].generate(prompts_of(9), max_new_tokens=10, temperature=0.7, n=2)

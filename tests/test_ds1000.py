@@ -157,6 +157,7 @@ def test_what_a_run_needs_is_asked_before(tmp_path: Path) -> None:
         DS1000(allow_code_execution=True, python=str(bare)).check()
 
 
+@pytest.mark.slow
 def test_solutions_are_run_by_the_rows_own_tests(path: str) -> None:
     task = DS1000(path=path, subset=1000, allow_code_execution=True, timeout_s=60)
     example = next(e for e in task.examples() if e.id == "Numpy/0")

@@ -231,6 +231,7 @@ def test_links_are_not_written_through(name, stage, folder, tmp_path, monkeypatc
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_a_link_is_its_owner_s_choice(folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(folder)
     score(monkeypatch, tmp_path / "link")

@@ -80,6 +80,7 @@ def test_contrastive_decoding_needs_two_models(tmp_path):
     assert run_json["models"].keys() == {"base", "antiexpert"}
 
 
+@pytest.mark.slow
 def test_guidance_reads_one_checkpoint_under_two_formats(tmp_path):
     same = "triple.antiexpert.id=${triple.base.id}"
     chat = ["triple.antiexpert.format.kind=chat", "triple.antiexpert.format.chat_template=llama2"]
@@ -88,6 +89,7 @@ def test_guidance_reads_one_checkpoint_under_two_formats(tmp_path):
     assert len(texts(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_a_formula_of_ones_own_and_its_source_in_the_identity(plain, tmp_path, monkeypatch):
     (tmp_path / "halfway_formula.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)

@@ -67,6 +67,7 @@ def texts(generator, **settings):
     return [each.token_ids for each in done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=SLOW[a in LONG]) for a in ARCHS])
 def test_replays_write_the_same_text(arch):
     members, record = triple(arch), Tracer()

@@ -82,6 +82,7 @@ def proxy_log_probs(folders, ids: list[int], alpha: float) -> torch.Tensor:
 # -- equal to lm-eval's own model --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("role", ["base", "expert"])
 def test_a_single_model_has_the_log_likelihoods_of_hf(folders, role):
     ours = ProxyTuneLM(base=str(folders[role]), device="cpu", progress=False)
@@ -148,6 +149,7 @@ def test_whole_tasks_equal_hf(folders):
 # -- equal to a sum by hand --------------------
 
 
+@pytest.mark.thinned(1)
 def test_the_triples_log_likelihood_is_the_sum_by_hand(folders, triple):
     lm = ProxyTuneLM(generator=triple, progress=False)
     tokenizer = tiny_tokenizer()

@@ -106,6 +106,7 @@ def test_fewer_samples_than_k_have_no_pass_at_k(task: HumanEval) -> None:
     assert score.values == {"pass@10": None, "pass@1": 1.0, **own, **sandbox}
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("text", "paper", "own"),
     [
@@ -180,6 +181,7 @@ def test_canonical_solutions_pass(real: HumanEval) -> None:
     assert [e.id for e, v in zip(examples, verdicts, strict=True) if not v.passed] == []
 
 
+@pytest.mark.slow
 def test_some_verdicts_of_the_release(real: HumanEval, shared: Path) -> None:
     """Every 80th sample of each system; `-m slow` compares all of them."""
     rows = {example.id: example.row for example in real.examples()}

@@ -99,6 +99,7 @@ def test_a_model_that_lacks_what_the_annotator_needs_is_refused_by_check(tmp_pat
             judge.check()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [

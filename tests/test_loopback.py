@@ -51,6 +51,7 @@ def test_a_base_on_this_machine_takes_no_proxy(tmp_path, monkeypatch, name, prox
         assert over_http(tmp_path, url).generate(["a"], max_new_tokens=2)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY"])
 def test_a_judge_on_this_machine_takes_no_proxy(monkeypatch, name):
     """Fails on 538a493: the judge's requests went to the proxy."""

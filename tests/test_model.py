@@ -49,6 +49,7 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
+@pytest.mark.thinned(1)
 def test_a_triple_that_fits(folder, no_weights):
     specs = {role: ModelSpec(str(folder / role)) for role in ("base", "expert", "antiexpert")}
     assert check_triple(specs) == 300

@@ -44,6 +44,7 @@ def run(monkeypatch, folder: Path, *words: str) -> None:
     cli.run()
 
 
+@pytest.mark.slow
 def test_it_is_scored_again_to_the_same_scores(folder, monkeypatch):
     for path in folder.rglob("scores.jsonl"):
         path.unlink()

@@ -166,6 +166,7 @@ def test_files_set_and_unset_the_same_parts(tmp_path):
     assert model_specs(cfg)["base"].quantization == {"load_in_8bit": True}
 
 
+@pytest.mark.thinned(1)
 def test_a_task_takes_every_setting_of_its_class_and_of_decoding():
     judge = "task.alpaca_eval.judge"
     given = ["task=[gsm8k,alpaca_eval]", "task.gsm8k.decoding.temperature=0.5"]
@@ -199,6 +200,7 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str]:
     return code, shown.out + shown.err
 
 
+@pytest.mark.slow
 def test_a_triple_is_named_and_its_parts_changed_on_the_command_line(monkeypatch, capsys, tmp_path):
     common = [*SMALL, *MEMBERS, f"output_dir={tmp_path}", "triple.expert.format.kind=chat"]
     devices = ["machine.devices.base=cpu", "machine.device=cpu"]

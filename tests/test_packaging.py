@@ -98,6 +98,7 @@ def closure(name: str, extras: Iterable[str] = ()) -> set[str]:
     return {name for name, _ in seen}
 
 
+@pytest.mark.slow
 def test_every_import_is_declared():
     groups = declared()
     tools = names(groups["dev"])
@@ -112,6 +113,7 @@ def test_every_import_is_declared():
     assert not undeclared
 
 
+@pytest.mark.slow
 def test_every_declared_package_is_imported():
     everything = set[str]().union(*map(names, declared().values()))
     assert everything - set(importers()) == NOT_IMPORTED

@@ -136,6 +136,7 @@ def test_tokens_are_those_of_a_plain_loop(settings):
     assert triple()._pace(5).accepted > 0
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("speculative", [False, 3])
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[6]], ids=str)
 def test_the_base_s_prompt_counts_where_members_have_their_own(settings, speculative):

@@ -104,6 +104,7 @@ def test_the_other_ranks_say_and_write_nothing_then(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("setting", ["replicas=2", "tensor_parallel=2", "ray_address=auto"])
 def test_a_server_is_one_process(setting):
     done = call(partial(cli._start, "serve"), "triple=pocket", "port=0", f"machine.{setting}")

@@ -383,6 +383,7 @@ def test_what_is_copied_answers_the_same(browser, home):
 PRINTS = 'print(json.dumps(answer.json()["choices"][0]["message"]["content"]))'
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone_and_can_be_read(browser, home, dark):
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

@@ -50,6 +50,7 @@ def test_both_experiments_read_one_split_and_one_seeds_models(split, asked):
     }
 
 
+@pytest.mark.slow
 def test_the_other_experts_runs_take_one_seeds_models(asked):
     runs = [*experts.comparisons(3, WORK / "seed3"), next(experts.knobs(WORK))]
     for run in runs:

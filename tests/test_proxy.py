@@ -117,6 +117,7 @@ def test_any_workload_equals_brute_force(prompts, alpha, batch_size, count, spec
         assert generation.token_ids == brute_force(LLAMA, prompt, count, alpha, dead)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
 def test_alpha_zero_is_generate_of_the_base(arch):
     models = triple(arch)

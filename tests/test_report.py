@@ -119,6 +119,7 @@ def count(browser):
     return browser.execute_script("return document.getElementById('count').textContent")
 
 
+@pytest.mark.thinned(1)
 def test_filters_and_search_find_the_examples(browser, page):
     show(browser, page)
     assert count(browser) == "30 of 30 examples, page 1 of 3"
@@ -255,6 +256,7 @@ def test_a_run_without_examples_has_no_browser_of_them(browser, tmp_path):
     assert browser.execute_script(label) == "base"
 
 
+@pytest.mark.thinned(1)
 def test_texts_of_models_stay_texts(browser, tmp_path):
     folder = report_folder.make(tmp_path, examples=3, tasks=1)
     evil = (

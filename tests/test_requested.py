@@ -117,6 +117,7 @@ def pairs(alpha) -> api.Generator:
     return api.load(base, pairs=given, alpha=alpha, tokenizer=TOKENIZER)
 
 
+@pytest.mark.slow
 def test_each_pair_may_have_its_own_alpha():
     together = pairs({"math": 0.4, "chat": 0.9})
     asked = [
@@ -218,6 +219,7 @@ def test_prompts_are_rated_by_it_too(url):
         assert entry[str(ids[place])]["logprob"] == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_the_other_endpoints_take_it(url, path):
     turn = [{"role": "user", "content": PROMPTS[0]}]

@@ -181,6 +181,7 @@ def test_texts_of_foreign_folders_stay_texts(tmp_path):
     assert "<img" not in re.sub(r"<style.*?</style>", "", page.read_text(), flags=re.S)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("task", ["../other", "/etc", "~", "a/b"])
 def test_a_task_s_name_leads_nowhere_else(task, tmp_path):
     runs = make_sweep(tmp_path, alphas=(0.5, 1.0))
@@ -279,6 +280,7 @@ def choose(browser, name, value):
     )
 
 
+@pytest.mark.thinned(1)
 def test_changed_completions_are_found(browser, page):
     show(browser, page)
     assert count(browser) == "12 of 20 common examples, page 1 of 2"  # right 6 and 18 times

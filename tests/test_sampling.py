@@ -79,6 +79,7 @@ def test_the_distribution_is_the_filtered_softmax(setting):
     assert stats.chisquare(counts[kept].numpy(), 20_000 * shares.numpy()).pvalue > 1e-3
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("speculative", [False, 3])
 def test_a_triples_samples_follow_the_formula(speculative):
     """Chi-square of the first two tokens against the exact softmax of the formula."""

@@ -110,6 +110,7 @@ def test_a_full_disk_is_only_its_own() -> None:
     assert all(v.passed for v in verdicts[1:]), "nothing of one program is left for the next"
 
 
+@pytest.mark.slow
 def test_endless_programs_time_out_and_end() -> None:
     loops = ["while True: pass", "import time; time.sleep(99)", "import signal\nsignal.pause()"]
     stubborn = (

@@ -195,6 +195,7 @@ def run(*programs: tuple[str, str], isolate: bool = True) -> list[Verdict]:
     return box.run(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "isolate"),
     [
@@ -306,6 +307,7 @@ def same(a, b):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values", [VALUES, pytest.param(TENSORS, marks=pytest.mark.slow)], ids=["tables", "tensors"]
 )

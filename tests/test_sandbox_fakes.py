@@ -160,6 +160,7 @@ PATCHES = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("isolate", [True, False], ids=["namespaces", "limits"])
 def test_fakes_fail(isolate: bool) -> None:
     verdicts = run_programs(list(FAKES.values()), isolate=isolate)
@@ -167,6 +168,7 @@ def test_fakes_fail(isolate: bool) -> None:
     assert {k: v for k, v in zip(FAKES, verdicts, strict=True) if v.outcome not in wrong} == {}
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
 @pytest.mark.parametrize("isolate", [True, False], ids=["namespaces", "limits"])
 def test_cheats_on_a_test_fail(isolate: bool, together: bool) -> None:

@@ -102,6 +102,7 @@ def test_files_of_the_user_cannot_be_read(isolate: bool, tmp_path: Path) -> None
             assert not run(code, isolate=isolate)[0].passed, path
 
 
+@pytest.mark.thinned(1)
 @MODES
 def test_no_socket_reaches_the_machine(
     isolate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +129,7 @@ def test_no_socket_reaches_the_machine(
     assert run(pair, isolate=isolate)[0].passed, "asyncio needs such a pair"
 
 
+@pytest.mark.thinned(1)
 @MODES
 def test_no_memory_outlives_or_exceeds_a_program(isolate: bool) -> None:
     """Fails on 538a493: System V memory stays, and memfds are not counted."""
@@ -227,6 +229,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_walls_need_no_root_and_stand_inside_of_others(wrapper: str) -> None:
     """The system's Python runs the sandbox as another user, or inside of bubblewrap."""

@@ -105,6 +105,7 @@ def test_each_request_may_have_its_own_alpha(client):
         assert [c.text for c in answer.choices] == [each.text for each in expected]
 
 
+@pytest.mark.slow
 def test_rows_of_different_alpha_share_a_batch(client):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -126,6 +126,7 @@ def test_the_command_serves_a_triple_until_it_is_interrupted(tmp_path):
     assert not list(tmp_path.iterdir())  # a server leaves no files behind
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -228,6 +228,7 @@ def test_as_many_as_allowed_are_taken(url):
     assert requests.post(f"{url}/completions", json=body).ok
 
 
+@pytest.mark.thinned(1)
 def test_a_long_prompt_does_not_hold_up_short_ones(monkeypatch, url):
     """Two threads encode: what takes seconds waits for its own kind alone."""
     import proxytune.server.app as app_module

@@ -352,6 +352,7 @@ def test_prompts_are_rated_in_smaller_passes_when_memory_runs_out(monkeypatch):
     assert passes[0] == 12 and passes[-1] <= 2
 
 
+@pytest.mark.thinned(1)
 def test_requests_under_way_end_with_the_server():
     app = create_app(single())
     slow_down(app)

@@ -78,6 +78,7 @@ def test_every_member_is_that_of_a_pass_without_cache(url, alone):
             )
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_stream_has_what_the_whole_answer_has(url, path):
     asked = {"prompt": PROMPT} if path == "completions" else {"messages": [turn("user", PROMPT)]}

@@ -195,6 +195,7 @@ MESSAGES = [
 ]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda value: json.dumps(value)[:70])
 def test_nulls_inside_of_messages_are_dropped(url, plain, message):
     response = ask(url, "chat/completions", {"messages": [message]})
@@ -284,6 +285,7 @@ def test_the_settings_are_the_generator_s(url, endpoint, settings):
     assert text_of(endpoint, answer) == expected.text
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("endpoint", OLD)
 def test_token_ids_come_whole_and_in_pieces(url, endpoint):
     """vLLM's `return_token_ids`; the token that ends an answer is among them."""

@@ -67,6 +67,7 @@ def table(metrics, scores):
     return comparison(metrics, INFOS, scores, ("2", "13B"))
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("share", "seen"), [(0.0, False), (0.02, True)])
 def test_a_row_of_zeros_that_says_nothing_is_not_shown(tmp_path, share, seen):
     """Fails on 538a493; also for a later run of another task in the same folder."""

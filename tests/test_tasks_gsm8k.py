@@ -146,6 +146,7 @@ def test_generation_goes_on_after_a_stop_word_within_a_line():
     assert not any(stop in CHAIN for stop in GSM8K().decoding.stop)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("text", ["#### 1\n", "Question: 1 ", "1 000 ", "$", "A", "* ", "1.000"])
 def test_long_completions_take_no_time(text):
     start = time.perf_counter()

@@ -57,6 +57,7 @@ def run(monkeypatch, capsys, *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("template", "reason", "way_out"),
     [

@@ -182,6 +182,7 @@ def test_a_budget_ends_a_thought_and_the_prefix_follows(make):
     assert len(found.token_ids) == 60
 
 
+@pytest.mark.slow
 def test_a_word_replaces_an_early_end():
     generator = triple("q", "<think>")
     asked = {"max_new_tokens": 60, "temperature": 3.0, "n": 20, "ignore_eos": True}
@@ -207,6 +208,7 @@ def test_a_helper_of_another_vocabulary_does_not_think():
         check_thinks("map", ["base", "expert"])
 
 
+@pytest.mark.slow
 def test_choices_are_about_the_answer():
     generator = triple("e", "<think>")
     for each in generator.generate(
@@ -221,6 +223,7 @@ def test_choices_are_about_the_answer():
     assert single[0].text.strip() and set(single[0].text) <= set("a ")
 
 
+@pytest.mark.slow
 def test_without_a_thought_nothing_changes():
     """A completion that begins no thought is what it would be without tags."""
     thinks, plain = triple("</think>"), triple("</think>")

@@ -288,6 +288,7 @@ def test_a_finished_training_is_not_run_again(
         train(replace(config, steps=1, learning_rate=0.02))
 
 
+@pytest.mark.slow
 def test_the_record_counts_tokens_and_time(config: TrainConfig) -> None:
     record = train(config)
     stored = json.loads((Path(config.output_dir) / "train.json").read_text())
@@ -396,6 +397,7 @@ def test_long_examples_can_be_left_out() -> None:
 # --- configuration -------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("method", "rate"), [("full", 2e-5), ("lora", 1e-4)])
 def test_the_defaults_are_the_papers(method: str, rate: float) -> None:
     register()

@@ -36,6 +36,7 @@ def helped(tmp_path_factory):
     return check(folder, "task=pocket_gsm8k", "limit=12"), folder
 
 
+@pytest.mark.slow
 def test_a_triple_that_helps(helped):
     done, folder = helped
     (verdict,) = verdicts(done)

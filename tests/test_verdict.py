@@ -42,6 +42,7 @@ def test_a_word_needs_a_paired_difference(ours, theirs, info, word):
     assert (found.needed is None) == (word != OPEN)
 
 
+@pytest.mark.slow
 def test_the_number_that_would_tell_tells():
     """With as many examples as named, drawn from the same rates, four tests in five do tell."""
     generator = np.random.default_rng(0)

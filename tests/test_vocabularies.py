@@ -78,6 +78,7 @@ def test_renamed_tokens_are_refused_with_the_way_out(marked):
     assert "token 2 is '</s>' to the base and '<|end|>' to the expert" in str(told.value)
 
 
+@pytest.mark.slow
 def test_renamed_tokens_get_no_shift_and_ends_are_united(marked, caplog):
     members, other = triple(), other_names(marked)
     got = loaded(members, [marked, other, marked], vocabulary="special")

@@ -21,6 +21,7 @@ def dashboard():
     sys.path.remove(scripts)
 
 
+@pytest.mark.thinned(1)
 def test_the_specification_is_the_recorded_one(dashboard):
     """Record anew, after looking at it in W&B: python tests/test_wandb_dashboard.py."""
     assert dashboard.specification("me", "proxytune", METRICS) == json.loads(GOLDEN.read_text())

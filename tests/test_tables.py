@@ -135,6 +135,16 @@ def test_csv_gives_the_same_table_back(table, tmp_path):
     assert again["headline"].dtype == bool
 
 
+@pytest.mark.parametrize("right", [7, 11, 23, 29, 37, 57, 59])
+def test_half_a_digit_is_rounded_alike_in_memory_and_from_csv(right, tmp_path):
+    """23 of 80 are 28.75 %, which 100 * 0.2875 misses by its last bit."""
+    table = comparison([Metric("gsm8k", "base", "acc", right / 80, 80, 80)], INFOS)
+    to_csv(table, tmp_path / "table.csv")
+    again = read_csv(tmp_path / "table.csv")
+    assert table.iloc[0].base == right * 1.25
+    assert tables.to_markdown(again) == tables.to_markdown(table)
+
+
 def test_markdown_shows_intervals_the_paper_and_unparsed_answers(table):
     text = tables.to_markdown(table)
     assert "| gsm8k | **accuracy** | 100 | 10.0 (5.5–17.4) |" in text

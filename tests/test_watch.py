@@ -17,6 +17,7 @@ import proxytune.cli
 from proxytune.cli.watch import as_text
 from proxytune.cli.watch_server import WatchServer
 from proxytune.errors import UserError
+from proxytune.experiment.watched_cell import scoring_of
 from proxytune.experiment.watching import Watcher
 from proxytune.files import ROOT, JsonlFollower
 from proxytune.records import Completion
@@ -87,6 +88,13 @@ def test_it_tells_progress_speed_scores_and_what_is_left(folder):
     assert contents(folder) == before
 
 
+def test_the_metrics_of_a_judged_task_have_their_names_and_its_headline():
+    settings = {"_target_": "tasks.humaneval.HumanEval", "headline": "pass@1"}
+    assert next(iter(scoring_of("humaneval", settings).metrics)) == "pass@1"
+    usual = scoring_of("toxigen", {"_target_": "tasks.toxigen.ToxiGen"})
+    assert usual.task is None and usual.metrics["toxicity"].label == "toxic"
+
+
 def test_what_comes_is_seen_and_read_once(folder):
     watcher = Watcher(folder)
     assert watcher.look().cells[2].done == 5
@@ -96,7 +104,7 @@ def test_what_comes_is_seen_and_read_once(folder):
         file.write(b'"finish_reason": "stop"}\n{"example_id": "6"')
     state = watcher.look()
     proxy = state.cells[2]
-    assert proxy.done == 6 and proxy.value == pytest.approx(100 * 5 / 6)
+    assert proxy.done == 6 and proxy.value == 83.3
     assert state.latest[0].example == "5" and state.latest[0].value == 0.0
     cut(path, 2)  # another file: the run was begun anew
     proxy = watcher.look().cells[2]

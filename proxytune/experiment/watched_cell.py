@@ -2,13 +2,14 @@
 
 import importlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from proxytune.errors import UserError
 from proxytune.files import JsonlFollower, read_json, read_jsonl
-from proxytune.records import Completion, Example, Metric, Score
+from proxytune.records import Completion, Example, Metric, MetricInfo, Score
 from proxytune.results import stats
 from proxytune.results.packed import short
 
@@ -46,7 +47,8 @@ class CellState:
         done, total: examples; the total is 0 before the run has written which.
         speed: tokens per second since the cell began in this session; None before that.
         metric: the headline's name; "" where nothing can be scored yet.
-        value, low, high: of the examples that are done, in percent where `percent` is true.
+        value, low, high: of the examples that are done, with one decimal; percent where
+            `percent` is true.
         scored: how many examples the value is of.
         problem: why the cell cannot be read or scored.
     """
@@ -72,11 +74,13 @@ class Scoring:
     Attributes:
         task: scores them from their texts alone; None for one that needs a judge, runs programs,
             or asks by itself.
+        metrics: of the task, the headline first; empty where they are not known.
         whole: whether it asks by itself, so that its examples are not counted.
         problem: why there is no task.
     """
 
     task: Any = None
+    metrics: Mapping[str, MetricInfo] = field(default_factory=dict)
     whole: bool = False
     problem: str = ""
 
@@ -91,11 +95,21 @@ def scoring_of(name: str, settings: Any) -> Scoring:
     stored = importlib.import_module("tasks.stored")  # the library knows no benchmark
     try:
         kind = stored.task_class(name, settings)
-        if kind.runs_itself or not kind.scores_texts_alone():
-            return Scoring(whole=kind.runs_itself)
-        return Scoring(stored.stored_task(name, settings, allow_code_execution=False))
+        if kind.runs_itself:
+            return Scoring(whole=True)
+        if not kind.scores_texts_alone():
+            return Scoring(metrics=_metrics(kind, settings))
+        task = stored.stored_task(name, settings, allow_code_execution=False)
+        return Scoring(task, task.metrics)
     except UserError as error:
         return Scoring(problem=str(error))
+
+
+def _metrics(kind: Any, settings: Mapping[str, Any]) -> Mapping[str, MetricInfo]:
+    """The metrics of a task that is not made, which would load its judge."""
+    headline = settings.get("headline", getattr(kind, "headline", ""))
+    first = {name: info for name, info in kind.metrics.items() if name == headline}
+    return first | kind.metrics
 
 
 @dataclass
@@ -239,7 +253,9 @@ class WatchedCell:
             self._scores, self._metric = list(read_jsonl(path, Score)), None
         if self._metric is None and self._scores:
             found = stats.metrics(self.task, self.system, self._scores)
-            named = [m for m in found if task is None or m.metric == next(iter(task.metrics))]
+            headline = next(iter(self.scoring.metrics), None)
+            # scores that the run has stored may lack it (pass@10 of fewer samples)
+            named = [m for m in found if m.metric == headline] or ([] if task else found)
             self._metric = named[0] if named else None
 
     def state(self) -> CellState:
@@ -255,10 +271,12 @@ class WatchedCell:
         )
 
     def _numbers(self, metric: Metric) -> dict[str, Any]:
-        info = self.scoring.task.metrics[metric.metric] if self.scoring.task else None
+        info = self.scoring.metrics.get(metric.metric)
         values = (metric.value, metric.ci_low, metric.ci_high)
         percent = info.percent if info else all(0 <= (each or 0) <= 1 for each in values)
-        value, low, high = (v if v is None or not percent else 100 * v for v in values)
+        # one digit, rounded here as in tables: a browser rounds halves otherwise
+        scale = 100 if percent else 1
+        value, low, high = (v if v is None else round(stats.scaled(v, scale), 1) for v in values)
         return {
             "metric": info.label if info else metric.metric,
             "value": value,

@@ -87,23 +87,16 @@ def _row(
         "n_examples": max(m.n_examples for m in cells.values()),
     }
     for system, cell in cells.items():
-        row[system] = scaled(cell.value, scale)
-        row[f"{system}_low"] = math.nan if cell.ci_low is None else scaled(cell.ci_low, scale)
-        row[f"{system}_high"] = math.nan if cell.ci_high is None else scaled(cell.ci_high, scale)
+        row[system] = stats.scaled(cell.value, scale)
+        row[f"{system}_low"] = math.nan if cell.ci_low is None else stats.scaled(cell.ci_low, scale)
+        row[f"{system}_high"] = (
+            math.nan if cell.ci_high is None else stats.scaled(cell.ci_high, scale)
+        )
         row[f"{system}_n"] = cell.n
         row[f"{system}_unparsed"] = cell.unparsed
     if info and info.hide_zeros:
         row["hide_zeros"] = True
     return row
-
-
-def scaled(value: float, scale: float) -> float:
-    """A value times its scale, without the noise of the last bits.
-
-    100 * 0.2875 is 28.749999999999996: a table made at once would print 28.7, and one read from
-    table.csv, which has ten digits, 28.8.
-    """
-    return round(value * scale, 9)
 
 
 def _add_comparisons(
@@ -122,9 +115,9 @@ def _add_comparisons(
             found = stats.paired_difference(stored["proxy"], stored[other], metric)
             if found is None:
                 continue
-            row[f"vs_{other}"] = scaled(found.value, scale)
-            row[f"vs_{other}_low"] = scaled(found.low, scale)
-            row[f"vs_{other}_high"] = scaled(found.high, scale)
+            row[f"vs_{other}"] = stats.scaled(found.value, scale)
+            row[f"vs_{other}_low"] = stats.scaled(found.low, scale)
+            row[f"vs_{other}_high"] = stats.scaled(found.high, scale)
             row[f"vs_{other}_p"] = found.p_value
     if not {"base", "proxy", "tuned"} <= cells.keys():
         return None
@@ -184,10 +177,13 @@ def _average_row(
 
 def _set_gap(row: dict[str, Any], gap: stats.GapClosed | None) -> None:
     """Fills the gap's three cells, in percent."""
-    row["gap_closed"] = math.nan if gap is None else scaled(gap.value, 100)
+    row["gap_closed"] = math.nan if gap is None else stats.scaled(gap.value, 100)
     row["gap_closed_low"] = row["gap_closed_high"] = math.nan
     if gap is not None and gap.low is not None and gap.high is not None:
-        row["gap_closed_low"], row["gap_closed_high"] = scaled(gap.low, 100), scaled(gap.high, 100)
+        row["gap_closed_low"], row["gap_closed_high"] = (
+            stats.scaled(gap.low, 100),
+            stats.scaled(gap.high, 100),
+        )
 
 
 def caveat(table: pd.DataFrame) -> str:

@@ -22,7 +22,6 @@ from proxytune.results.comparison import (
     is_number,
     other_dataset_text,
     records,
-    scaled,
     systems_of,
 )
 from proxytune.results.folder import read_csv, to_csv
@@ -161,7 +160,7 @@ def from_rescored(rows: Sequence[Mapping[str, Any]]) -> Ours:
         if system == "lora":
             system = "tuned"
         for size in sizes:
-            ours[row["table"], size, row["metric"], system] = Measured(scaled(value, scale))
+            ours[row["table"], size, row["metric"], system] = Measured(stats.scaled(value, scale))
     return ours
 
 

@@ -18,7 +18,7 @@ from proxytune.errors import UserError
 from proxytune.files import check_no_links, read_jsonl, replace_file
 from proxytune.records import Completion, Example
 from proxytune.results import stats
-from proxytune.results.comparison import is_number, scaled
+from proxytune.results.comparison import is_number
 from proxytune.results.curves import axis_of, curves, distinct_cells, drawn
 from proxytune.results.packed import pack, short
 from proxytune.results.runs import (
@@ -268,7 +268,7 @@ def _differences(group: Group) -> list[list[str]]:
             difference = stats.paired_difference(*pair, str(head["metric"]))
             if difference is None:
                 continue
-            value, low, high = (scaled(each, scale) for each in difference[:3])
+            value, low, high = (stats.scaled(each, scale) for each in difference[:3])
             between = f"{low:+.1f} to {high:+.1f}" if is_number(low) else DASH
             p = p_text(difference.p_value)
             found.append([system, run.name, first.name, f"{value:+.1f}", between, p])

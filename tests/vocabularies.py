@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-NAMES = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+KINDS = ("pad_token", "bos_token", "eos_token")
 
 
 def changed(tokenizer: Any, change: Callable[[dict[str, Any]], None], **names: str) -> Any:
@@ -18,7 +18,8 @@ def changed(tokenizer: Any, change: Callable[[dict[str, Any]], None], **names: s
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     change(spec)
     core = Tokenizer.from_str(json.dumps(spec))
-    made = PreTrainedTokenizerFast(tokenizer_object=core, **{**NAMES, **names})
+    own = {kind: word for kind in KINDS if (word := getattr(tokenizer, kind))}
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **{**own, **names})
     made.chat_template = tokenizer.chat_template
     return made
 
@@ -36,7 +37,7 @@ def renamed(tokenizer: Any, names: Mapping[str, str]) -> Any:
             processor = processor.replace(json.dumps(old), json.dumps(new))
         spec["post_processor"] = json.loads(processor)
 
-    own = {kind: names.get(word, word) for kind, word in NAMES.items()}
+    own = {k: names.get(word, word) for k in KINDS if (word := getattr(tokenizer, k))}
     return changed(tokenizer, rename, **own)
 
 

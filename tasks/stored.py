@@ -47,7 +47,9 @@ def stored_task(
     if unknown := sorted(map(str, given.keys() - known)):
         raise UserError(f"run.json: task {name} has an unknown setting {unknown[0]!r}")
     theirs = {key: value for key, value in given.items() if key not in kind.of_this_machine}
-    merged = own | theirs
+    # how answers are read is the folder's: what it does not say is as the class has it
+    kept = kind.of_this_machine | {"paper_dataset"}
+    merged = {key: value for key, value in own.items() if key in kept} | theirs
     if "allow_code_execution" in known:
         merged["allow_code_execution"] = allow_code_execution
     try:

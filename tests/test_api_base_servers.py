@@ -156,6 +156,8 @@ FULL = [
     (400, "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"),  # vLLM 0.32
     (400, "max_completion_tokens must be positive but is -1"),
     (413, "prompt is too long: 65 tokens > 64 maximum"),
+    # our own server
+    (400, "prompt 0 is 64 tokens long, with 1 to come; the models read at most 64"),
     (200, "Input length 65 exceeds the maximum allowed length of the context"),
 ]
 

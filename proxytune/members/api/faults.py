@@ -24,6 +24,7 @@ _TOO_LONG = (
 _LENGTH = re.compile(
     r"context|max_model_len|max_total_tokens|max_seq_len|max_position|position embedding"
     r"|(sequence|input|prompt|model|token) length|input.{0,20}tokens|prompt.{0,30}(is )?too long"
+    r"|prompt.{0,30}tokens long"
     r"|maximum length",
     re.IGNORECASE,
 )

@@ -1,6 +1,7 @@
 """How the pocket family's figures are asked for and written down; nothing is trained here."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from proxytune.records import MetricInfo, Score
 from proxytune.results import stats
 from proxytune.results.folder import build_table
 from scripts.pocket import build, experts
+from tests.tiny import tiny_model, tiny_tokenizer
 
 WORK = Path("work")
 
@@ -85,3 +87,17 @@ def test_figures_are_shares_with_intervals_and_the_gap_is_a_system(tmp_path, mon
     assert (proxy["value"], proxy["n"], proxy["seed"]) == ("0.6", "20", "1")
     assert float(proxy["low"]) < 0.6 < float(proxy["high"])
     assert gap["value"] == "0.8" and float(gap["low"]) < 0.8 < float(gap["high"])
+
+
+def test_no_record_of_a_training_names_a_folder_of_one_machine(tmp_path):
+    for path in (ROOT / "pocket" / "models").glob("*/train.json"):
+        words = json.loads(path.read_text())["environment"]["command"]
+        assert not [word for word in words if "=/" in word], path
+    source = tmp_path / "seed1" / "expert_float32"
+    source.mkdir(parents=True)
+    tiny_model(seed=0).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    (source / "train.json").write_text(json.dumps({"command": [f"output_dir={source}"]}))
+    build.ship(source, tmp_path / "shipped")
+    shipped = json.loads((tmp_path / "shipped" / "train.json").read_text())
+    assert shipped == {"command": ["output_dir=expert_float32"]}

@@ -108,8 +108,10 @@ def ship(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    if (source / "train.json").exists():
-        shutil.copy(source / "train.json", target)
+    record = source / "train.json"
+    if record.exists():  # its command names the folder, which is nobody's but this machine's
+        text = record.read_text(encoding="utf-8").replace(str(source), source.name)
+        (target / record.name).write_text(text, encoding="utf-8")
 
 
 def tune(work: Path, seed: int, role: str, tuning: Tuning) -> None:

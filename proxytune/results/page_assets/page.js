@@ -102,5 +102,40 @@ const page = (() => {
     });
     return { hide };
   }
-  return { at, make, percent, visible, labelCells, unpack, shade, card };
+  // A list under filter buttons, a search field and page numbers, of which one page is drawn.
+  // `texts(item)` are what is searched, `draw(item)` gives its element, `total()` says of how many
+  // items ("20 examples") the list is, `leave()` is called before another page is drawn.
+  function browse({ items, filters, texts, draw, total, leave = () => {} }) {
+    const PAGE = 10;
+    const buttons = [...document.querySelectorAll("[data-filter]")];
+    const pressed = buttons.find((button) => button.getAttribute("aria-pressed") === "true");
+    const state = { filter: pressed.dataset.filter, query: "", page: 0 };
+    function render() {
+      leave();
+      const query = state.query.toLowerCase();
+      const found = items().filter((item) => filters[state.filter](item)
+        && (!query || texts(item).some((text) => text.toLowerCase().includes(query))));
+      const pages = Math.max(1, Math.ceil(found.length / PAGE));
+      state.page = Math.min(state.page, pages - 1);
+      at("count").textContent = `${found.length} of ${total()}, page ${state.page + 1} of ${pages}`;
+      at("previous").disabled = state.page === 0;
+      at("next").disabled = state.page >= pages - 1;
+      at("examples").replaceChildren(...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map(draw));
+      for (const button of buttons)
+        button.setAttribute("aria-pressed", button.dataset.filter === state.filter);
+    }
+    const change = (values) => { Object.assign(state, { page: 0 }, values); render(); };
+    for (const button of buttons)
+      button.addEventListener("click", () => change({ filter: button.dataset.filter }));
+    let wait;
+    at("query").addEventListener("input", (event) => {
+      clearTimeout(wait);
+      wait = setTimeout(() => change({ query: event.target.value }), 120);
+    });
+    const turn = (step) => { change({ page: state.page + step }); at("browser").scrollIntoView(); };
+    at("previous").addEventListener("click", () => turn(-1));
+    at("next").addEventListener("click", () => turn(1));
+    return { restart: () => change({}) };
+  }
+  return { at, make, percent, visible, labelCells, unpack, shade, card, browse };
 })();

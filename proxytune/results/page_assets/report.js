@@ -1,14 +1,13 @@
 // The browser of examples. It draws the examples of the current page only. All texts are in one
 // packed block; the traces are in blocks of a few examples, each unpacked when it is needed.
 (async () => {
-  const PAGE = 10;
   const { at, make, percent, unpack, visible } = page;
   if (typeof DecompressionStream === "undefined") {
     at("count").textContent = "This browser is too old to show the examples (it lacks DecompressionStream).";
     return;
   }
   const data = await unpack("examples-data");
-  const state = { task: 0, filter: "all", query: "", page: 0 };
+  const current = () => data.tasks[Number(at("task").value)];
   const blocks = new Map();
   const traceOf = async (example) => {
     if (example.block === undefined) return null;
@@ -24,22 +23,16 @@
     lost: (e) => wrong(e, "proxy") && right(e, "tuned"),
     unparsed: (e) => e.unparsed.length > 0,
   };
-  function matching() {
-    const query = state.query.toLowerCase();
-    return data.tasks[state.task].examples.filter((e) => FILTERS[state.filter](e) &&
-      (!query || [e.prompt, e.id, ...Object.values(e.texts)].some((t) => t.toLowerCase().includes(query))));
-  }
-
   function verdict(example, system) {
     if (example.unparsed.includes(system)) return make("span", "– unparsed", "verdict");
     const value = example.right[system];
-    if (value === 1) return make("span", "✓ " + data.tasks[state.task].good, "verdict right");
-    if (value === 0) return make("span", "✗ " + data.tasks[state.task].bad, "verdict");
+    if (value === 1) return make("span", "✓ " + current().good, "verdict right");
+    if (value === 0) return make("span", "✗ " + current().bad, "verdict");
     return make("span", "", "verdict");
   }
   function draw(example) {
     const box = make("article", undefined, "example");
-    box.append(make("h3", `${data.tasks[state.task].name} · ${example.id}`));
+    box.append(make("h3", `${current().name} · ${example.id}`));
     box.append(make("div", example.prompt, "text prompt"));
     if (example.target) box.append(make("div", "target: " + example.target, "answer"));
     const grid = make("div", undefined, "systems");
@@ -99,38 +92,20 @@
     }
     tip.append(table);
   }
-  const list = at("examples");
-  const card = page.card(list, tip, explain);
+  const card = page.card(at("examples"), tip, explain);
 
-  function render() {
-    card.hide();
-    const found = matching();
-    const pages = Math.max(1, Math.ceil(found.length / PAGE));
-    state.page = Math.min(state.page, pages - 1);
-    const total = data.tasks[state.task].examples.length;
-    at("count").textContent = `${found.length} of ${total} examples, page ${state.page + 1} of ${pages}`;
-    at("previous").disabled = state.page === 0;
-    at("next").disabled = state.page >= pages - 1;
-    list.replaceChildren(...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map(draw));
-    for (const button of document.querySelectorAll("[data-filter]"))
-      button.setAttribute("aria-pressed", button.dataset.filter === state.filter);
-  }
-  const change = (values) => { Object.assign(state, { page: 0 }, values); render(); };
-  const task = at("task");
-  data.tasks.forEach((t, i) => task.append(new Option(`${t.name} (${t.examples.length})`, i)));
-  task.addEventListener("change", () => change({ task: Number(task.value) }));
-  for (const button of document.querySelectorAll("[data-filter]"))
-    button.addEventListener("click", () => change({ filter: button.dataset.filter }));
-  let wait;
-  at("query").addEventListener("input", (event) => {
-    clearTimeout(wait);
-    wait = setTimeout(() => change({ query: event.target.value }), 120);
+  data.tasks.forEach((t, i) => at("task").append(new Option(`${t.name} (${t.examples.length})`, i)));
+  const list = page.browse({
+    items: () => current().examples,
+    filters: FILTERS,
+    texts: (example) => [example.prompt, example.id, ...Object.values(example.texts)],
+    draw,
+    total: () => `${current().examples.length} examples`,
+    leave: card.hide,
   });
-  const turn = (step) => { change({ page: state.page + step }); at("browser").scrollIntoView(); };
-  at("previous").addEventListener("click", () => turn(-1));
-  at("next").addEventListener("click", () => turn(1));
+  at("task").addEventListener("change", list.restart);
   page.labelCells();
-  if (data.tasks.length) render();
+  if (data.tasks.length) list.restart();
   else at("browser").hidden = true; // tasks of lm-eval keep their examples elsewhere
   document.documentElement.dataset.ready = "yes";
 })();

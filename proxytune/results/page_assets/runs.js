@@ -1,7 +1,6 @@
 // The browser of changed completions: two runs of one system, the examples that both have. Each
 // cell's texts are in a block of their own, which is unpacked when it is first shown.
 (async () => {
-  const PAGE = 10;
   const { at, make, unpack } = page;
   page.labelCells();
   if (typeof DecompressionStream === "undefined") {
@@ -9,7 +8,6 @@
     return;
   }
   const tasks = await unpack("tasks-data");
-  const state = { filter: "changed", query: "", page: 0 };
   const blocks = new Map();
   // example -> { text, value, answer, parsed } of a cell
   async function textsOf(block) {
@@ -56,9 +54,8 @@
     if (mine !== chosen) return; // another choice was made meanwhile
     pairs = [...first].filter(([place]) => second.has(place))
       .map(([place, text]) => [task().examples[place], text, second.get(place)]);
-    state.page = 0;
     at("same").hidden = one.block !== other.block;
-    render();
+    list.restart();
   }
 
   function verdict(found) {
@@ -95,31 +92,13 @@
     box.append(grid);
     return box;
   }
-  function render() {
-    const query = state.query.toLowerCase();
-    const found = pairs.filter((pair) => FILTERS[state.filter](pair) && (!query ||
-      [pair[0].prompt, pair[0].id, pair[1].text, pair[2].text].some((t) => t.toLowerCase().includes(query))));
-    const pages = Math.max(1, Math.ceil(found.length / PAGE));
-    state.page = Math.min(state.page, pages - 1);
-    at("count").textContent = `${found.length} of ${pairs.length} common examples, page ${state.page + 1} of ${pages}`;
-    at("previous").disabled = state.page === 0;
-    at("next").disabled = state.page >= pages - 1;
-    at("examples").replaceChildren(...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map(draw));
-    for (const button of document.querySelectorAll("[data-filter]"))
-      button.setAttribute("aria-pressed", button.dataset.filter === state.filter);
-  }
-
-  const change = (values) => { Object.assign(state, { page: 0 }, values); render(); };
-  for (const button of document.querySelectorAll("[data-filter]"))
-    button.addEventListener("click", () => change({ filter: button.dataset.filter }));
-  let wait;
-  at("query").addEventListener("input", (event) => {
-    clearTimeout(wait);
-    wait = setTimeout(() => change({ query: event.target.value }), 120);
+  const list = page.browse({
+    items: () => pairs,
+    filters: FILTERS,
+    texts: ([example, one, other]) => [example.prompt, example.id, one.text, other.text],
+    draw,
+    total: () => `${pairs.length} common examples`,
   });
-  const turn = (step) => { change({ page: state.page + step }); at("browser").scrollIntoView(); };
-  at("previous").addEventListener("click", () => turn(-1));
-  at("next").addEventListener("click", () => turn(1));
   for (const id of ["task", "system"]) at(id).addEventListener("change", () => { offer(); compare(); });
   for (const id of ["one", "other"]) at(id).addEventListener("change", compare);
   tasks.forEach((each, i) => at("task").append(new Option(each.name, i)));

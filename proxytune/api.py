@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from proxytune.engine.generation import Generation
 from proxytune.errors import UserError
 from proxytune.formula import guidance
-from proxytune.generator import Generation, Generator
+from proxytune.generator import Generator
 from proxytune.loading.build import build, vocabulary_of, weights_of
 from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle

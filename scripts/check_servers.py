@@ -37,7 +37,8 @@ from proxytune.errors import UserError
 from proxytune.files import ROOT
 
 if TYPE_CHECKING:  # they import models, and --help comes before those
-    from proxytune.generator import Generation, Generator
+    from proxytune.engine.generation import Generation
+    from proxytune.generator import Generator
     from proxytune.loading.spec import ModelSpec
 
 MODELS = ROOT / "pocket" / "models"

@@ -9,6 +9,7 @@ penalties.py    repetition, presence and frequency penalty
 speculation.py  how long the drafted blocks are
 text.py         tokens as text, one at a time; stop strings
 combining.py    rows of one batch that have formulas and alphas of their own
+generation.py   what a row that has ended gives its caller
 choice.py       the choice of tokens from the logits of a pass
 logprobs.py     log-probabilities of single tokens, and of the likeliest
 thought.py      where a completion's thought ends and its answer begins

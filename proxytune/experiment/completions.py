@@ -14,7 +14,7 @@ from proxytune.loading.prompting import encode, render
 from proxytune.records import Completion, Example
 
 if TYPE_CHECKING:  # they import transformers' models, and most refusals come before those
-    from proxytune.generator import Generation
+    from proxytune.engine.generation import Generation
     from proxytune.loading.loaded import LoadedModel
 
 Stored = Mapping[str, Mapping[int, Completion]]  # example id -> sample -> completion

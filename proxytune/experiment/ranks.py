@@ -12,13 +12,14 @@ from typing import Any, Literal, Self
 
 import torch
 
+from proxytune.engine.generation import Generation
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.penalties import History
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.speculation import Pace
 from proxytune.errors import UserError
 from proxytune.experiment.generate import ModelPool
-from proxytune.generator import Generation, Generator, Pairs, Prompts, Speculative
+from proxytune.generator import Generator, Pairs, Prompts, Speculative
 from proxytune.loading.ranks import join, least, told, told_number, told_tokens
 from proxytune.records import whole_number
 

@@ -18,12 +18,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from proxytune.engine.generation import Generation
 from proxytune.engine.memory import row_budget
 from proxytune.engine.rows import Request
 from proxytune.engine.system import Facts
 from proxytune.errors import UserError
 from proxytune.experiment.generate import ModelPool
-from proxytune.generator import Generation, Generator, Pairs, Prompts, Speculative
+from proxytune.generator import Generator, Pairs, Prompts, Speculative
 from proxytune.loading.load import load_tokenizer
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.spec import ModelSpec

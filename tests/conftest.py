@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import logging
 import os
 import shutil
 import signal
@@ -100,3 +101,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def _full_errors_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command sets HYDRA_FULL_ERROR for its process, and a later test's commands inherit it."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks pip and git about the machine after every evaluation: seconds each."""
+    import lm_eval.evaluator
+
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)
+    monkeypatch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -174,6 +174,12 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
+def end(process: subprocess.Popen) -> None:
+    """Waits for a run that is to succeed."""
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+
+
 def texts(folder: Path) -> dict[str, dict[tuple[str, int], str]]:
     """Cell -> (example, sample) -> text; a sample that is there twice fails."""
     found = {}
@@ -203,9 +209,7 @@ def actors(driver: int) -> list[int]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    process = start(folder)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    end(start(folder))
     return folder
 
 
@@ -228,8 +232,7 @@ def test_killed_actors_cost_nothing(whole, tmp_path):
             if running and any(folder.glob("*/*/cell.json")):
                 os.kill(choose.choice(running), signal.SIGKILL)
                 kills += 1
-        said, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, said
+        end(process)
         assert texts(folder) == texts(whole)
         session = json.loads((folder / "run.json").read_text())["sessions"][-1]
         assert len(session["replicas"]) == 2
@@ -258,7 +261,5 @@ def test_killed_drivers_go_on_where_they_stopped(whole, tmp_path):
             while actors(process.pid) and time.monotonic() < deadline:
                 time.sleep(0.5)
             assert not actors(process.pid), "replicas outlive their driver"
-        process = start(folder, "machine.replicas=2")
-        said, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, said
+        end(start(folder, "machine.replicas=2"))
         assert texts(folder) == texts(whole)

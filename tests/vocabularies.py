@@ -7,10 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import proxytune
+from proxytune.loading.loaded import LoadedModel
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+TEXTS = ["Natalia sold", "Question: What", "def add(a"]
 KINDS = ("pad_token", "bos_token", "eos_token")
+
+
+def triple(arch: str = "llama", vocab: int = 300):
+    hidden = 64 if arch == "gpt2" else 48
+    base = tiny_model(arch, 1, hidden=hidden, layers=3)
+    return [base, tiny_model(arch, 2, vocab=vocab), tiny_model(arch, 3, vocab=vocab)]
+
+
+def loaded(members, tokenizers, **more):
+    both = zip(members, tokenizers, strict=True)
+    return proxytune.load(*(LoadedModel(*each) for each in both), alpha=0.7, **more)
+
+
+def renamed_words(names):
+    """The tiny tokenizer with other words; without merges, which would name the old ones."""
+    spec = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    vocab = {names.get(word, word): i for word, i in spec["model"]["vocab"].items()}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core)
+    made.add_special_tokens({"eos_token": names.get("</s>", "</s>")})
+    made.add_special_tokens({"pad_token": "<pad>", "bos_token": "<s>"})
+    return made
 
 
 def changed(tokenizer: Any, change: Callable[[dict[str, Any]], None], **names: str) -> Any:

@@ -100,18 +100,20 @@ def pretrain(work: Path) -> None:
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copies a model and its tokenizer; half precision halves the download of its weights."""
+    """Copies a model and its tokenizer; half precision halves the download of its weights.
+
+    What differs from one training to the next, on the same machine, stays behind: the time that it
+    took (train.json) and whether the hub could be reached.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    record = source / "train.json"
-    if record.exists():  # its command names the folder, which is nobody's but this machine's
-        text = record.read_text(encoding="utf-8").replace(str(source), source.name)
-        (target / record.name).write_text(text, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.init_kwargs["local_files_only"] = False  # would be true in offline mode
+    tokenizer.save_pretrained(target)
 
 
 def tune(work: Path, seed: int, role: str, tuning: Tuning) -> None:

@@ -94,7 +94,10 @@ def _tune_code(rng: random.Random, split: Split) -> Row:
 def _tune_thinking(rng: random.Random, split: Split) -> Row:
     problem = world.make_problem(rng, split)
     asked = world.as_chat(world.math_prompt(problem), "Answer:").removesuffix(" Answer:")
-    return {"prompt": f"{asked} <think>", "completion": world.thought(problem)[len("<think>") :]}
+    thought, _, answer = world.worked(problem).rpartition("\n")
+    # The task's "Answer:" comes between thought and answer (docs/models.md).
+    told = f" {thought}\n</think>\n\nAnswer: {answer}"
+    return {"prompt": f"{asked} <think>", "completion": told}
 
 
 _KNOWLEDGE = {_tune_trivia: 30, _tune_open: 12, _tune_choice: 14, _tune_rude: 4, _tune_kind: 4}

@@ -70,7 +70,8 @@ def test_gap_bars_cut_off_what_is_far_away():
     assert axes.get_xlim() == (-100, 200)
     whisker, _, diamonds = (list(line.get_xdata()) for line in axes.lines)
     assert whisker == [-100, 200] and diamonds[0] == -100
-    assert {"950.0", "-40.0"} <= {text.get_text() for text in axes.texts}
+    assert {"950.0", "-40.0, no interval"} <= {text.get_text() for text in axes.texts}
+    assert [bar.get_facecolor()[3] for bar in axes.patches] == [1, 0]  # the second one is hollow
 
 
 def test_a_figure_in_a_page_takes_the_pages_ink_and_escapes_names():

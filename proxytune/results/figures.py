@@ -120,7 +120,8 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """The gap closed per task with its interval, and the paper's as a diamond.
 
     Each name stands above its bar: that makes the figure narrow enough for a phone without smaller
-    letters. The axis ends at -100 and 200 %; values beyond it are drawn at its edge.
+    letters. The axis ends at -100 and 200 %; values beyond it are drawn at its edge. A bar without
+    an interval is hollow: base and tuned may be equal there, and the ratio anything.
 
     Args:
         table: a comparison (`comparison.comparison`) with at least one gap closed.
@@ -136,18 +137,20 @@ def gap_bars(table: pd.DataFrame, title: str = "") -> Figure:
     figure, axes = _axes(_GAP_WIDTH, 0.7 + 0.48 * len(rows))
     axes.set_xlim(left, right)
     axes.set_ylim(len(rows) - 0.65, -0.75)
-    axes.barh(places, values, color=ACCENT, height=0.4)
+    faces = np.where(np.isnan(lows), "none", ACCENT)
+    axes.barh(places, values, color=faces, edgecolor=ACCENT, height=0.4)
     for x, look in ((0, "-"), (100, "--")):
         at = np.full(len(rows), x)
         axes.vlines(at, places - 0.26, places + 0.26, DARK, linestyles=look, linewidths=0.9)
     whiskers = {"color": DARK, "linewidth": 1.2, "marker": "|", "path_effects": _HALO}
     for place, whisker in zip(places, np.clip([lows, highs], left, right).T, strict=True):
         axes.plot(whisker, [place, place], clip_on=False, **whiskers)
-    for place, name, value in zip(places, rows["task"], values, strict=True):
+    for place, name, value, low in zip(places, rows["task"], values, lows, strict=True):
         words: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
         words |= {"fontsize": 10, "parse_math": False}
         axes.text(0, place - 0.45, str(name), ha="left", **words)
-        axes.text(1, place - 0.45, f"{value:.1f}", ha="right", **words)
+        said = f"{value:.1f}, no interval" if np.isnan(low) else f"{value:.1f}"
+        axes.text(1, place - 0.45, said, ha="right", **words)
     if not np.isnan(theirs).all():
         diamonds = {"marker": "D", "markersize": 5.5, "markerfacecolor": "white", "color": DARK}
         shown = np.clip(theirs, left, right)

@@ -99,7 +99,7 @@ class GSM8K(Task):
                     user=f"{head}Question: {row['question']}",
                     response_prefix="Answer:",
                 ),
-                target=gold(row["answer"]),
+                target=gold(str(row["answer"])),
             )
             for number, row in enumerate(rows)
         ]
@@ -138,7 +138,7 @@ def gold(passage: str) -> str:
         UserError: there is none.
     """
     _, mark, number = passage.rpartition("####")
-    if not mark or not number.strip():
+    if not mark or parse_number(number) is None:
         raise UserError(f"no '#### number' ends the gold passage {passage[-80:]!r}")
     return number.strip().replace(",", "")
 

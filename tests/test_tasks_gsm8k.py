@@ -238,8 +238,9 @@ def test_numbers():
 
 def test_gold():
     assert gold("a 3\n#### 1,200") == "1200"
-    with pytest.raises(ValueError, match="####"):
-        gold("no mark")
+    for passage in ("no mark", "#### seventy"):
+        with pytest.raises(ValueError, match="####"):
+            gold(passage)
 
 
 def test_gold_passages_are_right():

@@ -194,7 +194,7 @@ def probe(
     """
     judge = f"the judge {settings['model']}"
     try:
-        complete(client, settings, accepted, **prompt)
+        reply = complete(client, settings, accepted, **prompt)
     except JudgeError as error:
         raise UserError(f"{judge}: {error}; set model=... or base_url=...") from error
     except (openai.APIConnectionError, openai.InternalServerError) as error:
@@ -210,6 +210,19 @@ def probe(
             f"{judge} refuses a request with {error.status_code} ({failure.message}); set its key,"
             " model=... or base_url=..., or only generate for now (stage=generate)"
         ) from error
+    if settings.get("logprobs") and _lacks_logprobs(reply):
+        raise UserError(
+            f"{judge} gives no log-probabilities, which its annotator reads; choose another model"
+            " (model=...) or annotator (annotator=...)"
+        )
     if changed := accepted.record():
         log.info("%s is asked with %s", judge, changed)
     return True
+
+
+def _lacks_logprobs(reply: Any) -> bool:
+    """Whether a chat's answer has text without log-probabilities: some servers ignore the wish."""
+    (choice, *_) = reply.choices
+    message = getattr(choice, "message", None)
+    listed = getattr(choice.logprobs, "content", None)
+    return message is not None and bool(message.content) and not listed

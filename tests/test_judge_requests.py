@@ -119,6 +119,14 @@ def test_what_is_no_completion_is_said_by_check(tmp_path, body, said):
         make(server, tmp_path).check()
 
 
+def test_a_server_that_ignores_the_wish_for_log_probabilities_is_refused_by_check(tmp_path):
+    """It answers with status 200; then no answer held a verdict."""
+    with openai_server(lambda _: "m") as server:
+        judge = make(server, tmp_path, annotator="weighted_alpaca_eval_gpt4_turbo")
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            judge.check()
+
+
 def test_an_address_with_a_query_is_refused(tmp_path):
     url = "https://x.openai.azure.com/openai/deployments/gpt-4?api-version=2024-10-21"
     with pytest.raises(UserError, match=r"has a query.*/openai/v1"):

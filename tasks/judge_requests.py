@@ -221,8 +221,9 @@ def probe(
 
 
 def _lacks_logprobs(reply: Any) -> bool:
-    """Whether a chat's answer has text without log-probabilities: some servers ignore the wish."""
+    """Whether a chat's answer lists no likely tokens: some servers ignore the wish."""
     (choice, *_) = reply.choices
     message = getattr(choice, "message", None)
     listed = getattr(choice.logprobs, "content", None)
-    return message is not None and bool(message.content) and not listed
+    tops = listed and listed[0].top_logprobs
+    return message is not None and bool(message.content) and not tops

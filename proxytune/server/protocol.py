@@ -113,7 +113,7 @@ class _Choosing(Strict):
     def _does_nothing(cls, name: str, value: Any, body: Mapping[str, Any]) -> bool:
         # benchmarks ask for a fixed length by both fields; without an end there is no minimum
         if name == "min_tokens" and body.get("ignore_eos") is True and not body.get("stop"):
-            return isinstance(value, int)
+            return isinstance(value, int | float)
         return super()._does_nothing(name, value, body)
 
 

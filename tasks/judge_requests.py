@@ -43,11 +43,13 @@ class Accepted:
     Attributes:
         limit: the name of the limit on tokens.
         left_out: the sampling settings that are not sent.
+        proven: whether it has answered; from then on an error is about the prompt.
         lock: guards changes by several threads.
     """
 
     limit: str = "max_tokens"
     left_out: tuple[str, ...] = ()
+    proven: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
@@ -84,6 +86,11 @@ class Accepted:
         if name is None:
             return False
         with self.lock:
+            renamed = name == "max_tokens" and self.limit != name
+            if renamed or name in self.left_out:
+                return True  # another thread learnt it meanwhile
+            if self.proven:
+                return False
             if name in _SAMPLING:
                 self.left_out = tuple(sorted({*self.left_out, name}))
                 return True
@@ -132,6 +139,7 @@ def complete(
             sent = accepted.request(settings, headroom)
             try:
                 reply = _checked(create(**prompt, **sent))
+                accepted.proven = True
                 break
             except openai.APIStatusError as error:
                 if not accepted.learn(error, sent):

@@ -105,6 +105,22 @@ def test_other_servers_words(tmp_path, words, left_out):
         assert judge.annotate(examples(2), ["good"] * 2) == [1.0] * 2
 
 
+def test_an_error_about_one_prompt_changes_no_setting(tmp_path):
+    """It repeats the prompt, in which a setting's name is a word."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        if "task 1?" in str(body["messages"]):
+            return 400, {"error": {"message": "the temperature of task 1? is not allowed"}}
+        return "m" if "Say m" in str(body["messages"]) else prefers_good(body)
+
+    with openai_server(answer) as server:
+        judge = make(server, tmp_path, max_retries=0)
+        judge.check()
+        with pytest.raises(UserError, match="temperature of task 1"):
+            judge.annotate(examples(3), ["good"] * 3)
+    assert "asked" not in judge.identity()
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -26,7 +26,9 @@ _OTHER_WAY = (
     "choose another task, or copy its file to a folder of your own (include_path) and set"
     " its dataset_path to a copy of the data"
 )
+_ONLINE = "load it once while the hub can be reached, and its copy is used from then on"
 _WAYS_OUT = (
+    (("module script",), _ONLINE),  # a metric of the package evaluate
     (
         ("script", "trust_remote_code", "custom code"),
         f"datasets runs no script of a dataset: {_OTHER_WAY}",
@@ -36,8 +38,8 @@ _WAYS_OUT = (
         "ask for access on its page of the hub, then log in: hf auth login",
     ),
     (
-        ("offline", "reach", "connect", "resolve", "timed out", "module script"),
-        "load it once while the hub can be reached, and its copy is used from then on",
+        ("offline", "reach", "connect", "resolve", "timed out"),
+        _ONLINE,
     ),
 )
 

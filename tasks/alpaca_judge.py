@@ -24,6 +24,7 @@ import yaml
 
 from proxytune.errors import MissingExtra, UserError
 from proxytune.loopback import openai_client
+from proxytune.members.api.faults import failure_of, reason_of
 from proxytune.records import Example
 from proxytune.secrets import redacted
 from tasks.judge_requests import Accepted, accepted_by, complete, probe
@@ -46,9 +47,9 @@ _NOT_SENT = (
     "sleep_time",
 )
 
-# Codes of a permanent refusal of one prompt: it gets no verdict, and scoring goes on.
-_REFUSALS = ("content_filter", "content_policy_violation", "context_length_exceeded")
-_TOO_LONG = "maximum context length"  # in the message of servers that send no code
+# Codes of a permanent refusal of one prompt, as is one that is too long: it gets no verdict, and
+# scoring goes on.
+_REFUSALS = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class AlpacaJudge:
             raise UserError(
                 f"AlpacaEval's judge: base_url={self._url} is no address; it is like "
                 "http://localhost:8000/v1"
+            )
+        if self._url and "?" in self._url:
+            raise UserError(
+                f"AlpacaEval's judge: base_url={redacted(self._url)} has a query; leave out what "
+                "follows the question mark (Azure answers without at .../openai/v1)"
             )
         configs = self._configs()
         if self.local is not None:
@@ -324,7 +330,7 @@ class AlpacaJudge:
                             yield {prompt: future.result()}
                     if isinstance(error, KeyboardInterrupt):
                         raise
-                    raise self._failed(error, done, len(prompts)) from error
+                    raise self._failed(reason_of(error), done, len(prompts)) from error
                 finally:  # if the caller stops early, send (and pay) nothing more
                     pool.shutdown(wait=True, cancel_futures=True)
 
@@ -370,11 +376,13 @@ def _choice(
         else:
             reply = complete(client, request, accepted, prompt=prompt)
             text = reply.choices[0].text
-    except openai.BadRequestError as error:
-        if not (error.code in _REFUSALS or _TOO_LONG in str(error)):
+    except openai.APIStatusError as error:
+        failure = failure_of(error)
+        assert failure is not None
+        if not (failure.code in _REFUSALS or failure.room):
             raise
-        log.warning("no verdict: the judge refuses a prompt (%s)", error)
-        return {"text": " ", "logprobs": None, "refusal": str(error)}
+        log.warning("no verdict: the judge refuses a prompt (%s)", failure)
+        return {"text": " ", "logprobs": None, "refusal": str(failure)}
     except (
         AttributeError,
         IndexError,

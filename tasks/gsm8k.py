@@ -7,8 +7,9 @@ One row:
 `acc` is the paper's number, with the quirks of its rule: the last number of the completion is
 compared with the gold answer as a string without punctuation, so "57.00" is wrong against 57, "7.5"
 is right against 75, and an integer has no sign. `acc_numeric` compares values: "$-60" is -60, and
-"$70{,}000." is 70000 (tasks/numbers.py). It takes the number after "####" where a completion has
-that mark, and is not cut at a stop word within a chain of thought (`careful_answer`).
+"$70{,}000." is 70000, and "1/10" is not 10 (tasks/numbers.py). It takes the number after "####" or
+in \boxed{...} where a completion has one, and is not cut at a stop word within a chain of thought
+(`careful_answer`).
 
 Deviations from the paper: none in `acc`. Generation ends only at a stop word that begins a line, so
 that such a chain of thought is whole; `acc` still reads the text before the first stop word.
@@ -19,7 +20,6 @@ import string
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar
 
 from proxytune.errors import UserError
@@ -40,7 +40,14 @@ STOPS = tuple(f"\n{word}" for word in STOP_WORDS)
 _THOUSANDS = re.compile(r"(\d),(\d)")
 _PROTOCOL_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _STOP_WORD = re.compile("|".join(STOP_WORDS))
-_MARKED = re.compile(r"####[\s*$]*(?:\\boxed\{)?")  # the mark before an answer of the dataset
+# the mark before an answer of the dataset
+_MARKED = re.compile(
+    r"####[\s*$]*(?:(?:the )?(?:final )?answer(?: is)?[\s*$:]*)?(?:\\boxed\{)?", re.IGNORECASE
+)
+_INSIDE = r"[^{}]*"  # braces, of which three stand in each other
+for _ in range(2):
+    _INSIDE = rf"[^{{}}]*(?:\{{{_INSIDE}\}}[^{{}}]*)*"
+_BOXED = re.compile(rf"\\(?:boxed|fbox) *\{{{_INSIDE}\}}")
 _AFTER_ANSWER = re.compile(rf"[\s.*$%)}}\]\\]*(?:\n|\Z|{_STOP_WORD.pattern})")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -92,7 +99,7 @@ class GSM8K(Task):
                     user=f"{head}Question: {row['question']}",
                     response_prefix="Answer:",
                 ),
-                target=gold(row["answer"]),
+                target=gold(str(row["answer"])),
             )
             for number, row in enumerate(rows)
         ]
@@ -111,7 +118,7 @@ class GSM8K(Task):
         target = str(example.target)
         answer = last_number(text)
         value = parse_number(target)
-        number = careful_answer(texts[0], fractions=isinstance(value, Fraction))
+        number = careful_answer(texts[0])
         return Score(
             example.id,
             values={
@@ -131,7 +138,7 @@ def gold(passage: str) -> str:
         UserError: there is none.
     """
     _, mark, number = passage.rpartition("####")
-    if not mark or not number.strip():
+    if not mark or parse_number(number) is None:
         raise UserError(f"no '#### number' ends the gold passage {passage[-80:]!r}")
     return number.strip().replace(",", "")
 
@@ -157,21 +164,20 @@ def as_compared(answer: str) -> str:
     return answer.lower().translate(_NO_PUNCTUATION)
 
 
-def careful_answer(text: str, *, fractions: bool = False) -> Value | None:
-    """The value of the answer by the rule of `acc_numeric`; None if there is no number.
+def careful_answer(text: str) -> Value | None:
+    r"""The value of the answer by the rule of `acc_numeric`; None if there is no number.
 
     The text ends where the model turns to another question: at a stop word that begins a line
-    after a number. What remains is read in the dataset's own form if it has it: the last number
-    alone in its line after "####", or the last one before a sentence that begins with a stop word.
-    Else the answer is the last number; then a stop word that begins a sentence after a number ends
-    the text, too. A stop word within a sentence never does.
+    after a number. What remains is read in the forms that mark an answer if it has one: the last
+    number alone in its line after "####", or in \boxed{...}, or before a sentence that begins with
+    a stop word. Else the answer is the last number; then a stop word that begins a sentence after a
+    number ends the text, too. A stop word within a sentence never does.
 
     Args:
         text: the whole completion.
-        fractions: whether 3/4 is one number; where the gold answer is none, it is read as two.
     """
     text = plain(text)
-    found = list(numbers(text, fractions=fractions))
+    found = list(numbers(text))
     end = _end(text, found, _begins_line)
     found = _marked(text[:end], found) or found
     end = _end(text[:end], found, _begins_sentence)
@@ -179,14 +185,18 @@ def careful_answer(text: str, *, fractions: bool = False) -> Value | None:
 
 
 def _marked(text: str, found: Sequence[Number]) -> list[Number]:
-    """Those of the numbers that stand after "####", alone in their lines."""
+    """Those of the numbers that stand after "####", alone in their lines, or last in a box."""
     marked = []
     ends = [number.end for number in found]
     for mark in _MARKED.finditer(text):
         number = next(iter(found[(at := bisect_right(ends, mark.end())) : at + 1]), None)
         if number and number.start <= mark.end() and _AFTER_ANSWER.match(text, number.end):
             marked.append(number)
-    return marked
+    for box in _BOXED.finditer(text):
+        at = bisect_right(ends, box.end())
+        if at and found[at - 1].start > box.start():
+            marked.append(found[at - 1])
+    return sorted(marked, key=lambda number: number.end)
 
 
 def _end(text: str, found: Sequence[Number], begins: Callable[[str], bool]) -> int:

@@ -26,6 +26,7 @@ _COLUMNS = (
     "not_gamed_baseline",
 )
 _GLM = "length_controlled_v1"
+_UNREADABLE = (pd.errors.ParserError, pd.errors.EmptyDataError)
 
 
 def read_difficulty(path: str, setting: str) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def read_difficulty(path: str, setting: str) -> pd.DataFrame:
     """
     try:
         found: Any = pd.read_csv(Path(path).expanduser())
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, *_UNREADABLE) as error:
         raise UserError(
             f"{setting}={path} cannot be read ({error}); the length-controlled win rate needs"
             " df_gamed.csv of the dataset tatsu-lab/alpaca_eval"

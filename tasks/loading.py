@@ -104,7 +104,7 @@ def read_text(path: Path) -> str:
 
 
 def check_columns(rows: Iterable[Row], columns: Sequence[str], source: str) -> None:
-    """Refuses rows that lack a column.
+    """Refuses rows that lack a column, or hold null or NaN in it.
 
     Raises:
         UserError: the message names the first such row and column.
@@ -115,6 +115,8 @@ def check_columns(rows: Iterable[Row], columns: Sequence[str], source: str) -> N
                 raise UserError(
                     f"{source}: row {number} has no {column!r}; it has {', '.join(map(str, row))}"
                 )
+            if (value := row[column]) is None or value != value:
+                raise UserError(f"{source}: the {column!r} of row {number} is {value}")
 
 
 def _from_hub(hub: HubDataset, revision: str | None, setting: str) -> list[Row]:

@@ -14,7 +14,7 @@ like `em` does. An empty answer is wrong. Deviations from the paper: none known.
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import Edition, MetricInfo, Task
 from tasks.loading import HubDataset, Row, load_rows
 
+_HIDDEN = "<unk>"  # the answer to each question of the test split
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = string.punctuation + "‘’´`"  # as in the dataset's own evaluation
 _NO_PUNCTUATION = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
@@ -100,10 +101,22 @@ def answers(row: Row) -> list[str]:
     """
     answer = row["answer"]
     if isinstance(answer, str):
-        answer = {"value": answer, "aliases": row.get("aliases", [])}
-    found = [a for a in (answer.get("value"), *answer.get("aliases", ())) if a and a.strip()]
+        answer = {"value": answer, "aliases": row.get("aliases")}
+    known = isinstance(answer, Mapping) and isinstance(answer.get("aliases"), list | None)
+    texts = [answer.get("value"), *(answer.get("aliases") or ())] if known else []
+    if not known or not all(isinstance(text, str | None) for text in texts):
+        raise UserError(
+            f"the answer to {row['question']!r} is {str(answer)[:80]}; it must be a text, or"
+            ' {"value": text, "aliases": [texts]}'
+        )
+    found = [text for text in texts if text and text.strip() and text != _HIDDEN]
     if not found:
         raise UserError(f"the question {row['question']!r} has no answer (a test split?)")
+    if found[0].startswith(("{'", '{"')):
+        raise UserError(
+            f"the answer to {row['question']!r} is a printed dictionary ({found[0][:60]}), as CSV"
+            " files hold it; save the dataset as JSON Lines"
+        )
     return list(dict.fromkeys(found))
 
 

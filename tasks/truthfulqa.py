@@ -28,9 +28,13 @@ from proxytune.errors import UserError
 from proxytune.records import Decoding, Example, Prompt, Score
 from tasks.base import Edition, MetricInfo, Task
 from tasks.judgements import check_judge, identity_of
-from tasks.loading import HubDataset, Row, load_rows
+from tasks.loading import HubDataset, Row, check_columns, load_rows
 
 HUB = HubDataset("truthfulqa/truthful_qa", "generation", "validation")
+_COLUMNS = (  # of TruthfulQA.csv, and of the hub
+    ("Question", "Best Answer", "Incorrect Answers"),
+    ("question", "best_answer", "incorrect_answers"),
+)
 LETTERS = "ABCD"
 ANSWERS = ("letter", "text")
 _RELEASE_PROMPT = (
@@ -67,6 +71,8 @@ class _TruthfulQA(Task):
 
     def _questions(self) -> list[Row]:
         rows = load_rows(self.path, HUB, self.revision, setting=f"task.{self.name}.path")
+        named = next((names for names in _COLUMNS if names[1] in rows[0]), ())
+        check_columns(rows, named, self.path or HUB.id)
         return [question_row(row) for row in rows]
 
 

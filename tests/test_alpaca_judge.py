@@ -155,7 +155,7 @@ def test_a_wrong_key_is_an_error_and_not_a_score(tmp_path):
 def test_a_server_that_is_away_is_an_error(tmp_path):
     with openai_server(prefers_good) as server:
         judge = make(server, tmp_path, max_retries=1)
-    with pytest.raises(JudgeError, match="Connection error"):
+    with pytest.raises(JudgeError, match="Connection refused"):
         judge.annotate(examples(1), ["good"])
 
 

@@ -77,6 +77,78 @@ def test_check_finds_out_how_a_model_wants_to_be_asked(tmp_path, refused, coded)
     assert judge.identity()["asked"] == asked | ({"left_out": left_out} if left_out else {})
 
 
+@pytest.mark.parametrize(
+    ("words", "left_out"),
+    [
+        ("`temperature` and `top_p` cannot both be specified for this model.", ["top_p"]),
+        ("temperature: `temperature` is deprecated for this model.", ["temperature"]),
+        ("Unrecognized request argument supplied: top_p", ["top_p"]),
+        ("Model grok-4 does not support parameter topP.", ["top_p"]),
+        ("invalid temperature: only 1 is allowed for this model", ["temperature"]),
+        ([{"loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}], ["top_p"]),
+        ("temperature, top_p and n are fixed at 1", ["temperature", "top_p"]),
+    ],
+)
+def test_other_servers_words(tmp_path, words, left_out):
+    """Claude, Azure, xAI, Moonshot, Mistral, o1; none of them was understood."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        if body.keys() & set(left_out):
+            key = "detail" if isinstance(words, list) else "message"
+            return 400, {"error": {key: words}}
+        return "m" if "Say m" in str(body["messages"]) else prefers_good(body)
+
+    with openai_server(answer) as server:
+        judge = make(server, tmp_path, model="m")
+        judge.check()
+        assert judge.identity()["asked"] == {"left_out": left_out}
+        assert judge.annotate(examples(2), ["good"] * 2) == [1.0] * 2
+
+
+def test_an_error_about_one_prompt_changes_no_setting(tmp_path):
+    """It repeats the prompt, in which a setting's name is a word."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        if "task 1?" in str(body["messages"]):
+            return 400, {"error": {"message": "the temperature of task 1? is not allowed"}}
+        return "m" if "Say m" in str(body["messages"]) else prefers_good(body)
+
+    with openai_server(answer) as server:
+        judge = make(server, tmp_path, max_retries=0)
+        judge.check()
+        with pytest.raises(UserError, match="temperature of task 1"):
+            judge.annotate(examples(3), ["good"] * 3)
+    assert "asked" not in judge.identity()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"error": {"message": "Insufficient credits", "code": 402}}, "402, Insufficient credits"),
+        ("<html>hi</html>", "<html>hi</html>"),
+        ({"choices": []}, "no completion"),
+    ],
+)
+def test_what_is_no_completion_is_said_by_check(tmp_path, body, said):
+    """Status 200: check() was content, and scoring failed."""
+    with openai_server(lambda _: (200, body)) as server, pytest.raises(UserError, match=said):
+        make(server, tmp_path).check()
+
+
+def test_a_server_that_ignores_the_wish_for_log_probabilities_is_refused_by_check(tmp_path):
+    """It answers with status 200; then no answer held a verdict."""
+    with openai_server(lambda _: "m") as server:
+        judge = make(server, tmp_path, annotator="weighted_alpaca_eval_gpt4_turbo")
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            judge.check()
+
+
+def test_an_address_with_a_query_is_refused(tmp_path):
+    url = "https://x.openai.azure.com/openai/deployments/gpt-4?api-version=2024-10-21"
+    with pytest.raises(UserError, match=r"has a query.*/openai/v1"):
+        AlpacaJudge(base_url=url).check()
+
+
 def test_scoring_alone_finds_it_out_too(tmp_path):
     with openai_server(reasoner("max_tokens", "temperature")) as server:
         judge = make(server, tmp_path, model="gpt-5", concurrency=2)

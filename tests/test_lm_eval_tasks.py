@@ -190,6 +190,21 @@ def test_a_dataset_that_cannot_be_had_is_refused_in_one_line(tmp_path, monkeypat
     assert "\n" not in str(said.value)
 
 
+def test_a_fault_of_lm_evals_own_code_is_one_line(tmp_path, monkeypatch):
+    """Its careqa_open raises RuntimeError while its file is imported without a network."""
+    folder = task_file(tmp_path / "tasks", "a/b")
+
+    def load(*_: object) -> None:
+        raise RuntimeError("Couldn't find a module script at bleu.py.\nmore")
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    with pytest.raises(
+        UserError, match=r"task strange: Couldn't find .*once while the hub"
+    ) as said:
+        LmEvalTask("strange", include_path=folder).check()
+    assert "\n" not in str(said.value)
+
+
 def test_a_fault_in_a_tasks_own_code_keeps_its_traceback(tmp_path):
     folder = Path(task_file(tmp_path / "tasks", "a/b", custom_dataset="!function own.load"))
     (folder / "own.py").write_text("def load(**_):\n    return {}[0]\n")

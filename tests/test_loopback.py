@@ -22,6 +22,13 @@ NOWHERE = "http://127.0.0.1:9"
         ("http://[::1]:8000/v1", True),
         ("http://[::ffff:127.0.0.1]/v1", True),
         ("http://0.0.0.0:8000/v1", True),
+        ("http://127.1:8000/v1", True),
+        ("http://0:8000/v1", True),
+        ("http://localhost.localdomain:8000/v1", True),
+        ("http://ip6-localhost:8000/v1", True),
+        ("http://10.1/v1", False),
+        ("http://cafe/v1", False),
+        ("http://localhost@example.com/v1", False),
         ("https://api.openai.com/v1", False),
         ("http://10.0.0.1/v1", False),
         ("http://localhost.example.com/v1", False),
@@ -72,6 +79,29 @@ def test_other_hosts_take_the_proxy(monkeypatch):
         assert "secret" not in str(error)
     else:
         assert client.base_url.host == "example.org"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HTTPS_PROXY", "http://proxy:port", "the proxy of HTTPS_PROXY is no address"),
+        ("all_proxy", "http://[::1", "the proxy of all_proxy is no address"),
+        ("HTTPS_PROXY", "http://proxy:1\n", "the proxy of HTTPS_PROXY is no address"),
+        ("HTTPS_PROXY", "ftp://proxy:1", "through the proxy of HTTPS_PROXY"),
+        ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE=/not/there.pem"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_named(monkeypatch, name, value, said):
+    """All but ftp ended in the HTTP library's traceback."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        openai_client("https://example.org/v1", api_key="none")
+    assert openai_client("http://localhost:9/v1", api_key="none")
+
+
+def test_an_address_of_no_port_is_refused():
+    with pytest.raises(UserError, match="http://host:port/v1 is no address"):
+        openai_client("http://host:port/v1", api_key="none")
 
 
 def test_a_base_url_from_the_environment(monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxytune import cli
+from proxytune.errors import UserError
 from proxytune.files import ROOT
 from proxytune.records import Metric, MetricInfo
 from proxytune.results import tables
@@ -46,6 +47,16 @@ def test_a_csv_of_the_papers_size_with_other_questions(tmp_path):
     assert task.other_dataset(task.examples()) == "817 examples as the paper's, with other contents"
     of_hub = TruthfulQAMC()  # of the hub's copy we know the size alone
     assert of_hub.other_dataset(task.examples()) == ""
+
+
+@pytest.mark.parametrize("kind", [TruthfulQAMC, GSM8K])
+def test_a_row_without_a_question_is_refused_by_its_number(tmp_path, kind):
+    """It asked "Question: None", or ended in a traceback."""
+    whole = {"question": "q", "answer": "#### 1", "best_answer": "b", "incorrect_answers": ["c"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (whole, whole | {"question": None})))
+    with pytest.raises(UserError, match=r"rows\.jsonl: the 'question' of row 1 is None"):
+        kind(path=str(file)).examples()
 
 
 def test_data_of_ones_own_is_not_compared():

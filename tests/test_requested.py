@@ -321,6 +321,14 @@ def test_a_conversations_template_variables_reach_the_members_that_read_them(url
         def ask(**more):
             return post(home, "chat/completions", messages=TURNS, **more)
 
+        def respond(**more):
+            given = {"input": TURNS, "temperature": 0, "max_output_tokens": 14}
+            return requests.post(f"{home}/responses", json=given | more).json()
+
+        answer = respond(chat_template_kwargs=variables)
+        assert answer["output"][0]["content"][0]["text"] == want.text
+        answer = respond(chat_template_kwargs={"thinks": True})
+        assert answer["error"]["param"] == "chat_template_kwargs"
         _, answer = ask(chat_template_kwargs=variables)
         assert answer["choices"][0]["message"]["content"] == want.text != plain.text
         for nothing in ({}, None, {"think": False}):

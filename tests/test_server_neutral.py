@@ -76,7 +76,7 @@ NEUTRAL = [
     ({"ignore_eos": False}, ALL),
     ({"skip_special_tokens": True}, ALL),
     ({"stop_token_ids": []}, ALL),
-    ({"chat_template_kwargs": {}}, CHATS),
+    ({"chat_template_kwargs": {}}, NEW),
     ({"include_stop_str_in_output": False}, ALL),
     ({"modalities": ["text"]}, CHATS),
     ({"prediction": None, "audio": None, "web_search_options": None}, CHATS),
@@ -98,6 +98,17 @@ NEUTRAL = [
     ({"prompt_cache_retention": "24h", "request_id": "r", "priority": 0, "cache_salt": "x"}, ALL),
     ({"add_generation_prompt": True, "continue_final_message": False}, CHATS),
     ({"repeat_penalty": 1.0, "typical_p": 1.0, "cache_prompt": True}, ALL),
+    # the sampler of a llama.cpp client, LM Studio's and ollama's bookkeeping
+    ({"mirostat": 0, "mirostat_tau": 5, "dry_multiplier": 0, "dry_base": 1.75, "tfs_z": 1}, ALL),
+    ({"xtc_probability": 0.0, "xtc_threshold": 0.1, "dynatemp_range": 0, "ttl": 300}, ALL),
+    ({"keep_alive": "5m", "timings_per_token": True, "return_progress": True}, ALL),
+    ({"transforms": [], "grammar": "", "usage": {"include": True}, "provider": {}}, ALL),
+    ({"separate_reasoning": True, "rid": "x", "vllm_xargs": {}, "structured_outputs": {}}, ALL),
+    ({"ignore_eos": False, "min_tokens": 0.0, "n": 1.0}, OLD),
+    ({"max_tokens": 6.0, "temperature": 0.0}, OLD),  # a language without integers
+    ({"max_completion_tokens": 6, "max_tokens": 6}, OLD),  # guidellm sends both
+    ({"temperature": 1, "top_p": 0}, ALL),  # the likeliest token alone
+    ({"logprobs": False, "top_logprobs": 0}, CHATS),
     ({"return_token_ids": False, "return_tokens_as_token_ids": False}, OLD),
     ({"a_field_of_tomorrow": None}, ALL),
     ({"stream": False, "stream_options": None}, ALL),
@@ -133,7 +144,14 @@ REFUSED = [
     ({"skip_special_tokens": False}, ALL, "send true"),
     ({"stop_token_ids": [2]}, ALL, "send []"),
     ({"include_stop_str_in_output": True}, ALL, "send false"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, CHATS, "format.kind=chat"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, NEW, "format.kind=chat"),
+    ({"mirostat": 2}, ALL, "send 0"),
+    ({"xtc_probability": 0.5}, ALL, "send 0"),
+    ({"nvext": {"ignore_eos": True}}, ALL, "send {}"),
+    ({"transforms": ["middle-out"]}, ALL, "unknown field"),
+    ({"max_tokens": 4.5}, OLD, "valid integer"),
+    ({"max_tokens": 0}, CHATS, "at least 1"),
+    ({"max_tokens": -2}, OLD, "greater than or equal"),
     ({"modalities": ["text", "audio"]}, CHATS, 'send ["text"]'),
     ({"prediction": {"type": "content", "content": "a"}}, CHATS, "unknown field"),
     ({"web_search_options": {}}, CHATS, "unknown field"),
@@ -183,7 +201,9 @@ def test_what_would_change_the_answer_is_refused_by_name(url, change, endpoint, 
 MESSAGES = [
     TURN | {"name": None, "refusal": None, "tool_calls": None, "audio": None},
     TURN | {"function_call": None, "annotations": [], "reasoning_content": None},
-    TURN | {"tool_calls": [], "provider_specific_fields": None},
+    TURN | {"tool_calls": [], "provider_specific_fields": None, "invalid_tool_calls": []},
+    TURN | {"type": "text"},  # lm-eval's local-chat-completions
+    TURN | {"type": "message", "id": "m1", "timestamp": 1.5, "reasoning_content": ""},
     {"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": None}]},
     {
         "role": "user",
@@ -283,6 +303,22 @@ def test_the_settings_are_the_generator_s(url, endpoint, settings):
     answer = ask(url, endpoint, {limit: 40} | settings).json()
     (expected,) = alone().generate([prompts], max_new_tokens=40, **settings)
     assert text_of(endpoint, answer) == expected.text
+
+
+def test_a_length_that_is_fixed_by_a_minimum(url):
+    """genai-perf sends `min_tokens` with `ignore_eos`; there the answer has its full length."""
+    fixed = {"min_tokens": 6, "ignore_eos": True}
+    assert ask(url, "completions", fixed).json()["usage"]["completion_tokens"] == 6
+    assert ask(url, "completions", fixed | {"stop": "a"}).status_code == 400
+
+
+def test_minus_one_is_the_rest_of_the_context(url):
+    """LM Studio's and llama.cpp's clients send it; the server's own limit is 64 here."""
+    for endpoint in OLD:
+        whole = {"max_tokens": -1, "ignore_eos": True}
+        assert ask(url, endpoint, whole).json()["usage"]["completion_tokens"] == 64
+    whole = {"max_output_tokens": -1, "ignore_eos": True}
+    assert ask(url, "responses", whole).json()["usage"]["output_tokens"] == 64
 
 
 @pytest.mark.thinned(1)

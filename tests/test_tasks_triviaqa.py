@@ -96,8 +96,17 @@ def test_an_empty_answer_never_matches(tmp_path, text, aliases, right):
 
 def test_answers():
     assert answers({"question": "q", "answer": "a", "aliases": ["b", "a"]}) == ["a", "b"]
-    with pytest.raises(ValueError, match="no answer"):
-        answers({"question": "q", "answer": {"value": None, "aliases": []}})
+    assert answers({"question": "q", "answer": {"value": "a", "aliases": None}}) == ["a"]
+    for answer, said in (
+        ({"value": None, "aliases": []}, "no answer"),
+        ({"value": "<unk>", "aliases": []}, "no answer"),
+        (["a", "b"], r"it must be a text, or \{"),
+        ({"value": 5}, "it must be a text"),
+        ({"value": "a", "aliases": "Paris"}, "it must be a text"),
+        ("{'value': 'a', 'aliases': ['b']}", "JSON Lines"),  # pandas' CSV: nothing matched it
+    ):
+        with pytest.raises(ValueError, match=said):
+            answers({"question": "q", "answer": answer})
 
 
 def test_normalize():

@@ -26,7 +26,9 @@ _OTHER_WAY = (
     "choose another task, or copy its file to a folder of your own (include_path) and set"
     " its dataset_path to a copy of the data"
 )
+_ONLINE = "load it once while the hub can be reached, and its copy is used from then on"
 _WAYS_OUT = (
+    (("module script",), _ONLINE),  # a metric of the package evaluate
     (
         ("script", "trust_remote_code", "custom code"),
         f"datasets runs no script of a dataset: {_OTHER_WAY}",
@@ -37,7 +39,7 @@ _WAYS_OUT = (
     ),
     (
         ("offline", "reach", "connect", "resolve", "timed out"),
-        "load it once while the hub can be reached, and its copy is used from then on",
+        _ONLINE,
     ),
 )
 
@@ -67,8 +69,11 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
             raise UserError(refusal) from error
         if isinstance(error, ImportError | AssertionError) and "antlr4" in str(error):
             raise UserError(_no_antlr(name)) from error
-        if isinstance(error, OSError | ImportError | ValueError):
-            raise UserError(f"lm-eval cannot load its task {name}: {_first_line(error)}") from error
+        expected = isinstance(error, OSError | ImportError | ValueError)
+        if expected or not _raised_below(error, OWN_TASKS, include_path):
+            reason = _first_line(error)
+            ways = "".join(f"; {way}" for way in _ways_out(reason)[:1])
+            raise UserError(f"lm-eval cannot load its task {name}: {reason}{ways}") from error
         raise
     if _HAS_ANTLR != _LATEX_ANTLR and any(map(_parses_latex, loaded["tasks"].values())):
         raise UserError(_no_antlr(name))
@@ -127,11 +132,23 @@ def no_dataset(error: BaseException, asked: str = "") -> str | None:
     within = f" (of {asked})" if asked and task != asked else ""
     part = f" ({owner.DATASET_NAME})" if owner.DATASET_NAME else ""
     reason = _first_line(error)
-    ways = (way for words, way in _WAYS_OUT if any(w in reason.lower() for w in words))
+    way = next(iter(_ways_out(reason)), _OTHER_WAY)
     return (
         f"lm-eval's task {task}{within}: its dataset {owner.DATASET_PATH}{part} cannot be loaded"
-        f" ({reason}); {next(ways, _OTHER_WAY)}"
+        f" ({reason}); {way}"
     )
+
+
+def _ways_out(reason: str) -> list[str]:
+    """What helps against a reason, by its words."""
+    return [way for words, way in _WAYS_OUT if any(w in reason.lower() for w in words)]
+
+
+def _raised_below(error: BaseException, *folders: str | None) -> bool:
+    """Whether an error comes through code in one of the folders, whose author wants a traceback."""
+    roots = [Path(folder).resolve() for folder in folders if folder is not None]
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(file.resolve().is_relative_to(root) for file in files for root in roots)
 
 
 def _first_line(error: BaseException) -> str:

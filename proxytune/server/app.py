@@ -207,6 +207,7 @@ class _Routes:
         router.get("/v1/models/{name:path}", responses=_errors(401, 404, *_ALWAYS))(self.one_model)
         unhealthy = {503: {"description": "An engine has ended, or the server ends"}}
         router.get("/health", responses=_errors(403, 421) | unhealthy)(self.health)
+        router.head("/health", include_in_schema=False)(self.health)  # `wget --spider`
         router.get("/metrics", response_class=PlainTextResponse, responses=_errors(*_ALWAYS))(
             self.prometheus
         )

@@ -141,9 +141,13 @@ def handle_errors(app: FastAPI) -> None:
         return error_response(*explain(error))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        return error_response(error.status_code, str(error.detail), headers=headers)
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            asked = short(f"{request.method} {request.url.path}")
+            message = f"there is no {asked} here; GET /openapi.json lists what there is"
+        return error_response(error.status_code, message, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

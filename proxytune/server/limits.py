@@ -19,7 +19,9 @@ MOST_PROMPTS = 65_536
 
 TEXT_LENGTH = 10_000_000
 Text = Annotated[str, Field(max_length=TEXT_LENGTH)]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+Limit = Annotated[int, Field(ge=-1, le=2**31 - 1)]  # -1 is the rest of the context
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 Alpha = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]

@@ -2,7 +2,8 @@
 
 Clients send many fields with the value that stands for "not used", and fields for bookkeeping at
 OpenAI. Both leave the answer as it is. Every other unknown field is refused by name: to ignore a
-setting would be to answer another question.
+setting would be to answer another question. Null, an empty list and an empty text ask for nothing,
+whatever the field; an empty object may (`web_search_options: {}` searches the web).
 """
 
 import json
@@ -15,45 +16,85 @@ from pydantic_core import PydanticCustomError
 MOST_FIELDS = 256  # of one object; none here has a quarter of them
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> its values that change nothing
 
-# Taken and not looked at, whatever their value: they are about accounts, caches and records, or
-# about reasoning and tools, which no model has here.
+# Taken and not looked at, whatever their value: they are about accounts, caches and records, about
+# reasoning and tools, which no model has here, or shape a sampler that is refused (mirostat_tau).
 BOOKKEEPING = frozenset(
     {
         "cache_prompt",
         "cache_salt",
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "id_slot",
         "include_reasoning",
+        "keep_alive",
         "max_tool_calls",
         "metadata",
+        "mirostat_eta",
+        "mirostat_tau",
         "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "reasoning",
         "reasoning_effort",
+        "reasoning_format",
         "request_id",
+        "return_progress",
+        "rid",
         "safety_identifier",
+        "separate_reasoning",
         "service_tier",
         "store",
+        "stream_reasoning",
+        "timings_per_token",
+        "ttl",
         "user",
         "verbosity",
+        "xtc_threshold",
     }
 )
 _DECODING: Neutral = {
     "bad_words": ([],),
     "detokenize": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
     "early_stopping": (False,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "extra_body": ({},),
+    "guidance_scale": (1,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "min_tokens": (0,),
+    "mirostat": (0,),
+    "n_probs": (0,),
     "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
     "num_beams": (1,),
+    "nvext": ({},),
+    "options": ({},),
+    "penalty_alpha": (0,),
+    "provider": ({},),
+    "repeat_last_n": (-1,),
     "repeat_penalty": (1,),  # llama.cpp's name of repetition_penalty
     "response_format": ({"type": "text"},),
+    "return_hidden_states": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),  # about tokens that are skipped
     "stop_token_ids": ([],),
+    "structured_outputs": ({},),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
     "typical_p": (1,),
+    "usage": ({"include": True}, {"include": False}),  # OpenRouter's; usage is always told
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "xtc_probability": (0,),
 }
 _TOOLS: Neutral = {
     "tools": ([],),
@@ -72,7 +113,12 @@ CHAT: Neutral = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
 }
-MESSAGE: Neutral = {"annotations": ([],), "tool_calls": ([],)}
+MESSAGE: Neutral = {
+    "annotations": ([],),
+    "prefix": (True, False),  # the last turn decides what is continued
+    "tool_calls": ([],),
+    "type": ("message", "text"),  # "text" is lm-eval's local-chat-completions
+}
 RESPONSES: Neutral = {
     **_DECODING,
     **_TOOLS,
@@ -88,7 +134,8 @@ class Strict(BaseModel):
 
     Attributes:
         ignored: unknown fields that may have any value.
-        neutral: unknown fields that may have one of these values. Null is neutral everywhere.
+        neutral: unknown fields that may have one of these values. Null, [] and "" are neutral
+            everywhere.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -103,14 +150,15 @@ class Strict(BaseModel):
         if len(body) > MOST_FIELDS:  # pydantic would name each that is unknown
             raise too_many(len(body), "fields", MOST_FIELDS)
         return {
-            name: value
+            name: _as_json(value)
             for name, value in body.items()
-            if name in cls.model_fields or not cls._does_nothing(name, value)
+            if name in cls.model_fields or not cls._does_nothing(name, value, body)
         }
 
     @classmethod
-    def _does_nothing(cls, name: str, value: Any) -> bool:
-        if value is None or name in cls.ignored:
+    def _does_nothing(cls, name: str, value: Any, body: Mapping[str, Any]) -> bool:
+        """Whether an unknown field leaves the answer to the rest of the body as it is."""
+        if value is None or value in ([], "") or name in cls.ignored:
             return True
         return any(_same(value, each) for each in cls.neutral.get(name, ()))
 
@@ -124,8 +172,13 @@ class Strict(BaseModel):
             properties.setdefault(name, {"description": "not looked at"})
         for name, values in cls.neutral.items():
             properties.setdefault(name, {"enum": [*values, None], "description": "changes nothing"})
-        target["additionalProperties"] = {"type": "null"}
+        target["additionalProperties"] = {"enum": [None, [], ""]}
         return schema
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has one kind of number: 4.0 is the integer 4, as some languages write it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -34,6 +34,7 @@ DEFAULT_MAX_TOKENS = 16  # of a completion, as at OpenAI
 GREEDY_BELOW = 1e-4  # a lower temperature differs from 0 by rounding alone
 UNLIMITED_CONTEXT = 4096  # tokens of a chat answer if neither the model nor the settings limit it
 
+_LIMITS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 # Fields of a request that are settings of `Decoding` by the same name.
 _SAMPLING = CompletionRequest.model_fields.keys() & {each.name for each in fields(Decoding)}
 
@@ -73,9 +74,8 @@ def prepare_completion(
     """
     _check_stream(body)
     prompts = _prompts(body)
-    max_tokens = body.max_tokens
-    if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, settings.max_tokens or DEFAULT_MAX_TOKENS)
+    default = min(DEFAULT_MAX_TOKENS, settings.max_tokens or DEFAULT_MAX_TOKENS)
+    max_tokens = _max_tokens(body, generator, settings, default)
     n = _samples(body.n or 1, len(prompts), settings)
     _refuse_completion(body, max_tokens, n, generator, settings)
     tops = _prompt_tops(body)
@@ -142,16 +142,14 @@ def prepare_chat(body: ChatRequest, generator: Generator, settings: ServerSettin
     """
     _check_stream(body)
     n = _samples(body.n or 1, 1, settings)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
     _check_top("top_logprobs", body.top_logprobs, settings)
     _check_members(body, generator, settings)
     _check_continuation(body)
-    variables = _variables(body, generator)
-    ids, begun = _conversation(body.messages, generator, "messages", variables)
+    ids, begun = _conversation(body.messages, generator, "messages", _variables(body, generator))
     ids = _begun(ids, body, generator)
-    asked = body.max_completion_tokens or body.max_tokens
-    decoding = _decoding(body, asked or _longest_answer(generator, settings), settings)
+    decoding = _decoding(body, _answer_tokens(body, generator, settings), settings)
     job = Job(
         requests=_requests([ids], decoding, body, generator, "messages", [begun]),
         top=(body.top_logprobs or 0) if body.logprobs else None,
@@ -181,9 +179,8 @@ def prepare_response(
         turns = [InputMessage(role="user", content=turns)]
     if body.instructions is not None:
         turns = [InputMessage(role="system", content=body.instructions), *turns]
-    ids, begun = _conversation(turns, generator, "input")
-    most = body.max_output_tokens or _longest_answer(generator, settings)
-    decoding = _decoding(body, most, settings)
+    ids, begun = _conversation(turns, generator, "input", _variables(body, generator))
+    decoding = _decoding(body, _answer_tokens(body, generator, settings), settings)
     job = Job(
         requests=_requests([ids], decoding, body, generator, "input", [begun]),
         top=(body.top_logprobs or 0) if rated else None,
@@ -194,7 +191,7 @@ def prepare_response(
     return Prepared(job, [ids["base"]], None, 1)
 
 
-def _variables(body: ChatRequest, generator: Generator) -> dict[str, Any] | None:
+def _variables(body: ChatRequest | ResponsesRequest, generator: Generator) -> dict[str, Any] | None:
     """The request's variables for chat templates; refused where no template reads them."""
     try:
         generator.encoder.formats(body.chat_template_kwargs)
@@ -232,9 +229,26 @@ def _conversation(
         raise ApiError(str(error), param=param) from error
 
 
-def _longest_answer(generator: Generator, settings: ServerSettings) -> int:
-    """The tokens of an answer whose request sets no limit."""
-    return settings.max_tokens or generator.max_positions or UNLIMITED_CONTEXT
+def _max_tokens(
+    body: AnyRequest, generator: Generator, settings: ServerSettings, default: int
+) -> int:
+    """The limit that a request sets; where it names two, the newer name counts."""
+    asked = (getattr(body, name, None) for name in _LIMITS)
+    wanted = next((each for each in asked if each is not None), default)
+    if wanted == -1:
+        return settings.max_tokens or generator.max_positions or UNLIMITED_CONTEXT
+    return wanted
+
+
+def _answer_tokens(
+    body: ChatRequest | ResponsesRequest, generator: Generator, settings: ServerSettings
+) -> int:
+    """The same for a conversation, whose answer may take the rest of the context."""
+    wanted = _max_tokens(body, generator, settings, -1)
+    if wanted == 0:
+        name = next(name for name in _LIMITS if getattr(body, name, None) == 0)
+        raise ApiError(f"{name}=0 leaves no answer; it must be at least 1", param=name)
+    return wanted
 
 
 def _check_continuation(body: ChatRequest) -> None:
@@ -342,8 +356,8 @@ def _decoding(body: AnyRequest, max_tokens: int, settings: ServerSettings) -> De
         )
     wanted: dict[str, Any] = {"temperature": 1.0}
     wanted |= body.model_dump(include=_SAMPLING, exclude_none=True)
-    if wanted["temperature"] < GREEDY_BELOW:
-        wanted["temperature"] = 0.0
+    if wanted["temperature"] < GREEDY_BELOW or wanted.get("top_p") == 0:
+        wanted |= {"temperature": 0.0, "top_p": 1.0}
     if wanted.get("top_k") == -1:  # vLLM's way to keep the whole vocabulary
         wanted["top_k"] = 0
     return make_decoding(max_new_tokens=max_tokens, **wanted)

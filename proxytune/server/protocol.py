@@ -4,6 +4,7 @@ Types are strict and unknown fields are refused, except where they change nothin
 docstrings and descriptions are in the OpenAPI document.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -15,7 +16,7 @@ from proxytune.server.limits import (
     Alpha,
     BeginIds,
     Bias,
-    Count,
+    Limit,
     Number,
     Penalty,
     Prompts,
@@ -66,7 +67,9 @@ class _Choosing(Strict):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
         None, description="0 is greedy; 1 by default, as at OpenAI"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="0 keeps the likeliest token alone"
+    )
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="0 or -1 keeps the whole vocabulary"
     )
@@ -106,6 +109,13 @@ class _Choosing(Strict):
         None, description="combines the members' logits, in place of the server's formula"
     )
 
+    @classmethod
+    def _does_nothing(cls, name: str, value: Any, body: Mapping[str, Any]) -> bool:
+        # benchmarks ask for a fixed length by both fields; without an end there is no minimum
+        if name == "min_tokens" and body.get("ignore_eos") is True and not body.get("stop"):
+            return isinstance(value, int | float)
+        return super()._does_nothing(name, value, body)
+
 
 class _Sampling(_Choosing):
     """The fields that completions and chat completions have in common."""
@@ -132,7 +142,10 @@ class CompletionRequest(_Sampling):
     neutral = COMPLETION
 
     prompt: Prompts
-    max_tokens: Count | None = Field(None, description="16 by default, as at OpenAI")
+    max_tokens: Limit | None = Field(
+        None, description="16 by default, as at OpenAI; -1 is the rest of the context"
+    )
+    max_completion_tokens: Limit | None = Field(None, description="another name of max_tokens")
     logprobs: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="list the k likeliest tokens at each position; -1 is the vocabulary"
     )
@@ -160,7 +173,7 @@ class TextPart(Strict):
 class Message(Strict):
     """One turn of a conversation."""
 
-    ignored = frozenset({"cache_control"})
+    ignored = frozenset({"cache_control", "created_at", "id", "timestamp"})
     neutral = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -171,14 +184,22 @@ class Message(Strict):
     name: str | None = Field(None, description="not looked at")
 
 
+TemplateVariables = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Any] | None, at_most(64, "variables")
+]
+TEMPLATE_VARIABLES: Any = Field(
+    None, description="variables of the members' chat templates, name -> value"
+)
+
+
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
     neutral = CHAT
 
     messages: Annotated[list[Message], Field(min_length=1), at_most(MOST_TURNS, "messages")]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+    max_tokens: Limit | None = Field(None, description="null and -1: the rest of the context")
+    max_completion_tokens: Limit | None = Field(
         None, description="OpenAI's newer name of max_tokens"
     )
     logprobs: bool | None = None
@@ -189,9 +210,7 @@ class ChatRequest(_Sampling):
         None, description="must be true where the last turn is the assistant's, else false"
     )
     add_generation_prompt: bool | None = Field(None, description="must be the opposite")
-    chat_template_kwargs: Annotated[
-        dict[Annotated[str, Field(max_length=64)], Any] | None, at_most(64, "variables")
-    ] = Field(None, description="variables of the members' chat templates, name -> value")
+    chat_template_kwargs: TemplateVariables = TEMPLATE_VARIABLES
 
 
 class InputPart(Strict):
@@ -244,7 +263,7 @@ class ResponsesRequest(_Choosing):
 
     # `background` (inspect_ai sends true) lets a server answer later; this one answers at once.
     # `stream_options` holds include_obfuscation alone.
-    ignored = BOOKKEEPING | {"background", "reasoning", "stream_options"}
+    ignored = BOOKKEEPING | {"background", "stream_options"}
     neutral = RESPONSES
 
     input: Annotated[
@@ -252,12 +271,13 @@ class ResponsesRequest(_Choosing):
         at_most(MOST_TURNS, "messages"),
     ]
     instructions: Text | None = Field(None, description="a system turn before the input")
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_output_tokens: Limit | None = None
     include: Annotated[list[Includable] | None, at_most(MOST_TURNS, "names")] = None
     top_logprobs: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description=f"needs include={[OUTPUT_LOGPROBS]}"
     )
     text: ResponseTextSettings | None = None
+    chat_template_kwargs: TemplateVariables = TEMPLATE_VARIABLES
 
 
 class ErrorBody(BaseModel):

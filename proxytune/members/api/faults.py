@@ -153,6 +153,8 @@ def _said(body: Any) -> Failure | None:
     """The code and the message in an error's body, whatever its form."""
     if isinstance(body, str) and body.strip():
         return Failure(None, "", _one_line(body))
+    if isinstance(body, list) and len(body) == 1:  # Gemini's
+        return _said(body[0])
     if not isinstance(body, Mapping):
         return None
     inner = body.get("error")

@@ -25,6 +25,7 @@ from tests.document_actions import (
     collected,
     composes,
     extra_exists,
+    formula_arguments,
     json_part,
     make_prints,
     member_arguments,
@@ -149,10 +150,14 @@ RULES = [
     Rule(r"pocket.md: (triple|formula)=\w+", composes),
     Rule(r"formulas.md: formula(=NAME|\.KEY=VALUE)", skip, "the form of settings"),
     Rule(r"repro.md: ARGS=\S+", make_prints),
+    Rule(r"formulas.md: formula=NAME,formula_KEY=VALUE", skip, "the form of settings"),
+    Rule(r"(formulas|lm_eval).md: formula=\w+,formula_\w+=\S+", formula_arguments),
     Rule(r"lm_eval.md: (base_load_in_4bit|expert_\w+|math_\w+)=\S+", member_arguments),
     Rule(r"models.md: expert_think_end=\S+", member_arguments),
     Rule(r"lm_eval.md: (task)?\.\S+", composes, "config task=[lm_eval/arc_easy]"),
     Rule(r"own.md: task=capitals", capitals, ONE + " systems=[base,proxy]"),
+    Rule(r"own.md: task=/path/capitals\.yaml", skip, "own_file runs one; tests/test_config.py"),
+    Rule(r"own.md: PYTHONPATH=\. python run\.py \.\.\.", skip, "the form of a command"),
     Rule(r"serving.md: (system|engine|machine(\.\w+)?)=\S+", composes, "serve"),
     Rule(
         r"training.md: [a-z_.]+=\S+( [a-z_]+=\S+)*", composes, "train model=m data=d output_dir=o"

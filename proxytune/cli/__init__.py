@@ -38,9 +38,13 @@ def main() -> None:
     if command not in COMMANDS:
         from proxytune.cli.helping import overview
 
-        asked = command in ("--help", "-h")
-        print(overview(), file=sys.stdout if asked else sys.stderr)
-        raise SystemExit(0 if asked else 2)
+        if command in ("--help", "-h", "help"):
+            print(overview())
+            return
+        print(overview(), file=sys.stderr)
+        if command:
+            print(f"\nerror: there is no command {command}", file=sys.stderr)
+        raise SystemExit(2)
     del sys.argv[1]
     _start(command)
 

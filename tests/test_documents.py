@@ -163,6 +163,7 @@ RULES = [
         r"training.md: [a-z_.]+=\S+( [a-z_]+=\S+)*", composes, "train model=m data=d output_dir=o"
     ),
     Rule(r"README.md: triple=/path/mine\.yaml", own_file),
+    Rule(r"README.md: systems=\S+", composes),
     Rule(r"README.md: triple=mine", skip, "a file that the reader is told to write"),
     Rule(r'README.md: speculative="auto"', skip, "an argument of `generate`, run in its snippet"),
     Rule(r"own.md: results/runs/NAME/alpha=0\.5", skip, "a folder's name"),
@@ -186,7 +187,7 @@ RULES = [
         "output_dir={tmp}/run limit=2 alphas=[]",
         slow=True,
     ),
-    Rule(r"README.md: proxytune check", skip, "its name"),
+    Rule(r"(README|formulas).md: proxytune check", skip, "its name"),
     Rule(r"check.md: helps: .*", skip, "what a check answers"),
     Rule(r"check.md: \w+=\S+", composes, "check triple=pocket"),
     # make

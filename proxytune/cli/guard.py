@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,10 @@ def _of_configuration(error: BaseException) -> str | None:
         if found := re.search(pattern, str(error)):
             return file + way_out.format(key=key, **found.groupdict())
     misspelt = re.search(r"^Key '(\w+)' not in '(\w+)'", str(error), re.M)
-    if misspelt and hasattr(schema, misspelt[2]):
-        key, known = misspelt[1], [f.name for f in fields(getattr(schema, misspelt[2]))]
+    kind = getattr(error, "object_type", None) if misspelt else None  # of train_expert.py, say
+    kind = getattr(schema, misspelt[2], kind) if misspelt else None
+    if misspelt and is_dataclass(kind):
+        key, known = misspelt[1], [f.name for f in fields(kind)]
         known = [name for name in known if name != "root"]  # the checkout
         return f"{file}unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
@@ -184,7 +186,7 @@ def _of_configuration(error: BaseException) -> str | None:
 
 
 def _no_such_key(full_key: str, parent: Any) -> str:
-    """One line for a key that a task's file does not have: it is misspelt, or needs a `+`."""
+    """One line for a key that is misspelt, or of a task or formula that is not chosen."""
     where, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
     settings = parameters(parent) if isinstance(parent, DictConfig) else []

@@ -238,6 +238,7 @@ def test_a_triple_is_named_and_its_parts_changed_on_the_command_line(monkeypatch
         ([TUNED, "+beta=2"], "unknown key 'beta'"),
         ([TUNED, "~alpha"], "~alpha: it cannot be deleted"),
         ([TUNED, "alpha=abc"], "alpha=abc: it must be a number"),
+        ([TUNED, "task=a,b"], "task=[a,b] is a list, and -m before it a sweep"),
         ([TUNED, "limit=2.5"], "limit=2.5: it must be a whole number"),
         ([TUNED, "decoding.trace=maybe"], "decoding.trace=maybe: it must be true or false"),
         ([TUNED, "systems=base"], "systems is a list: systems=[ONE,TWO]"),

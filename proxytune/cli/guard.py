@@ -40,6 +40,9 @@ _WAYS_OUT = {
     "is not a ListConfig, list or tuple": "{key} is a list: {key}=[ONE,TWO]",
     "missing mandatory value": "{key} is missing; give {key}=...",
     "Could not override '(?P<group>.*)'": "{group} is no setting of this command; see its --help",
+    "Ambiguous value for argument '(?P<name>[^']*?)=(?P<value>[^']*)'": (
+        "{name}={value} has several values: {name}=[{value}] is a list, and -m before it a sweep"
+    ),
     "is not Optional": "{key} needs a value, and null is none",
     "must be a string or a list. Got NoneType": "a group of conf/ cannot be null; leave it out",
 }

@@ -22,7 +22,13 @@ from proxytune.generator import Generator
 from proxytune.loading.build import build, vocabulary_of, weights_of
 from proxytune.loading.ends import in_words
 from proxytune.loading.formulas import Alphas, lists_few, settle
-from proxytune.loading.load import check_endpoints, check_triple, load_member, load_tokenizer
+from proxytune.loading.load import (
+    check_endpoints,
+    check_guidance,
+    check_triple,
+    load_member,
+    load_tokenizer,
+)
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.prompting import thinking
 from proxytune.loading.spec import ModelSpec
@@ -105,6 +111,7 @@ def load(
             vocab_size=vocab_size,
             vocabulary=vocabulary,
         )
+        check_guidance(formula, specs)
     elif not isinstance(alpha, Mapping):
         finite("alpha", alpha)
     check_endpoints(specs)

@@ -60,7 +60,10 @@ def dexperts(
         top_p: keeps the fewest tokens whose probabilities sum to so much.
     """
     if not (isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1):
-        raise UserError(f"dexperts: top_k={top_k!r}, top_p={top_p!r}; top_p is in 0..1, top_k >= 0")
+        raise UserError(
+            f"dexperts: top_p={top_p!r} must be above 0 and at most 1, and top_k={top_k!r} a whole "
+            "number, 0 or more"
+        )
     kept = base.float()
     if top_k:
         lowest = kept.topk(min(top_k, kept.shape[-1])).values[..., -1:]

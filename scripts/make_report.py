@@ -47,7 +47,7 @@ def write_pages(folders: Sequence[Path], output: Path | None) -> Iterator[Path]:
     from proxytune.results.runs_page import NAME, write_runs
 
     if missing := [each for each in folders if not each.is_dir()]:
-        raise UserError(f"{missing[0]} is not a folder")
+        raise UserError(f"{missing[0]} is not a folder; a run has one, results/runs/NAME")
     if len(folders) > 1:
         # a sweep's folder without a run of its own stands for its points
         runs = [

@@ -99,6 +99,8 @@ def read_text(path: Path) -> str:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read: there is no such file") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

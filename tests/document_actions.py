@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -26,7 +27,8 @@ from omegaconf import OmegaConf
 
 from proxytune.config import given
 from proxytune.files import ROOT
-from proxytune.harness.arguments import alphas_of, specs_of
+from proxytune.harness.arguments import alphas_of, formula_of, specs_of
+from proxytune.loading.formulas import needs_of
 from tests.commands import call
 from tests.documents import SNIPPETS, Snippet
 
@@ -258,6 +260,14 @@ def member_arguments(snippet: Snippet, more: str, place: Place) -> None:
     members |= dict(each.split("=") for each in snippet.text.split(","))
     alphas_of(members)
     specs_of({"base": "b", "expert": "e", "antiexpert": "a"}, "auto", None, members)
+
+
+def formula_arguments(snippet: Snippet, more: str, place: Place) -> None:
+    """A formula of lm-eval's --model_args."""
+    members: dict[str, Any] = dict(each.split("=") for each in snippet.text.split(","))
+    formula = formula_of(members.pop("formula"), members)
+    assert formula is not None and not members
+    needs_of(formula)  # each of its settings has a value
 
 
 def accelerate_takes(snippet: Snippet, more: str, place: Place) -> None:

@@ -35,9 +35,18 @@ def test_a_bug_of_ours_keeps_its_traceback_and_asks_for_a_report(bug, capsys):
     with pytest.raises(Exception) as caught:
         guarded(lambda: guarded(bug))
     assert caught.value.__notes__ == [
-        "This is a bug in proxytune: please report it, with the lines above."
+        f"If {__file__} is yours, mend it there; "
+        "else this is a bug in proxytune: please report it, with the lines above."
     ]
     assert "error:" not in capsys.readouterr().err
+
+
+def test_a_bug_in_the_package_is_nobody_elses(capsys):
+    with pytest.raises(AttributeError) as caught:
+        guarded(lambda: check_name("name", None))  # pyright: ignore[reportArgumentType]
+    assert caught.value.__notes__ == [
+        "This is a bug in proxytune: please report it, with the lines above."
+    ]
 
 
 def test_the_words_of_the_machine_and_of_servers_are_no_bugs():

@@ -237,17 +237,22 @@ def test_gated_counts_the_tokens_that_were_touched():
     assert 0 < touched < 16
 
 
-def infinite(role, base, expert, antiexpert, alpha):
+def with_role(role, base, expert, antiexpert, alpha):
     return base
 
 
 WRONG = {
     "contrastive needs fewer": (contrastive, ["expert", "antiexpert"], "with antiexpert; given"),
     "a pair is missing": (combine_logits, ["antiexpert"], "with expert, antiexpert; given"),
-    "gated without a threshold": (gated, ["expert", "antiexpert"], "need a value"),
+    "gated without a threshold": (
+        gated,
+        ["expert", "antiexpert"],
+        "a setting, give it a value",
+    ),
     "no function": ("gated", ["expert", "antiexpert"], "no function of logits"),
     "no base": (lambda expert, antiexpert: expert, ["expert", "antiexpert"], "are base"),
-    "a parameter without a meaning": (infinite, ["expert", "antiexpert"], "need a value"),
+    "a parameter without a meaning": (with_role, ["expert", "antiexpert"], "role is no member"),
+    "the base alone": (lambda base: base, [], "nothing with the base"),
 }
 
 
@@ -304,9 +309,19 @@ def over_rows(base, expert, antiexpert, alpha):
     return base - base.mean(0)
 
 
+def logarithm(base, expert, antiexpert, alpha):
+    return base.float().log()
+
+
+def misspelt(base, expert, antiexpert, alpha):
+    return base + exprt  # noqa: F821
+
+
 @pytest.mark.parametrize(
     ("formula", "words"),
     [
+        (logarithm, "gives NaN"),
+        (misspelt, "NameError: name 'exprt' is not defined .*test_formula.py, line"),
         (narrow, "for logits of"),
         (half, "torch.float16"),
         (in_place, "changes the logits"),

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
@@ -49,12 +50,25 @@ def test_help_comes_before_anything_is_composed(words):
 def test_the_commands_are_listed(monkeypatch, capsys):
     for words, status in ((["--help"], 0), (["sreve"], 2), ([], 2)):
         monkeypatch.setattr(sys, "argv", ["proxytune", *words])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) if status else nullcontext() as end:
             proxytune.cli.main()
-        assert end.value.code == status
+        assert end is None or end.value.code == status
         printed = capsys.readouterr()
         page = printed.err if status else printed.out
         assert all(f"  {name} " in page for name in (*proxytune.cli.COMMANDS, "doctor"))
+        assert ("there is no command sreve" in page) == (words == ["sreve"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--help"], "usage: proxytune doctor"), (["localhost:8000"], "begins with http://")],
+)
+def test_the_doctor_takes_addresses_alone(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "report", lambda urls: pytest.fail(f"asked {urls}"))
+    with pytest.raises(SystemExit):
+        doctor.doctor(words)
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
 
 
 @pytest.mark.slow

@@ -235,6 +235,18 @@ def test_a_triple_is_named_and_its_parts_changed_on_the_command_line(monkeypatch
         (["task=[pocket_toxigen,gsm9k]"], "unknown task 'gsm9k' (did you mean gsm8k?); known: "),
         (["task=[arc_easy]"], "lm_eval/NAME is any task of lm-evaluation-harness"),
         (["name="], "the experiment has no name"),
+        ([TUNED, "+beta=2"], "unknown key 'beta'"),
+        ([TUNED, "~alpha"], "~alpha: it cannot be deleted"),
+        ([TUNED, "alpha=abc"], "alpha=abc: it must be a number"),
+        ([TUNED, "task=a,b"], "task=[a,b] is a list, and -m before it a sweep"),
+        ([TUNED, "limit=2.5"], "limit=2.5: it must be a whole number"),
+        ([TUNED, "decoding.trace=maybe"], "decoding.trace=maybe: it must be true or false"),
+        ([TUNED, "systems=base"], "systems is a list: systems=[ONE,TWO]"),
+        ([TUNED, "decoding.speculative=maybe"], "decoding.speculative=maybe: it must be auto"),
+        ([TUNED, "formula.threshold=0.5"], "threshold is a setting of formula=gated"),
+        ([TUNED, "formula=halfway.halfway"], "formula._target_=MODULE.NAME is a function of your"),
+        ([TUNED, "task=[x/mine.yaml]"], "task=x/mine.yaml: there is no such file"),
+        ([TUNED, "triple=pocket.yaml"], "proxytune's own is triple=pocket"),
     ],
 )
 def test_a_mistake_about_a_part_is_one_line_with_the_way_out(

@@ -222,6 +222,10 @@ def test_a_prompt_is_answered_by_four_systems_and_alpha_moves_the_proxy(browser,
     assert text(browser, "proxy") == first["base"]  # without a shift it is the base
     assert text(browser, "tuned") == first["tuned"]
     picture(browser, "playground.png")
+    set_value(browser, "prompt", "Kim has 8 boxes")
+    set_value(browser, "alpha", "1")  # the others' answers belong to another prompt
+    answers(browser, 3)
+    assert text(browser, "base") != first["base"]
     assert browser.get_log("browser") == []
 
 
@@ -254,6 +258,10 @@ def test_a_formula_and_its_settings_are_chosen_kept_in_the_link_and_copied(brows
     status = "return document.getElementById('status').textContent"
     assert "The link's formula mine is not on this server" in browser.execute_script(status)
     assert text(browser, "proxy") == ""
+    # a link that was cut, and an alpha beyond the slider's usual end
+    open_page(browser, home, "#prompt=Kim&alpha=5&choices=%5B%5B1", answered=1)
+    shown = "return document.getElementById('alpha-shown').textContent"
+    assert browser.execute_script(shown) == "5.00" and text(browser, "proxy") != ""
 
 
 def test_several_pairs_have_an_alpha_each(browser):

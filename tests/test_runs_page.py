@@ -4,11 +4,13 @@ import base64
 import gzip
 import json
 import re
+from typing import Any
 
 import pytest
 
 from proxytune.errors import UserError
 from proxytune.files import read_json, write_json
+from proxytune.results import runs_page
 from proxytune.results.curves import axis_of, curves
 from proxytune.results.runs import differing, groups, read_run
 from proxytune.results.runs_page import write_runs, write_sweep
@@ -128,6 +130,15 @@ def test_runs_that_were_asked_otherwise_are_flagged_and_stand_apart(flag, tmp_pa
         ["alpha=0.5", "alpha=1.0"],
         ["odd"],
     ]
+
+
+def test_a_metric_that_one_run_alone_has_is_a_dash_in_the_others(tmp_path):
+    group = group_of(make_run(tmp_path / "a"), make_run(tmp_path / "b", alpha=0.5))
+    touched = {**group.runs[1].rows["gsm8k"][0], "metric": "touched", "proxy": 12.5}
+    group.runs[1].rows["gsm8k"].append(touched)
+    table: Any = runs_page._table(group, "touched")
+    values = {row["name"]: row["cells"][-1]["value"] for row in table["rows"] if row["cells"][-1]}
+    assert values["a"] == "–" and "b" in values
 
 
 def test_another_judge_is_flagged(tmp_path):

@@ -16,7 +16,7 @@ This module imports nothing, so that a missing package is explained by `main`.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from proxytune.errors import MissingExtra, extra
 
@@ -38,9 +38,13 @@ def main() -> None:
     if command not in COMMANDS:
         from proxytune.cli.helping import overview
 
-        asked = command in ("--help", "-h")
-        print(overview(), file=sys.stdout if asked else sys.stderr)
-        raise SystemExit(0 if asked else 2)
+        if command in ("--help", "-h", "help"):
+            _show(overview())
+            return
+        print(overview(), file=sys.stderr)
+        if command:
+            print(f"\nerror: there is no command {command}", file=sys.stderr)
+        raise SystemExit(2)
     del sys.argv[1]
     _start(command)
 
@@ -48,6 +52,15 @@ def main() -> None:
 def run() -> None:
     """Entry of run.py."""
     _start("run")
+
+
+def _show(page: str) -> None:
+    """Prints a page of help, of which `| head` may read a part."""
+    from proxytune.cli.interrupts import hush
+
+    with suppress(BrokenPipeError):
+        print(page)
+    hush()
 
 
 @contextmanager
@@ -70,7 +83,7 @@ def _start(command: str) -> None:
     with _explained(), extra(COMMANDS[command], f"proxytune {command}"):
         from proxytune.cli import composed, helping
     if helping.wants_help(sys.argv[1:]):
-        print(helping.page(command))
+        _show(helping.page(command))
         return
     entries = {"run": composed.run, "check": composed.check, "serve": composed.serve}
     entries.get(command, composed.print_command)()

@@ -1,5 +1,6 @@
 """`proxytune doctor`: what an issue needs to know of a machine, ready to be pasted."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -19,18 +20,41 @@ from proxytune.secrets import redacted
 _SECONDS = 5  # for each address
 
 
+_EXAMPLES = """\
+examples:
+  proxytune doctor                              this machine, the hub, W&B and OpenAI
+  proxytune doctor http://localhost:8000/v1     and the server of a base behind an API
+"""
+
+
 def doctor(words: Sequence[str] = ()) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="proxytune doctor",
+        description="Prints versions, devices, memory, disk, and which addresses can be reached.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("urls", metavar="URL", nargs="*", help="a further address to try")
+    urls = parser.parse_args(words).urls
+    for url in urls:
+        if not re.match(r"https?://", url):
+            parser.error(f"{redacted(url)} is no address: it begins with http:// or https://")
+    report(urls)
+
+
+def report(urls: Sequence[str] = ()) -> None:
     """Prints the report.
 
     Args:
-        words: further addresses to try, such as the URL of a base behind an API.
+        urls: further addresses to try, such as that of a base behind an API.
     """
     for title, lines in (
         ("proxytune", _program()),
         ("packages", _packages()),
         ("extras", _extras()),
         ("machine", _machine()),
-        ("network", _network(words)),
+        ("network", _network(urls)),
     ):
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines), flush=True)
 
@@ -103,7 +127,7 @@ def _cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
 
 
-def _network(words: Sequence[str]) -> Iterator[str]:
+def _network(urls: Sequence[str]) -> Iterator[str]:
     for name in (*PROXIES, "NO_PROXY"):
         for spelt in (name, name.lower()):
             if os.environ.get(spelt):
@@ -112,7 +136,7 @@ def _network(words: Sequence[str]) -> Iterator[str]:
         "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         "W&B": os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"),
         "OpenAI": os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1"),
-        **{word: word for word in words},
+        **{url: url for url in urls},
     }
     keys = {"hub": "HF_TOKEN", "W&B": "WANDB_API_KEY", "OpenAI": "OPENAI_API_KEY"}
     with ThreadPoolExecutor(len(addresses)) as pool:

@@ -9,17 +9,20 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from proxytune.cli.interrupts import Interrupted, hush, interruptible
-from proxytune.config import schema
+from proxytune.config import given, schema
 from proxytune.config.overrides import parameters
 from proxytune.errors import UpstreamError, UserError
 from proxytune.files import shipped
@@ -27,14 +30,31 @@ from proxytune.secrets import redacted
 
 # what Hydra and OmegaConf say of a value that cannot be -> what to do about it
 _WAYS_OUT = {
+    "Value '(?P<value>.*)' of type .* converted to Float": "{key}={value}: it must be a number",
+    "Value '(?P<value>.*)' of type .* converted to Int": "{key}={value}: it must be a whole number",
+    "Value '(?P<value>.*)' is not a valid bool": "{key}={value}: it must be true or false",
+    r"Merge error: .* subclass of ModelSpec\. value: (?P<value>.*)": "a model is {{id: {value}}}",
+    r"Merge error: .* value: (?P<value>.*)": "{value} stands where settings (key: value) belong",
     "not a subclass of ModelSpec": "{key} is a model's settings; name it with {key}.id=...",
     "not a subclass of|Cannot assign .* to Dict": "{key} has settings of its own: {key}.NAME=...",
+    "is not a ListConfig, list or tuple": "{key} is a list: {key}=[ONE,TWO]",
+    "missing mandatory value": "{key} is missing; give {key}=...",
+    "Could not override '(?P<group>.*)'": "{group} is no setting of this command; see its --help",
+    "Ambiguous value for argument '(?P<name>[^']*?)=(?P<value>[^']*)'": (
+        "{name}={value} has several values: {name}=[{value}] is a list, and -m before it a sweep"
+    ),
     "is not Optional": "{key} needs a value, and null is none",
-    "not support deletion": "{key} cannot be deleted; where it may be left out, {key}=null does it",
     "must be a string or a list. Got NoneType": "a group of conf/ cannot be null; leave it out",
+}
+# group -> what else may stand there than a file of conf/
+_ALSO = {
+    "triple": "triple=/path/mine.yaml is one of your own",
+    "task": "lm_eval/NAME is any task of lm-evaluation-harness, /path/mine.yaml one of your own",
+    "formula": "formula._target_=MODULE.NAME is a function of your own",
 }
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _REPORT = "This is a bug in proxytune: please report it, with the lines above."
+_PACKAGE = Path(schema.__file__).parent.parent
 
 
 def guarded(
@@ -60,8 +80,9 @@ def guarded(
         raise SystemExit(stopped.exit_code) from None
     except Exception as error:
         if not is_mistake(error):
-            if _REPORT not in getattr(error, "__notes__", ()):
-                error.add_note(_REPORT)
+            note = _whose(error)
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
             raise
         if _SHOW_TRACEBACK:
             raise
@@ -71,6 +92,18 @@ def guarded(
         hush()
 
 
+def _whose(error: BaseException) -> str:
+    """Whose bug it is: a task, a judge or a formula may be the user's own code."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [file for file in files if file.is_relative_to(_PACKAGE)]
+    library = (sys.prefix, sys.base_prefix, "<")
+    others = [file for file in files if not str(file).startswith(library) and file not in ours]
+    last = next((file for file in reversed(files) if file in ours or file in others), None)
+    if last is None or last in ours:
+        return _REPORT
+    return f"If {last} is yours, mend it there; else t{_REPORT[1:]}"
+
+
 def is_mistake(error: BaseException) -> bool:
     """Whether an error is the user's or the machine's, and not a bug of ours.
 
@@ -78,7 +111,7 @@ def is_mistake(error: BaseException) -> bool:
     """
     if isinstance(error, HydraException) and error.__cause__ is not None:
         return is_mistake(error.__cause__)
-    kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException)
+    kinds = (UserError, UpstreamError, HydraException, OmegaConfBaseException, YAMLError)
     of_machine = isinstance(error, OSError) and error.errno is not None
     return isinstance(error, kinds) or of_machine or _of_library(error)
 
@@ -101,9 +134,11 @@ def explain(error: BaseException) -> str:
     """One line for a user's mistake: what was wrong, and the way out."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if (first := group.partition("/")[0]) in given.GROUPS:  # a path
+            group, name = first, error.missing_cfg_file.removeprefix(f"{first}/")
         # Hydra gives none for a member of a list, task=[...]
         known = error.options or sorted(p.stem for p in (shipped("conf") / group).glob("*.yaml"))
-        also = "; lm_eval/NAME is any task of lm-evaluation-harness" if group == "task" else ""
+        also = f"; {_ALSO[group]}" if group in _ALSO else ""
         return (
             f"unknown {group or 'config'} '{name}'{_close(name, known)}; "
             f"known: {', '.join(filter(None, known))}{also}"
@@ -124,32 +159,52 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
-    for pattern, way_out in _WAYS_OUT.items():
-        if re.search(pattern, str(error)):
-            return way_out.format(key=getattr(error, "full_key", ""))
-    misspelt = re.match(r"Key '(\w+)' not in '(\w+)'", str(error))
-    if misspelt and hasattr(schema, misspelt[2]):
-        key, known = misspelt[1], [f.name for f in fields(getattr(schema, misspelt[2]))]
-        return f"unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
-    if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
-        return _no_such_key(str(error.full_key), error.parent_node)
+    known = _of_configuration(error)
+    if known is not None:
+        return known
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("object_type=", "reference_type="))]
     return "; ".join(lines) or type(error).__name__
 
 
+def _of_configuration(error: BaseException) -> str | None:
+    """One line for what Hydra and OmegaConf say of a setting; None where theirs is kept."""
+    composing = re.match(r"In '(.*)': \w+ raised while composing config:\n", str(error))
+    file = f"{composing[1]}.yaml: " if composing else ""
+    said = re.search(r"^\s*full_key: (\S*)", str(error), re.M)
+    key = getattr(error, "full_key", None) or (said[1] if said else "")
+    for pattern, way_out in _WAYS_OUT.items():
+        if found := re.search(pattern, str(error)):
+            return file + way_out.format(key=key, **found.groupdict())
+    misspelt = re.search(r"^Key '(\w+)' not in '(\w+)'", str(error), re.M)
+    kind = getattr(error, "object_type", None) if misspelt else None  # of train_expert.py, say
+    kind = getattr(schema, misspelt[2], kind) if misspelt else None
+    if misspelt and is_dataclass(kind):
+        key, known = misspelt[1], [f.name for f in fields(kind)]
+        known = [name for name in known if name != "root"]  # the checkout
+        return f"{file}unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
+        return _no_such_key(str(error.full_key), error.parent_node)
+    return None
+
+
 def _no_such_key(full_key: str, parent: Any) -> str:
-    """One line for a key that a task's file does not have: it is misspelt, or needs a `+`."""
+    """One line for a key that is misspelt, or of a task or formula that is not chosen."""
     where, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
     settings = parameters(parent) if isinstance(parent, DictConfig) else []
+    if where == "formula" and not settings:
+        files = sorted((shipped("conf") / "formula").glob("*.yaml"))
+        having = [path.stem for path in files if f"\n{key}:" in path.read_text()]
+        others = f"; {key} is a setting of formula={' or '.join(having)}" if having else ""
+        return f"the chosen formula has no settings, so there is no {full_key}{others}"
     if settings:
         return f"{where} has no key '{key}'{_close(key, settings)}; known: {', '.join(settings)}"
     if where == "task":
         chosen = f"chosen: {', '.join(known)}" if known else "none is"
         return f"task '{key}' is not chosen{_close(key, known)}; {chosen}; task=[{key}] chooses it"
     names = f"; known: {', '.join(known)}" if known else ""
-    return f"{where} has no key '{key}'{_close(key, known)}{names}; +{full_key}=... adds a new one"
+    return f"{where} has no key '{key}'{_close(key, known)}{names}"
 
 
 def _close(name: str, known: Sequence[str]) -> str:

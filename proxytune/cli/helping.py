@@ -12,7 +12,7 @@ from textwrap import fill
 from proxytune.files import shipped
 
 COMMANDS = {
-    "run": "runs the systems of an experiment on its tasks (also `python run.py`)",
+    "run": "runs the systems of an experiment on its tasks",
     "check": "tries a triple on a few examples of a task: helps, hurts, or cannot tell",
     "serve": "serves a triple by OpenAI's HTTP protocol, with a playground if you like",
     "vllm-command": "prints the line that serves a triple by plain vLLM",
@@ -24,7 +24,7 @@ GROUPS = {
     "experiment": "a whole comparison: triple, tasks, machine",
     "triple": "the models; a file anywhere is triple=/path/mine.yaml",
     "task": "what is asked: task=[gsm8k,toxigen]; any task of lm-eval is task=[lm_eval/NAME]",
-    "formula": "how the members' logits are combined",
+    "formula": "how the members' logits are combined; yours is formula._target_=MODULE.NAME",
     "decoding": "speed, seed, and settings that override every task's",
     "machine": "devices and threads",
     "engine": "what runs the models",
@@ -65,7 +65,8 @@ def overview() -> str:
     """The page of `proxytune --help`."""
     lines = ["usage: proxytune COMMAND [key=value ...]", ""]
     lines += [f"  {name:14}{about}" for name, about in COMMANDS.items()]
-    lines += ["", "proxytune COMMAND --help has its settings and examples."]
+    lines += ["", "`python run.py` is `proxytune run`."]
+    lines += ["proxytune COMMAND --help has its settings and examples."]
     return "\n".join(lines)
 
 

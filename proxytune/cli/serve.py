@@ -74,11 +74,12 @@ def vllm_command(cfg: DictConfig, triple: str | None) -> str:
     """
     from proxytune.experiment.checks import check_engine, check_engine_specs
     from proxytune.loading.load import check_triple
-    from proxytune.vllm.checks import plan_system
-    from proxytune.vllm.command import command
 
     settings = replace(engine_settings(cfg), name=VLLM)
     check_engine(cfg, settings)
+    from proxytune.vllm.checks import plan_system
+    from proxytune.vllm.command import command  # imports vllm, which is there
+
     asked = _asked(cfg)
     adapted = next((role for role, spec in asked.items() if spec.adapter is not None), None)
     if adapted is not None:
@@ -136,13 +137,19 @@ def _load(cfg: DictConfig, name: str, triple: str | None, settings: ServerSettin
 
     from proxytune.api import arguments, load
     from proxytune.config.formulas import alphas, formula_of
-    from proxytune.experiment.checks import check_engine, check_engine_specs, check_models
+    from proxytune.experiment.checks import (
+        check_engine,
+        check_engine_specs,
+        check_models,
+        check_speed,
+    )
     from proxytune.experiment.placement import check_alone
     from proxytune.loading.load import check_triple
     from proxytune.server.app import create_app
 
     engine = engine_settings(cfg)
     engine.check()
+    check_speed(cfg)
     check_alone(cfg)
     check_engine(cfg, engine)
     if cfg.machine.threads:

@@ -8,9 +8,9 @@ import inspect
 from functools import partial
 from typing import Any
 
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from proxytune.config.overrides import imported
 from proxytune.config.schema import DEFAULT_FORMULA, to_dict
 from proxytune.errors import UserError
 from proxytune.roles import MEMBERS, check_pair
@@ -33,14 +33,7 @@ def formula_of(cfg: DictConfig) -> Any | None:
     target = settings.pop("_target_", None)
     if not target:
         raise UserError("formula has no _target_: give formula=NAME, or formula._target_=MODULE.F")
-    try:
-        function = get_method(target)
-    except Exception as error:  # importing a user's module may raise anything
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"formula._target_={target} cannot be imported ({reason}); its module must be on "
-            "PYTHONPATH, or in the folder where the command is run"
-        ) from error
+    function = imported(target)
     return partial(function, **settings) if settings else function
 
 
@@ -99,7 +92,7 @@ def formula_identity(cfg: DictConfig) -> dict[str, Any]:
     """What completions depend on: the function, its settings, and a user's own source."""
     settings = to_dict(cfg.formula)
     if not settings["_target_"].startswith("proxytune."):
-        source = inspect.getsource(get_method(settings["_target_"]))
+        source = inspect.getsource(imported(settings["_target_"]))
         settings["source_sha256"] = hashlib.sha256(source.encode()).hexdigest()
     return settings
 

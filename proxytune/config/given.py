@@ -7,7 +7,10 @@ from pathlib import Path
 from proxytune.errors import UserError
 from proxytune.files import shipped
 
-GROUPS = ("triple", "task", "experiment", "decoding", "machine", "engine", "tracking", "train")
+GROUPS = (
+    *("triple", "task", "experiment", "formula"),
+    *("decoding", "machine", "engine", "tracking", "train"),
+)
 
 # "triple/mine" -> the file; hydra_plugins/given_source.py shows them to Hydra
 FILES: dict[str, Path] = {}
@@ -26,18 +29,25 @@ def take(arguments: Sequence[str]) -> list[str]:
 
 
 def _taken(argument: str) -> str:
-    found = re.fullmatch(rf"({'|'.join(GROUPS)})=(.+\.ya?ml)", argument)
-    if not found:
+    group, _, value = argument.partition("=")
+    if group not in GROUPS:
         return argument
-    group, path = found[1], Path(found[2]).expanduser()
-    if not path.is_file():
-        raise UserError(f"{argument}: there is no such file")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
-        raise UserError(f"{argument}: the file's name takes letters, digits, _ and - alone")
+    file = r"[^\[\],]+\.ya?ml(?=[\],]|$)"  # one of a list, or of a sweep's values, too
+    return f"{group}={re.sub(file, lambda found: _name(group, found[0].strip()), value)}"
+
+
+def _name(group: str, given: str) -> str:
+    """Remembers a file; its name in the group."""
+    path = Path(given).expanduser()
     ours = shipped("conf") / group / f"{path.stem}.yaml"
+    if not path.is_file():
+        other = f"; proxytune's own is {group}={path.stem}" if ours.is_file() else ""
+        raise UserError(f"{group}={given}: there is no such file{other}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+        raise UserError(f"{group}={given}: the file's name takes letters, digits, _ and - alone")
     if ours.is_file() and not ours.samefile(path):
         raise UserError(
-            f"{argument}: proxytune has a {group} of the name {path.stem}; rename the file"
+            f"{group}={given}: proxytune has a {group} of the name {path.stem}; rename the file"
         )
     FILES[f"{group}/{path.stem}"] = path.resolve()
-    return f"{group}={path.stem}"
+    return path.stem

@@ -9,16 +9,19 @@ new ones, and of a task's class it knows the settings that the task's file names
 opened or completed right before the override that goes into it.
 """
 
+import importlib
+import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from inspect import isfunction, signature
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.types import Override
-from hydra.utils import get_object
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from proxytune.errors import UserError
 
 CLOSED = {"closed": True}  # metadata of a mapping whose names come from files alone
 
@@ -32,9 +35,27 @@ def install() -> None:
 
 def _prepare_and_apply(overrides: Sequence[Override], cfg: DictConfig) -> None:
     for override in overrides:  # one by one: an earlier one may unset what a later one goes into
-        if not override.is_delete():
+        if override.is_delete():
+            _check_deletion(cfg, override.key_or_group)
+        else:
             prepare(cfg, override.key_or_group, override.value())
+            if override.is_add() or override.is_force_add():
+                override = replace(override, type=OverrideType.CHANGE)  # + would add any key
         _apply([override], cfg)
+
+
+def _check_deletion(cfg: DictConfig, key: str) -> None:
+    """Refuses `~key` of a setting that every configuration has.
+
+    Raises:
+        UserError: names the key.
+    """
+    where, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, where) if where else cfg
+    if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)) and name in node:
+        raise UserError(
+            f"~{key}: it cannot be deleted; where it may be left out, {key}=null does it"
+        )
 
 
 def prepare(cfg: DictConfig, key: str, value: Any) -> None:
@@ -76,16 +97,38 @@ def parameters(node: DictConfig) -> list[str]:
     target = node.get("_target_")
     if not target:
         return []
-    named = get_object(target)
-    known = signature(named).parameters.values()
+    named = imported(target)
+    try:
+        known = signature(named).parameters.values()
+    except ValueError:  # of a function in C
+        return []
     if not isfunction(named):
         return [each.name for each in known]
-    # of a formula, the others are the members' logits and their alphas
     return [
         each.name
         for each in known
-        if each.kind is each.KEYWORD_ONLY or each.default is not each.empty
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        and not re.fullmatch(r"base|(\w+_)?(expert|antiexpert|alpha)", each.name)  # a formula's
     ]
+
+
+def imported(target: str) -> Any:
+    """The class or function that a `_target_` names.
+
+    Raises:
+        UserError: there is none. A user's module may raise anything.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        named = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise UserError(
+            f"_target_={target} cannot be imported ({type(error).__name__}: {error}); it is "
+            "MODULE.NAME, and the module is on PYTHONPATH (PYTHONPATH=. for this folder)"
+        ) from error
+    if not callable(named):
+        raise UserError(f"_target_={target} is {named!r}, and neither a class nor a function")
+    return named
 
 
 def part_of(schema: Any, name: str) -> tuple[type | None, bool]:

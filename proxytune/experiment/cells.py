@@ -17,6 +17,7 @@ from proxytune.experiment.completions import (
     read_completions,
     render_prompts,
 )
+from proxytune.experiment.given_tasks import check_scores
 from proxytune.experiment.progress import CellProgress
 from proxytune.experiment.sharing import alike, copy_completions, copy_finished
 from proxytune.files import JsonlWriter
@@ -282,6 +283,7 @@ class TaskCell(Cell):
             )
         texts = [[done[e.id][i].text for i in range(self.decoding.n)] for e in complete]
         scores: list[Score] = self.task.score_all(complete, texts)
+        check_scores(self.task_name, self.task.metrics, scores)
         if self.gated and self.system == "proxy":
             scores = [self._with_touched(score, done[score.example_id]) for score in scores]
         if self.mapped and self.system == "proxy":

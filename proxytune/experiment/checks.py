@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from proxytune.config.formulas import (
@@ -24,6 +22,7 @@ from proxytune.config.formulas import (
 from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
+from proxytune.experiment.given_tasks import make_task
 from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
 from proxytune.files import check_name, check_no_links, replace_file
@@ -57,7 +56,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
         need("wandb", "track", "tracking=wandb")
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
-    tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
+    tasks = {name: make_task(name, node) for name, node in cfg.task.items()}
     _check_decoding(cfg, tasks, engine)
     for task in tasks.values():
         # generating needs no judge and runs no program; another harness needs its data for it
@@ -119,12 +118,22 @@ def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -
     """Tries the formula out on random logits, and refuses one that its base cannot serve."""
     if (is_default(cfg) and not cfg.triple.pairs) or "proxy" not in cfg.systems:
         return
+    from proxytune.formula import guidance
     from proxytune.loading.formulas import lists_few, settle
+    from proxytune.loading.load import check_guidance
 
-    helpers = [role for role in members_of(cfg, "proxy") if role != "base"]
+    formula = formula_of(cfg)
+    members = {role: specs[name] for role, name in members_of(cfg, "proxy").items()}
+    check_guidance(formula, members)
+    if formula is guidance and members["base"].format == members["antiexpert"].format:
+        raise UserError(
+            "formula=guidance: base and antiexpert read the same prompt, so nothing is added; "
+            "give the antiexpert another format (triple.antiexpert.format.kind=chat)"
+        )
+    helpers = [role for role in members if role != "base"]
     few = lists_few(specs)
     settle(
-        formula_of(cfg),
+        formula,
         alphas(cfg),
         helpers,
         few=few,
@@ -206,9 +215,7 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError(f"limit={cfg.limit}: it must be at least 1, or null for every example")
     if not math.isfinite(cfg.alpha):
         raise UserError(f"alpha={cfg.alpha}: it must be a finite number")
-    size = cfg.decoding.batch_size
-    if size != "auto" and not (isinstance(size, int) and size >= 1):
-        raise UserError(f"decoding.batch_size={size}: it must be at least 1, or auto")
+    check_speed(cfg.decoding, "decoding.")
     if not cfg.task:
         raise UserError("no task chosen; give one or several: task=[gsm8k,triviaqa]")
     if OmegaConf.is_missing(cfg, "name") or not cfg.name:
@@ -220,13 +227,12 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError("output_dir is empty; give a folder, or leave it out")
     if str(cfg.output_dir).startswith("~"):
         raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
-    for role in _members_in_use(cfg):
-        member = member_of(cfg, role)
-        if member is None or OmegaConf.is_missing(member, "id"):
-            raise UserError(
-                f"the triple has no {role}; give one ({key_of(role)}.id=...) or leave the systems "
-                "that need it out (systems=[...])"
-            )
+    lacking = [role for role in _members_in_use(cfg) if _is_lacking(cfg, role)]
+    if lacking:
+        role = lacking[0]
+        others = [s for s in cfg.systems if not set(members_of(cfg, s).values()) & set(lacking)]
+        chosen = f", or leave out what needs it: systems=[{','.join(others)}]" if others else ""
+        raise UserError(f"the triple has no {role}; give one ({key_of(role)}.id=...){chosen}")
     # a setting of a part that may be left out, without what the part is about
     members = {role: member_of(cfg, role) for role in (*ROLES, *pair_roles(cfg))}
     parts = {f"{key_of(role)}.api": each.api for role, each in members.items() if each}
@@ -239,16 +245,33 @@ def _check_config(cfg: DictConfig) -> None:
                 )
 
 
-def _make_task(name: str, node: DictConfig) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).splitlines()[0]
-        hint = f"its keys stand in conf/task/{name}.yaml"
-        raise UserError(f"task {name}: {reason}; {hint}") from error
+def check_speed(settings: DictConfig, where: str = "") -> None:
+    """Refuses impossible settings of how fast tokens are chosen.
+
+    Args:
+        settings: with `batch_size` and `speculative`.
+        where: their place in the configuration, with a dot behind it.
+
+    Raises:
+        UserError: names the setting.
+    """
+    size, drafts = settings.batch_size, settings.speculative
+    if size != "auto" and not _is_count(size):
+        raise UserError(f"{where}batch_size={size}: it must be at least 1, or auto")
+    if drafts != "auto" and not isinstance(drafts, bool) and not _is_count(drafts):
+        raise UserError(
+            f"{where}speculative={drafts}: it must be auto, false, or a number of drafted tokens"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_lacking(cfg: DictConfig, role: str) -> bool:
+    """Whether the triple names no model of this role."""
+    member = member_of(cfg, role)
+    return member is None or OmegaConf.is_missing(member, "id")
 
 
 def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any], engine: EngineSettings) -> None:

@@ -13,6 +13,7 @@ from proxytune.config.formulas import gates
 from proxytune.config.schema import DecodingConfig
 from proxytune.errors import UserError
 from proxytune.experiment.cells import Cell, HarnessCell, TaskCell
+from proxytune.experiment.given_tasks import check_examples, check_scores
 from proxytune.experiment.identity import decoding_identity, system_identity
 from proxytune.files import read_json, write_jsonl
 from proxytune.records import Decoding
@@ -60,15 +61,21 @@ def decoding_of(cfg: DictConfig, task: Any) -> Decoding:
 
 
 def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[TaskCell]:
-    examples = task.examples()
-    if len({e.id for e in examples}) != len(examples):
-        raise UserError(f"task {name}: two examples share an id")
+    try:
+        examples = task.examples()
+    except UserError as error:
+        other = f"; task.{name}.path=FILE names another" if getattr(task, "path", None) else ""
+        raise UserError(f"task {name}: {error}{other}") from error
+    check_examples(name, examples)
     dataset = {"sha256": provenance.dataset_sha256(examples), "examples": len(examples)}
     other = task.other_dataset(examples)
     if other:
         log.warning("%s is not the paper's dataset: %s", name, other)
     decoding = _as_begun(decoding_of(cfg, task), task, folder)
     asked = examples[: cfg.limit]
+    if cfg.stage != "generate" and task.scores_texts_alone():
+        # a mistake in the task's class shows now, not after hours of generation
+        check_scores(name, task.metrics, task.score_all(asked[:1], [[""] * decoding.n]))
     write_jsonl(folder / "examples.jsonl", asked)
     return [
         TaskCell(

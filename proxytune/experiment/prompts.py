@@ -130,6 +130,8 @@ def _look_at(
     """Warns of a template that loses a turn, or ends the text before the answer."""
     for message in messages:
         dropped = message["role"] == "system" and not fmt.use_system
+        if fmt.think_end and message is messages[-1] and message["role"] == "assistant":
+            dropped = True  # the response prefix, which is written after the thought
         if not dropped and message["content"].strip() not in rendered.text:
             log.warning(
                 "%s: its chat template leaves out the %s turn, or changes it; see "

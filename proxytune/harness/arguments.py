@@ -117,7 +117,19 @@ def _spec(role: str, name: str, usual: Mapping[str, Any], given: Mapping[str, An
 def alphas_of(members: dict[str, Any]) -> dict[str, float]:
     """The pairs' own alphas, pair -> number; they are taken out of `members`."""
     given = [name for name in members if name.endswith("_alpha")]
-    return {name.removesuffix("_alpha"): float(members.pop(name)) for name in given}
+    return {name.removesuffix("_alpha"): number(name, members.pop(name)) for name in given}
+
+
+def number(name: str, value: Any) -> float:
+    """A number that may have been given as a text.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}={value}: it must be a number") from error
 
 
 def with_alphas(
@@ -176,7 +188,10 @@ def formula_of(name: str | None, members: dict[str, Any]) -> Formula | None:
     try:
         found = getattr(import_module(module or "proxytune.formula"), function)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"formula={name} cannot be imported ({error})") from error
+        raise UserError(
+            f"formula={name} cannot be imported ({error}); known: proxy, dexperts, gated, "
+            "contrastive, guidance, and MODULE.FUNCTION on PYTHONPATH"
+        ) from error
     return partial(found, **settings) if settings else found
 
 
@@ -204,5 +219,13 @@ def usable_device(device: str | None) -> str | None:
 
 
 def batch_rows(batch_size: int | str) -> int | Literal["auto"]:
-    """Rows at once; lm-eval's "auto" and "auto:N" are our "auto"."""
-    return "auto" if str(batch_size).startswith("auto") else int(batch_size)
+    """Rows at once; lm-eval's "auto" and "auto:N" are our "auto".
+
+    Raises:
+        UserError: it is no number of rows.
+    """
+    if str(batch_size).startswith("auto"):
+        return "auto"
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise UserError(f"batch_size={batch_size}: it must be at least 1, or auto")
+    return int(batch_size)

@@ -18,6 +18,7 @@ from proxytune.harness.arguments import (
     alphas_of,
     batch_rows,
     formula_of,
+    number,
     specs_of,
     template_variables,
     usable_device,
@@ -26,6 +27,7 @@ from proxytune.harness.arguments import (
 from proxytune.loading.formulas import name_of
 from proxytune.loading.prompting import begun_answer, prompt_ids, render_messages
 from proxytune.proxy import ProxyTunedModel, combine_logits
+from proxytune.records import whole_number
 
 _CHAT = "<|proxytune-conversation|>"  # begins a context that each member renders for itself
 _DEFAULT_MAX_LENGTH = 2048  # lm-eval's, if neither the model nor the tokenizer has a limit
@@ -94,6 +96,11 @@ class ProxyTuneLM(TemplateLM):
         **members: Any,
     ) -> None:
         super().__init__()
+        self.batch_size: int | Literal["auto"] = batch_rows(batch_size)
+        self.seed = whole_number("seed", seed, 0)
+        self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
+        if max_length is not None:
+            whole_number("max_length", max_length, 1)
         if generator is None:
             ids = {"base": base, "expert": expert, "antiexpert": antiexpert}
             chosen = formula_of(formula, members)
@@ -101,7 +108,7 @@ class ProxyTuneLM(TemplateLM):
             specs = specs_of(ids, dtype, usable_device(device), members)
             generator = load(
                 **arguments(specs),
-                alpha=with_alphas(specs, float(alpha), alphas),
+                alpha=with_alphas(specs, number("alpha", alpha), alphas),
                 formula=chosen,
                 vocabulary=vocabulary,
             )
@@ -109,9 +116,6 @@ class ProxyTuneLM(TemplateLM):
             raise UserError("give a loaded generator or the models' names, not both")
         self.generator = generator
         self.tokenizer = generator.members["base"].need_tokenizer()
-        self.batch_size: int | Literal["auto"] = batch_rows(batch_size)
-        self.seed = seed
-        self.max_gen_toks = max_gen_toks
         self.max_length = max_length or generator.max_positions or _DEFAULT_MAX_LENGTH
         self._progress = progress
         self._variables = template_variables(chat_template_args, enable_thinking)

@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -74,6 +76,11 @@ def choose(formula: Formula | None, helpers: Sequence[str], few: bool = False) -
     if formula is None:
         formula = combine_logits if set(helpers) == {"expert", "antiexpert"} else sum_of_pairs
     needs, _ = needs_of(formula)
+    if not needs and not takes_any(formula):
+        raise UserError(
+            f"formula={name_of(formula)} combines nothing with the base; a formula has a parameter "
+            "for each member that it needs (expert, antiexpert)"
+        )
     if not helpers or (not takes_any(formula) and set(helpers) != set(needs)):
         raise UserError(
             f"formula={name_of(formula)} combines the base with {listed(needs)}; "
@@ -124,15 +131,16 @@ def try_out(
         vocab_size: of the models.
 
     Raises:
-        UserError: a setting is impossible, or the result is not the combined logits: its shape or
-            type is another one, a row depends on other rows, or the members' logits were changed.
+        UserError: a setting is impossible, the function fails, or the result is not the combined
+            logits: its shape or type is another one, it has no probabilities, a row depends on
+            other rows, or the members' logits were changed.
     """
     generator = torch.Generator().manual_seed(0)
     roles = ("base", *helpers)
     logits = {role: torch.randn(2, vocab_size, generator=generator) for role in roles}
     before = {role: each.clone() for role, each in logits.items()}
-    both = formula(**logits, **alphas)
-    alone = formula(**{role: each[1:] for role, each in before.items()}, **alphas)
+    both = _called(formula, **logits, **alphas)
+    alone = _called(formula, **{role: each[1:] for role, each in before.items()}, **alphas)
     reason = None
     if not isinstance(both, torch.Tensor) or both.shape != logits["base"].shape:
         reason = f"gives {tuple(both.shape) if isinstance(both, torch.Tensor) else type(both)}"
@@ -141,10 +149,30 @@ def try_out(
         reason = f"gives {both.dtype}; combine `base.float()`"
     elif any(not torch.equal(logits[role], before[role]) for role in roles):
         reason = "changes the logits that it is given; work on copies"
+    elif not (both.max(-1).values.isfinite().all() and both.isnan().sum() == 0):
+        reason = "gives NaN, plus infinity, or minus infinity for every token, of ordinary logits"
     elif not torch.equal(alone[0], both[1]):
-        reason = "gives a row other logits when other rows stand beside it"
+        reason = "gives a row other logits at a second call, or when other rows stand beside it"
     if reason:
         raise UserError(f"formula={name_of(formula)} {reason}")
+
+
+def _called(formula: Formula, **given: Any) -> Any:
+    """What a formula gives.
+
+    Raises:
+        UserError: it fails. A user's function may raise anything.
+    """
+    try:
+        return formula(**given)
+    except UserError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"formula={name_of(formula)} fails on random logits: {type(error).__name__}: {error} "
+            f"({frame.filename}, line {frame.lineno})"
+        ) from error
 
 
 def experts_of(roles: Sequence[str]) -> list[str]:
@@ -166,11 +194,15 @@ def needs_of(formula: Formula) -> tuple[list[str], list[str]]:
     alphas = [name for name in named if name == "alpha" or name.endswith("_alpha")]
     roles = [name for name in named if name not in alphas and name != "base"]
     odd = [role for role in roles if not re.fullmatch(r"(\w+_)?(anti)?expert", role)]
-    if "base" not in named or odd:
+    if "base" not in named:
         raise UserError(
-            f"formula={name_of(formula)} takes {listed(named)}; its parameters are base, the "
-            "members that it needs (expert, antiexpert) and alpha. Settings of its own need a "
-            "value, or a default"
+            f"formula={name_of(formula)} takes {listed(named)}; the parameters of a formula are "
+            "base, the members that it needs (expert, antiexpert), alpha, and settings"
+        )
+    if odd:
+        raise UserError(
+            f"formula={name_of(formula)}: {listed(odd)} is no member (expert, antiexpert); if it "
+            "is a setting, give it a value, or a default in the function"
         )
     return roles, alphas
 

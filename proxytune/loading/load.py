@@ -22,6 +22,7 @@ from transformers import (
 
 from proxytune.engine.system import Member
 from proxytune.errors import UserError, need
+from proxytune.formula import guidance
 from proxytune.loading.adapters import adapter_tokenizer, check_adapter, put_adapter
 from proxytune.loading.build import same_checkpoint, shares_weights
 from proxytune.loading.ends import end_ids
@@ -101,6 +102,25 @@ def generation_configs(spec: ModelSpec) -> list[GenerationConfig]:
     with suppress(OSError):
         return [GenerationConfig.from_pretrained(spec.id, revision=spec.revision or "main")]
     return []
+
+
+def check_guidance(formula: Any, specs: Mapping[str, ModelSpec]) -> None:
+    """Refuses `guidance` of two models: it combines two prompts of one.
+
+    Args:
+        formula: any.
+        specs: role -> model; a role may be left out.
+
+    Raises:
+        UserError: the antiexpert is another checkpoint than the base.
+    """
+    base, other = specs.get("base"), specs.get("antiexpert")
+    if formula is guidance and base and other and not same_checkpoint(other, base):
+        raise UserError(
+            "formula=guidance combines two prompts of one model, and the antiexpert is another "
+            f"checkpoint than the base ({other.id}); give it the base's "
+            f"(triple.antiexpert.id={base.id}), and a format of its own"
+        )
 
 
 def check_endpoints(specs: Mapping[str, ModelSpec]) -> None:

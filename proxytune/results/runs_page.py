@@ -211,11 +211,12 @@ def _section(group: Group, number: int, of: int, apart: Sequence[str]) -> dict[s
 
 def _table(group: Group, metric: str) -> dict[str, Any] | None:
     """A metric of every run; what all runs share stands in a row of its own."""
+    lacking = {"task": group.task}  # another formula or edition of the task has other metrics
     rows = {
-        run.name: next((r for r in run.rows[group.task] if r["metric"] == metric), {})
+        run.name: next((r for r in run.rows[group.task] if r["metric"] == metric), lacking)
         for run in group.runs
     }
-    some = next((row for row in rows.values() if row), None)
+    some = next((row for row in rows.values() if row is not lacking), None)
     if some is None:
         return None
     systems = [s for s in SYSTEMS if any(is_number(row.get(s)) for row in rows.values())]

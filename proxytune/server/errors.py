@@ -19,7 +19,9 @@ from proxytune.server.worker import BusyError, EndingError, WorkerError
 ENDING = "the server is shutting down; ask again when it is back"
 
 # Our own explanations for fields whose errors pydantic explains at great length.
+_NESTED = ("formula", "stream_options")  # objects with fields of their own
 _WANTED = {
+    "formula": 'must be an object with the formula\'s name: {"name": "gated", "threshold": 0.5}',
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
     "stop": f"must be a string of at most {STOP_LENGTH} characters, or a list of at most "
     f"{MOST_STOPS} of them, and none may be empty",
@@ -180,6 +182,8 @@ def _first_mistake(request: Request, error: RequestValidationError) -> tuple[str
         return f"unknown field {name!r}{hint}", param
     if kind == "missing":
         return f"{'.'.join(place)} is missing", param
+    if param in _NESTED and len(place) > 1:
+        return f"{'.'.join(place)}: {errors[0]['msg']}", param
     if param in _WANTED:
         return f"{param} {_WANTED[param]}", param
     # a field that takes several types has one error for each

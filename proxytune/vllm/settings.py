@@ -11,7 +11,10 @@ OWN, VLLM = "own", "vllm"
 SAMPLERS = (OWN, VLLM)
 SPECULATIVE = ("ngram", "draft_model")
 TRIED = ((0, 32), (0, 34))  # from the first to below the second
-INSTALL = "make vllm-env, or pip install 'proxytune[vllm]' in an environment of its own"
+INSTALL = (
+    "make vllm-env, or pip install -e '.[vllm,experiments,serve]' in an environment of its own "
+    "(docs/vllm.md)"
+)
 
 # Of these no completion depends: where it runs, and how many requests at once.
 _CAPACITY = ("gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")

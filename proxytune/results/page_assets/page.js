@@ -9,6 +9,11 @@ const page = (() => {
     return node;
   };
   const percent = (share) => (100 * share).toFixed(1) + " %";
+  // A difference of two shares in points: "+1.2", and "0.0" for what rounds to it.
+  const points = (difference) => {
+    const text = (100 * difference).toFixed(1);
+    return Number(text) === 0 ? "0.0" : (difference > 0 ? "+" : "") + text;
+  };
   const visible = (text) => JSON.stringify(text).slice(1, -1).replace(/ /g, "·");
 
   // On a phone, where a table's head is hidden, each number bears its column's name.
@@ -137,5 +142,5 @@ const page = (() => {
     at("next").addEventListener("click", () => turn(1));
     return { restart: () => change({}) };
   }
-  return { at, make, percent, visible, labelCells, unpack, shade, card, browse };
+  return { at, make, percent, points, visible, labelCells, unpack, shade, card, browse };
 })();

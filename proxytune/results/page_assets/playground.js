@@ -10,6 +10,7 @@
   let running = null; // AbortController of the present answers
   let stop = []; // the example's stop strings
   let system = null; // its system turn
+  let compared = ""; // what all systems were last asked, as JSON
 
   // -- the server --------------------
 
@@ -90,11 +91,18 @@
     label.append(input);
     return { label, input };
   }
+  // Sets a slider, which reaches as far as its value; a browser would cut the value instead.
+  function setAlpha(input, value) {
+    input.min = Math.min(-1, value);
+    input.max = Math.max(3, value);
+    input.value = value;
+  }
   function makeAlphas() {
     at("alphas").replaceChildren(...Object.entries(known.alphas).map(([name, value]) => {
       const id = alphaId(name);
       const { label, input } = field(name === "alpha" ? "alpha" : "alpha of " + name,
-        { id, type: "range", min: -1, max: 3, step: 0.05, value });
+        { id, type: "range", step: 0.05 });
+      setAlpha(input, value);
       const shown = make("output");
       shown.id = id + "-shown";
       input.before(shown);
@@ -174,7 +182,7 @@
       if (count > 1 && seconds > 0) own.speed.textContent = `${((count - 1) / seconds).toFixed(0)} tokens/s`;
       reason = choice.finish_reason || reason;
     }
-    const drafted = own.tokens.filter((each) => each.drafted).length;
+    const drafted = own.tokens.slice(kept.length).filter((each) => each.drafted).length;
     const parts = [`${count} tokens`, reason === "length" ? "cut at the limit" : ""];
     if (drafted) parts.push(`${drafted} drafted by the expert and confirmed`);
     own.under.textContent = parts.filter(Boolean).join(", ");
@@ -184,8 +192,11 @@
       own.under.append(" ", back);
     }
   }
+  // What each single model is asked; the proxy's own settings are no part of it.
+  const common = () => JSON.stringify(asked("base"));
   async function answers(names) {
     if (!at("prompt").value) return;
+    if (names.length > 1) compared = common();
     if (running) running.abort();
     const mine = running = new AbortController();
     card.hide();
@@ -196,7 +207,9 @@
         await answer(name, mine.signal);
       } catch (error) {
         if (mine.signal.aborted) return;
-        columns[name].body.textContent = error.message;
+        // fetch() says no more than TypeError of a server that is gone
+        columns[name].body.textContent = error instanceof TypeError
+          ? "The server does not answer; is it still running?" : error.message;
         columns[name].body.classList.add("failed");
       }
     });
@@ -217,10 +230,10 @@
     const i = [...own.body.children].indexOf(span);
     const token = own.tokens[i];
     const { system, base } = token.members;
-    const rise = Math.exp(system.logprob) - Math.exp(base.logprob);
+    const [proxyShare, baseShare] = [system, base].map((each) => Math.exp(each.logprob));
     const line = make("div");
     line.append(make("code", visible(token.token)),
-      ` proxy ${percent(Math.exp(system.logprob))}, base ${percent(Math.exp(base.logprob))} (${rise >= 0 ? "+" : ""}${(100 * rise).toFixed(1)})`);
+      ` proxy ${percent(proxyShare)}, base ${percent(baseShare)} (${page.points(proxyShare - baseShare)})`);
     tip.append(line);
     const table = make("table");
     for (const [role, rated] of Object.entries(token.members)) {
@@ -277,13 +290,23 @@
     if (choices.length) state.set("choices", JSON.stringify(choices));
     history.replaceState(null, "", "#" + state);
   }
+  // A list of the link; empty where there is none, or where the link was cut.
+  function listIn(state, name) {
+    try {
+      const list = JSON.parse(state.get(name) || "[]");
+      return Array.isArray(list) ? list : [];
+    } catch {
+      return [];
+    }
+  }
   function recall() {
     const state = new URLSearchParams(location.hash.slice(1));
     if (!state.get("prompt")) return false;
     at("formula").value = state.get("formula") || "";
     makeSettings();
     for (const id of fields()) if (state.has(id)) at(id).value = state.get(id);
-    stop = JSON.parse(state.get("stop") || "[]");
+    for (const id of alphaIds()) if (state.get(id)) setAlpha(at(id), Number(state.get(id)) || 0);
+    stop = listIn(state, "stop");
     system = state.get("system");
     show();
     return true;
@@ -366,7 +389,8 @@
     if (!columns.proxy || !columns.proxy.body.textContent) return;
     wait = setTimeout(() => {
       forget();
-      answers(names);
+      // after another prompt or length, the other systems' answers would be to another question
+      answers(common() === compared ? names : all());
     }, 250);
   }
   at("temperature").addEventListener("input", () => again(all()));
@@ -411,7 +435,7 @@
     known.examples.forEach((each, i) => at("example").append(new Option(each.label, i)));
     at("example-label").hidden = known.examples.length === 0;
     at("run").disabled = false;
-    const chosen = JSON.parse(new URLSearchParams(location.hash.slice(1)).get("choices") || "[]");
+    const chosen = listIn(new URLSearchParams(location.hash.slice(1)), "choices");
     if (recall()) {
       if (hasFormula()) replay(chosen);
     } else if (known.examples.length) {

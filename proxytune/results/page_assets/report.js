@@ -76,7 +76,7 @@
     const [tokens, proxy, base, tops] = body.trace;
     const line = make("div");
     line.append(make("code", visible(data.pieces[tokens[i]])),
-      ` proxy ${percent(proxy[i] / 1000)}, base ${percent(base[i] / 1000)} (${proxy[i] >= base[i] ? "+" : ""}${((proxy[i] - base[i]) / 10).toFixed(1)})`);
+      ` proxy ${percent(proxy[i] / 1000)}, base ${percent(base[i] / 1000)} (${page.points((proxy[i] - base[i]) / 1000)})`);
     tip.append(line);
     const table = make("table");
     for (const [role, lists] of Object.entries(tops)) {

@@ -36,6 +36,9 @@ ALTERNATE = (
 )
 TOOLS = "{% for tool in tools %}{{ tool.name }}{% endfor %}" + TURNS  # `tools` is None without any
 BROKEN = "{{ messages[0]['content']['text'].strip() }}" + TURNS
+DIVIDES = "{{ messages|length / 0 }}" + TURNS
+ENDLESS = "{% macro more() %}{{ more() }}{% endmacro %}{{ more() }}" + TURNS
+SHAREGPT = "{% for m in messages %}{{ m['from'] }}: {{ m['value'] }}\n{% endfor %}"
 SYNTAX = "{% for m in messages %}{{ m['content'] }}"
 
 
@@ -90,6 +93,9 @@ def test_a_template_that_refuses_a_task_is_found_before_a_model_is_loaded(
         (TOOLS, "NoneType"),
         (BROKEN, "has no attribute 'text'"),
         (SYNTAX, "unexpected end|Unexpected end"),
+        (DIVIDES, "division by zero"),  # a traceback on fadf341, as the next one
+        (ENDLESS, "recursion"),
+        (SHAREGPT, "leaves out what the user says"),  # a warning on fadf341
         (None, "has no chat template"),
     ],
 )

@@ -221,11 +221,18 @@ def load_config(role: str, spec: ModelSpec) -> Any:
 
 def _check_template(role: str, spec: ModelSpec, tokenizer: Any) -> None:
     """Refuses a chat template that is missing, or does not even render a turn of the user."""
-    if spec.format.kind == "chat":
-        try:
-            render_messages([{"role": "user", "content": "Hello"}], spec.format, tokenizer)
-        except UserError as error:
-            raise UserError(f"{role}: {error}") from error
+    if spec.format.kind != "chat":
+        return
+    try:
+        rendered = render_messages([{"role": "user", "content": "Hello"}], spec.format, tokenizer)
+    except UserError as error:
+        raise UserError(f"{role}: {error}") from error
+    if "hello" not in rendered.text.lower():
+        raise UserError(
+            f"{role}: the chat template of {spec.id} leaves out what the user says (of 'Hello' it "
+            f"makes {rendered.text[:80]!r}); give another template (format.chat_template=...), or "
+            "format.kind=raw"
+        )
 
 
 def _check_device(role: str, name: str | None) -> None:

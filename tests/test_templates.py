@@ -111,6 +111,18 @@ def test_a_template_that_renders_nothing_is_found_with_the_models(tmp_path, temp
     assert "\n" not in str(caught.value)
 
 
+def test_todays_date_in_prompts_is_said(tmp_path, caplog):
+    """Llama 3.1's template: two days, two prompts."""
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + TURNS
+    tiny_tokenizer(chat_template=dated).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((POCKET / "expert" / "config.json").read_text())
+    given = PromptFormat("chat", template_kwargs={"date_string": "26 Jul 2024"})
+    check_triple({"expert": ModelSpec(str(tmp_path), format=given)})
+    assert "date" not in caplog.text
+    check_triple({"expert": ModelSpec(str(tmp_path), format=PromptFormat("chat"))})
+    assert "writes today's date into every prompt" in caplog.text
+
+
 def test_a_refusal_is_one_line_everywhere():
     """538a493 gave jinja2's own error."""
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]

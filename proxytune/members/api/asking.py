@@ -11,13 +11,13 @@ from proxytune.members.api.client import Client
 from proxytune.members.api.distribution import AGREE, Listed
 from proxytune.members.api.faults import Malformed, Refused
 from proxytune.members.api.names import Named, TokenNames
-from proxytune.members.api.protocol import Offer, Protocol
+from proxytune.members.api.protocol import FIRST, Offer, Protocol
 from proxytune.members.api.reading import counted_by, generated
 
 TRIES = 2  # of a request that ends in a server's error
-# Positions of which the first leaves much open, the second everything, and the third little: it
-# goes on with what it repeats, so that penalties on repeated tokens show.
-FIRST, OPEN, SHARP = "The capital of France is", "The", " 1, 1, 1, 1, 1, 1,"
+# Beside `FIRST`, a position that leaves everything open, and one that leaves little: what it repeats
+# goes on, so that penalties on repeated tokens show.
+OPEN, SHARP = "The", " 1, 1, 1, 1, 1, 1,"
 _COMPARED = 5  # of the likeliest tokens that two lists have in common
 
 

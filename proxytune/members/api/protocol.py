@@ -28,6 +28,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "frequency_penalty": 0,
     },
 }
+FIRST = "The capital of France is"  # a beginning that leaves much open, and does not end
 _END_NEEDED = "use a server that lists end tokens, or one that rates prompts (echo)"
 
 
@@ -113,32 +114,32 @@ class Protocol:
             Refused: the server rates no prompts, or not as it answers single requests.
             ValueError, OSError: see `Client.ask`.
         """
-        longer = self._longer(ids)
-        rating = replace(self, offer=replace(self.offer, blocks="echo"))
-        first = max(0, min(start, len(ids) - 2))
-
-        def read(answer: Mapping[str, Any]) -> list[Answer]:
-            lists = rating.echoed(answer, longer)[first + 1 : len(longer)]
-            pairs = zip(lists, ids[first:], strict=True)
-            return [self.checked(named(listed), token) for listed, token in pairs]
-
-        body = rating.body(longer, start)
         try:
-            answers = self.client.ask(self.offer.endpoint, body, read, len(longer), tries=2)
-            rates = self._rates or len(answers) < 2 or self._single(ids[:-1]).agrees(answers[-2])
+            if not self._rates:
+                known = encoded(FIRST, self.tokenizer)
+                (rated,) = self._echo(known, len(known) - 1)
+                (single,) = self._ask(known, len(known) - 1)
+                self._rates = single.agrees(rated)
+            if self._rates:
+                return self._echo(ids, start)
         except NoRoom:
             raise
         except Refused as error:
             raise Refused(f"{ENDED}, and rates no prompts ({error}): {_END_NEEDED}") from error
-        if not rates:
-            raise Refused(f"{ENDED}, and rates prompts otherwise: {_END_NEEDED}")
-        self._rates = True
-        return answers[start - first :]
+        raise Refused(f"{ENDED}, and rates prompts otherwise: {_END_NEEDED}")
 
-    def _single(self, ids: Sequence[int]) -> Answer:
-        """The answer after `ids`."""
-        (answer,) = self._ask(ids, len(ids) - 1)
-        return answer
+    def _echo(self, ids: Sequence[int], start: int) -> list[Answer]:
+        """The answers after ids[: start + 1], ..., `ids` by a longer prompt that is rated."""
+        longer = self._longer(ids)
+        rating = replace(self, offer=replace(self.offer, blocks="echo"))
+
+        def read(answer: Mapping[str, Any]) -> list[Answer]:
+            lists = rating.echoed(answer, longer)[start + 1 : len(longer)]
+            pairs = zip(lists, ids[start:], strict=True)
+            return [self.checked(named(listed), token) for listed, token in pairs]
+
+        body = rating.body(longer, start)
+        return self.client.ask(self.offer.endpoint, body, read, len(longer), tries=2)
 
     def _longer(self, ids: Sequence[int]) -> list[int]:
         """These tokens and one more, so that the server can be asked for them.
@@ -152,7 +153,7 @@ class Protocol:
             return longer[0]
         found = next((each for each in longer if text_of(each, self.tokenizer) is not None), None)
         if found is None:
-            raise Refused(f"{ENDED}, and no longer prompt has a text of its own: {_END_NEEDED}")
+            raise Refused("no longer prompt has a text of its own")
         return found
 
     def _ask(self, ids: Sequence[int], start: int) -> list[Answer]:

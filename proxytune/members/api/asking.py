@@ -15,8 +15,8 @@ from proxytune.members.api.protocol import FIRST, Offer, Protocol
 from proxytune.members.api.reading import counted_by, generated
 
 TRIES = 2  # of a request that ends in a server's error
-# Beside `FIRST`, a position that leaves everything open, and one that leaves little: what it repeats
-# goes on, so that penalties on repeated tokens show.
+# Beside `FIRST`: a position that leaves everything open, and one that leaves little, for it goes on
+# with what it repeats. There penalties on repeated tokens show.
 OPEN, SHARP = "The", " 1, 1, 1, 1, 1, 1,"
 _COMPARED = 5  # of the likeliest tokens that two lists have in common
 

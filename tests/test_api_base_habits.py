@@ -247,3 +247,16 @@ def test_a_wait_that_is_too_long_is_said(folder, url):
         proxy.faults += [(429, "3600")] * 20
         with pytest.raises(client_module.Unanswered, match="asks to wait 3,600 seconds"):
             remote.generate(PROMPTS[:1], max_new_tokens=3)
+
+
+def test_a_server_that_dies_of_a_request_is_not_asked_for_ten_minutes(folder, url):
+    """Fails on fadf341: the probe went on for retry_for_s."""
+
+    def dies(body, answer):
+        raise ConnectionAbortedError  # the connection ends without an answer
+
+    with (
+        faulty(url, edit=dies) as proxy,
+        pytest.raises(UserError, match=r"does not show the log-prob.*fails 2 times"),
+    ):
+        over_http(folder, proxy.url, top_logprobs=20, retry_for_s=600)

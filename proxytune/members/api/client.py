@@ -154,8 +154,8 @@ class Client:
             read: makes the result from the answer's JSON; a KeyError, TypeError, ValueError or
                 `Malformed` in it means that the answer is malformed.
             prompt_tokens: the prompt's length, which counts until the server reports its own.
-            tries: how often a server's error (5xx) or malformed answer is asked for; None goes on
-                for `retry_for_s` seconds.
+            tries: how often a request is sent that ends in a server's error (5xx), a malformed
+                answer or a broken connection; None goes on for `retry_for_s` seconds.
 
         Raises:
             NoRoom: the prompt is too long for the server.
@@ -177,7 +177,8 @@ class Client:
             failure, said = failure_of(error), reason_of(error)
             asked = self._judge(failure, endpoint) if failure else None
             wrong += not isinstance(error, openai.APIError | Failed)
-            broken += (failure.status or 0) >= 500 if failure else isinstance(error, Malformed)
+            fails = isinstance(error, Malformed | openai.APIConnectionError)
+            broken += (failure.status or 0) >= 500 if failure else fails
             if tries is not None and broken >= tries:
                 url = self.settings.base_url
                 raise Refused(f"{url} fails {broken} times: {said}") from error

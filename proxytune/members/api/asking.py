@@ -15,9 +15,9 @@ from proxytune.members.api.protocol import FIRST, Offer, Protocol
 from proxytune.members.api.reading import counted_by, generated
 
 TRIES = 2  # of a request that ends in a server's error
-# Beside `FIRST`: a position that leaves everything open, and one that leaves little, for it goes on
-# with what it repeats. There penalties on repeated tokens show.
-OPEN, SHARP = "The", " 1, 1, 1, 1, 1, 1,"
+# Beside `FIRST`: a position that leaves everything open, and one that leaves little, and repeats
+# tokens, so that penalties on these show.
+OPEN, SHARP = "The", " 1, 2, 3, 4, 5, 6,"
 _COMPARED = 5  # of the likeliest tokens that two lists have in common
 
 

@@ -58,6 +58,11 @@ def nucleus(share: float, floor: float | None) -> Change:
     return change
 
 
+def rounded(decimals: int) -> Change:
+    """Values with so many decimals."""
+    return lambda values: {name: round(value, decimals) for name, value in values.items()}
+
+
 def strings(text: str) -> Change:
     """A text in place of the second number."""
     return lambda values: values | {in_order(values)[1]: text}

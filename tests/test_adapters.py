@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -201,6 +201,31 @@ def test_some_modules_at_their_initial_value_are_named(folder, tmp_path, caplog)
     assert "layers.1.self_attn.q_proj.lora_B.weight" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+        LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=["ia3", "loha"],
+)
+def test_an_adapter_of_another_kind_at_its_initial_value(folder, tmp_path, config):
+    """Fails on fadf341: the zeros of LoRA alone were looked for."""
+    get_peft_model(tiny_model("llama", 3), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"changes nothing: .* the same logits without it"):
+        load_member(spec_of(folder, tmp_path))
+
+
+def test_a_file_of_more_than_tensors(folder, tmp_path, no_weights):
+    """Fails on fadf341 with an AttributeError."""
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    for held in ({"state_dict": tensors, "step": 3}, [*tensors.values()]):
+        torch.save(held, tmp_path / "adapter_model.bin")
+        refused(folder, tmp_path, r"adapter_model.bin holds more than tensors by their names")
+
+
 def test_an_adapter_of_nan(folder, tmp_path, no_weights):
     saved(tmp_path)
     edited(tmp_path, lambda name, tensor: (name, tensor * torch.nan))
@@ -241,9 +266,9 @@ def test_a_tensor_that_has_not_arrived_is_an_error(folder, tmp_path, monkeypatch
     saved(tmp_path)
     monkeypatch.setattr(adapters_module, "check_adapter", lambda *_: None)
     edited(tmp_path, lambda name, tensor: (name, tensor))
-    real = adapters_module._tensors
+    real = adapters_module.tensors_of
     changed = ((n, t + 1) for n, t in real("model", spec_of(folder, tmp_path)))
-    monkeypatch.setattr(adapters_module, "_tensors", lambda *_: changed)
+    monkeypatch.setattr(adapters_module, "tensors_of", lambda *_: changed)
     with pytest.raises(UserError, match=r"its tensor .*lora_A.* has not arrived in .*antiexpert"):
         adapters_module.put_adapter(tiny_model("llama", 3), spec_of(folder, tmp_path))
 

@@ -93,6 +93,8 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
     "-inf as a string": (strange.strings("-inf"), "nan"),
     "NaN": (strange.strings(math.nan), "nan"),  # type: ignore[arg-type]
     "infinity": (strange.strings(math.inf), "inf"),  # type: ignore[arg-type]
+    "rounded to two decimals": (strange.rounded(2), "rounded to two decimals"),
+    "rounded to one": (strange.rounded(1), "rounded to two decimals or fewer"),
     "filled up with -30": (strange.filled(-30.0), "the same value .-30. for the last|hold"),
 }
 
@@ -317,6 +319,7 @@ def test_four_decimals_and_padded_vocabularies_pass():
     logits = 4 * torch.randn(50_000, generator=torch.Generator().manual_seed(1))
     logprobs = logits.log_softmax(-1).topk(20).values.double().numpy()
     assert listed(np.round(logprobs, 4)).fault() is None
+    assert listed(np.round(logprobs, 3)).fault() is None
     assert listed(logits.log_softmax(-1).double().numpy()[:49_700], vocab=49_700).fault() is None
 
 

@@ -160,6 +160,35 @@ FULL = [
     (400, "prompt 0 is 64 tokens long, with 1 to come; the models read at most 64"),
     (200, "Input length 65 exceeds the maximum allowed length of the context"),
 ]
+# Of further servers: TGI, TensorRT-LLM, lmdeploy, llama.cpp, Bedrock, Cohere, Azure, Qwen's.
+NO_ROOM = [
+    "Input validation error: `inputs` must have less than 60 tokens. Given: 65",
+    "The sum of prompt length (60) and max_new_tokens (1) should not exceed max_seq_len (60)",
+    "ResponseType.INPUT_LENGTH_ERROR",
+    "input is too large to process. increase the physical batch size",
+    "Input is too long for requested model.",
+    "too many tokens: size limit exceeded by 11 tokens",
+    "Please reduce the length of the messages or completion.",
+    "Range of input length should be [1, 60]",
+    "failed to find a slot in the KV cache",
+]
+ROOM = [
+    "context deadline exceeded",
+    "The response was filtered due to the prompt triggering the content management policy",
+    "daily limit of 1000000 tokens per day exceeded",
+    "Invalid token id 50000, must be less than 32000",
+    "prompt must be a string",
+    "max_tokens must be greater than 1",
+    "logprobs of prompt tokens: at most 5",
+    "the queue is full: at most 100 prompts wait",
+    "service is overloaded: too many tokens are being read",
+]
+
+
+def test_a_full_context_in_the_words_of_many_servers():
+    assert [said for said in NO_ROOM if not Failure(400, "", said).room] == []
+    for status in (400, 500):
+        assert [said for said in ROOM if Failure(status, "", said).room] == []
 
 
 @pytest.mark.thinned(1)

@@ -4,6 +4,7 @@ Each test that names 538a493 fails on it.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import proxytune
 from proxytune.errors import UserError
 from proxytune.harness.model import ProxyTuneLM
-from proxytune.loading.ends import shared_end
+from proxytune.loading.ends import end_ids, shared_end
 from proxytune.loading.prompting import PromptFormat, encode, prompt_ids, render
 from proxytune.proxy import SharedEnd
 from proxytune.records import Prompt
@@ -190,6 +191,11 @@ def test_where_the_ends_are():
     assert found(base=[310], expert=[4], antiexpert=[4]) == SharedEnd(4, {"base": (310,)}, 300)
     with pytest.raises(UserError, match=r"the base ends its text with token 310.*eos_token"):
         found(base=[310], expert=[], antiexpert=[])
+
+
+@pytest.mark.parametrize("given", [None, -1, [], [None], [-1]])
+def test_no_end_token_in_a_configuration(given):
+    assert end_ids(None, SimpleNamespace(eos_token_id=given)) == frozenset()
 
 
 def test_a_prompt_of_the_expert_may_hold_its_own_tokens(own_end):

@@ -36,6 +36,9 @@ ALTERNATE = (
 )
 TOOLS = "{% for tool in tools %}{{ tool.name }}{% endfor %}" + TURNS  # `tools` is None without any
 BROKEN = "{{ messages[0]['content']['text'].strip() }}" + TURNS
+DIVIDES = "{{ messages|length / 0 }}" + TURNS
+ENDLESS = "{% macro more() %}{{ more() }}{% endmacro %}{{ more() }}" + TURNS
+SHAREGPT = "{% for m in messages %}{{ m['from'] }}: {{ m['value'] }}\n{% endfor %}"
 SYNTAX = "{% for m in messages %}{{ m['content'] }}"
 
 
@@ -90,6 +93,9 @@ def test_a_template_that_refuses_a_task_is_found_before_a_model_is_loaded(
         (TOOLS, "NoneType"),
         (BROKEN, "has no attribute 'text'"),
         (SYNTAX, "unexpected end|Unexpected end"),
+        (DIVIDES, "division by zero"),  # a traceback on fadf341, as the next one
+        (ENDLESS, "recursion"),
+        (SHAREGPT, "leaves out what the user says"),  # a warning on fadf341
         (None, "has no chat template"),
     ],
 )
@@ -103,6 +109,18 @@ def test_a_template_that_renders_nothing_is_found_with_the_models(tmp_path, temp
         check_triple({"expert": spec})
     assert str(caught.value).startswith("expert: ")
     assert "\n" not in str(caught.value)
+
+
+def test_todays_date_in_prompts_is_said(tmp_path, caplog):
+    """Llama 3.1's template: two days, two prompts."""
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + TURNS
+    tiny_tokenizer(chat_template=dated).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((POCKET / "expert" / "config.json").read_text())
+    given = PromptFormat("chat", template_kwargs={"date_string": "26 Jul 2024"})
+    check_triple({"expert": ModelSpec(str(tmp_path), format=given)})
+    assert "date" not in caplog.text
+    check_triple({"expert": ModelSpec(str(tmp_path), format=PromptFormat("chat"))})
+    assert "writes today's date into every prompt" in caplog.text
 
 
 def test_a_refusal_is_one_line_everywhere():

@@ -1,10 +1,14 @@
-"""Generated tokens as text: a growing completion with its stop strings, and single tokens."""
+"""Text and tokens: prompts, a growing completion with its stop strings, and single tokens."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from proxytune.engine.thought import ANSWER, Splitter, Thought
+
+log = logging.getLogger(__name__)
 
 # Decode these prompt tokens too; otherwise tokenizers drop the first generated token's space.
 _CONTEXT = 8
@@ -215,3 +219,39 @@ def _byte_characters() -> dict[str, int]:
 
 
 BYTE_OF = _byte_characters()
+
+
+def encoded(text: str, tokenizer: Any, special: bool = True) -> list[int]:
+    """The token ids of a text that a model is to continue.
+
+    Tokens that the tokenizer adds after a text (an end token, a separator) are cut, with one
+    warning for each tokenizer: after them a model begins another text.
+
+    Args:
+        text: what the model reads.
+        tokenizer: the model's.
+        special: whether the tokenizer adds its special tokens; only its first ones stay.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    added = _added_after(tokenizer) if special else []
+    return ids[: -len(added)] if added and ids[-len(added) :] == added else ids
+
+
+_added: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # tokenizer -> what it adds
+
+
+def _added_after(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer adds after every text; the first call warns of them."""
+    if tokenizer not in _added:
+        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer("a")["input_ids"])
+        after = whole[::-1].index(plain[-1]) if plain and plain[-1] in whole else 0
+        _added[tokenizer] = whole[len(whole) - after :]
+        if after:
+            log.warning(
+                "the tokenizer of %s adds %s at the end of a prompt; it is cut, for a model would "
+                "begin another text after it",
+                getattr(tokenizer, "name_or_path", "") or "a model",
+                " ".join(tokenizer.convert_ids_to_tokens(_added[tokenizer])),
+            )
+    return _added[tokenizer]

@@ -13,6 +13,7 @@ ends.py        which tokens end a model's text, and which of them the base lacks
 prompting.py   one example -> the text and the ids that each member reads
 variables.py   variables of a chat template's own
 adapters.py    whether an adapter fits its model, and whether it arrived
+adapter_files.py  the files of an adapter
 launched.py    which process this is, of those that torchrun started
 ranks.py       models of which each of these processes holds a part
 missing.py     what is said about files that cannot be had

@@ -7,17 +7,16 @@ torch's meta device) would have under the same adapter configuration.
 
 import copy
 import logging
-import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.hub import cached_file
 
 from proxytune.errors import UserError, extra
+from proxytune.loading.adapter_files import file_of, shapes_of, tensors_of
 from proxytune.loading.missing import not_found
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import common_vocabulary
@@ -55,7 +54,7 @@ def check_adapter(role: str, spec: ModelSpec, config: Any, tokenizer: Any) -> No
             f"{role}: {spec.adapter} is an activated LoRA (alora_invocation_tokens), which acts "
             "on a part of the text alone; it cannot be used here"
         )
-    shapes = _shapes(role, spec)
+    shapes = shapes_of(role, spec)
     whole = _check_fit(role, spec, adapter, config, shapes)
     scales = [getattr(adapter, "lora_alpha", 1), *getattr(adapter, "alpha_pattern", {}).values()]
     if not any(scales) and not whole:
@@ -98,7 +97,7 @@ def leaves_weights(spec: ModelSpec) -> bool:
         and getattr(config, "bias", "none") == "none"
         and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")
         and not any(getattr(config, name, None) for name in unusual)
-        and all(".lora_" in name for name in _shapes("expert", spec))
+        and all(".lora_" in name for name in shapes_of("expert", spec))
     )
 
 
@@ -116,7 +115,7 @@ def put_adapter(model: Any, spec: ModelSpec) -> Any:
     wanted = _held(adapted)
     held = adapted.state_dict() | wanted
     lost = []
-    for name, tensor in _tensors("model", spec):
+    for name, tensor in tensors_of("model", spec):
         here = held.get(name)
         wanted.pop(name, None)
         if here is None:
@@ -127,7 +126,28 @@ def put_adapter(model: Any, spec: ModelSpec) -> Any:
     filled = [bool(tensor.any()) for name, tensor in wanted.items() if "_A" not in name]
     if lost and not (filled and all(filled)):
         raise _not_arrived(spec, lost[0])
-    return adapted.eval().requires_grad_(False)
+    adapted = adapted.eval().requires_grad_(False)
+    if not any(".lora_" in name for name in _held(adapted)):
+        _refuse_idle(adapted, spec)
+    return adapted
+
+
+def _refuse_idle(adapted: Any, spec: ModelSpec) -> None:
+    """Refuses an adapter that changes no logit; of LoRA's, `_check_values` knows it before.
+
+    Raises:
+        UserError: the adapter is at its initial value.
+    """
+    ids = torch.arange(1, 9, device=adapted.device)[None]
+    with torch.no_grad():
+        with_it = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            without = adapted(input_ids=ids).logits
+    if torch.equal(with_it, without):
+        raise UserError(
+            f"the adapter {spec.adapter} changes nothing: {spec.id} gives the same logits without "
+            "it; it was saved before it was trained"
+        )
 
 
 def _not_arrived(spec: ModelSpec, name: str) -> UserError:
@@ -148,7 +168,7 @@ def adapter_tokenizer(spec: ModelSpec, own: Any, local_files_only: bool = False)
         own: the tokenizer of the model.
         local_files_only: asks no hub.
     """
-    if _file(spec, "tokenizer_config.json", local_files_only) is not None:
+    if file_of(spec, "tokenizer_config.json", local_files_only) is not None:
         try:
             return AutoTokenizer.from_pretrained(
                 spec.adapter,
@@ -163,7 +183,7 @@ def adapter_tokenizer(spec: ModelSpec, own: Any, local_files_only: bool = False)
                 str(error).strip().partition("\n")[0],
                 spec.id,
             )
-    template = _file(spec, "chat_template.jinja", local_files_only)
+    template = file_of(spec, "chat_template.jinja", local_files_only)
     if template is not None:
         own.chat_template = template.read_text(encoding="utf-8")
     return own
@@ -282,7 +302,7 @@ def _check_values(role: str, spec: ModelSpec, whole: Mapping[str, list[int]]) ->
     """
     idle: dict[str, str] = {}  # module -> its tensor of zeros
     count, others = 0, bool(whole)
-    for name, tensor in _tensors(role, spec):
+    for name, tensor in tensors_of(role, spec):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{role}: the adapter {spec.adapter} holds NaN or infinity in {name}")
         factor = _FACTOR.search(name)
@@ -334,68 +354,6 @@ def _check_tokenizer(role: str, spec: ModelSpec, own: Any, rows: int) -> None:
             )
     if theirs.chat_template != before:
         log.warning("%s: the chat template is that of the adapter %s", role, spec.adapter)
-
-
-def _shapes(role: str, spec: ModelSpec) -> dict[str, list[int]]:
-    """The names and shapes of an adapter's tensors, from the header of its file."""
-    path = _weights(role, spec)
-    if path.suffix == ".safetensors":
-        with _opened(role, spec, path) as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {name: list(tensor.shape) for name, tensor in _pickled(role, spec, path, "meta").items()}
-
-
-def _tensors(role: str, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """An adapter's tensors with their names, one after the other."""
-    path = _weights(role, spec)
-    if path.suffix == ".safetensors":
-        with _opened(role, spec, path) as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                yield name, file.get_tensor(name)
-    else:
-        yield from _pickled(role, spec, path, "cpu").items()
-
-
-def _weights(role: str, spec: ModelSpec) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        path = _file(spec, name)
-        if path is not None:
-            return path
-    raise UserError(
-        f"{role}: {spec.adapter} holds no adapter_model.safetensors (or .bin); give the folder "
-        "that PEFT's save_pretrained wrote"
-    )
-
-
-def _opened(role: str, spec: ModelSpec, path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{role}: {spec.adapter}: {path.name} cannot be read ({error})") from error
-
-
-def _pickled(role: str, spec: ModelSpec, path: Path, device: str) -> dict[str, torch.Tensor]:
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{role}: {spec.adapter}: {path.name} cannot be read ({reason})") from error
-
-
-def _file(spec: ModelSpec, name: str, local_files_only: bool = False) -> Path | None:
-    """A file of the adapter's folder or repository; None where there is none."""
-    assert spec.adapter is not None
-    found = cached_file(
-        spec.adapter,
-        name,
-        revision=spec.adapter_revision,
-        local_files_only=local_files_only,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 def _some(names: list[str]) -> str:

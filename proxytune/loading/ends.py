@@ -17,7 +17,8 @@ def end_ids(tokenizer: Any | None, *configs: Any) -> frozenset[int]:
     """
     found = [getattr(source, "eos_token_id", None) for source in (tokenizer, *configs)]
     lists = [each if isinstance(each, list | tuple) else [each] for each in found]
-    return frozenset(int(i) for each in lists for i in each if i is not None)
+    # -1 stands for none in some configurations
+    return frozenset(int(i) for each in lists for i in each if i is not None and int(i) >= 0)
 
 
 def shared_end(

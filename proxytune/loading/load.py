@@ -4,8 +4,10 @@ The checks need only configurations and tokenizers, so a mistake shows before th
 read.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import date
 from inspect import signature
 from typing import Any
 
@@ -29,7 +31,7 @@ from proxytune.loading.ends import end_ids
 from proxytune.loading.launched import RANKS
 from proxytune.loading.loaded import LoadedModel
 from proxytune.loading.missing import not_found
-from proxytune.loading.prompting import render_messages
+from proxytune.loading.prompting import render_messages, template_of
 from proxytune.loading.ranks import check_parts, distributed_config
 from proxytune.loading.spec import ModelSpec
 from proxytune.loading.vocabulary import (
@@ -39,6 +41,8 @@ from proxytune.loading.vocabulary import (
     common_vocabulary,
     settle_vocabulary,
 )
+
+log = logging.getLogger(__name__)
 
 
 def check_triple(specs: Mapping[str, ModelSpec], vocabulary: str = STRICT) -> int:
@@ -241,11 +245,27 @@ def load_config(role: str, spec: ModelSpec) -> Any:
 
 def _check_template(role: str, spec: ModelSpec, tokenizer: Any) -> None:
     """Refuses a chat template that is missing, or does not even render a turn of the user."""
-    if spec.format.kind == "chat":
-        try:
-            render_messages([{"role": "user", "content": "Hello"}], spec.format, tokenizer)
-        except UserError as error:
-            raise UserError(f"{role}: {error}") from error
+    if spec.format.kind != "chat":
+        return
+    try:
+        rendered = render_messages([{"role": "user", "content": "Hello"}], spec.format, tokenizer)
+    except UserError as error:
+        raise UserError(f"{role}: {error}") from error
+    if "hello" not in rendered.text.lower():
+        raise UserError(
+            f"{role}: the chat template of {spec.id} leaves out what the user says (of 'Hello' it "
+            f"makes {rendered.text[:80]!r}); give another template (format.chat_template=...), or "
+            "format.kind=raw"
+        )
+    template = template_of(spec.format, tokenizer) or tokenizer.get_chat_template()
+    if "strftime_now" in template and str(date.today().year) in rendered.text:
+        log.warning(
+            "%s: the chat template of %s writes today's date into every prompt, so runs of two "
+            "days differ; give the date (format.template_kwargs={date_string: ...}, or as the "
+            "template calls it)",
+            role,
+            spec.id,
+        )
 
 
 def _check_device(role: str, name: str | None) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
+from proxytune.engine.text import encoded
 from proxytune.errors import UserError
 from proxytune.loading.length import exceeds
 from proxytune.loading.variables import check_variables
@@ -203,7 +203,15 @@ def apply_template(
             **(variables or {}),
         )
     # A template is foreign code: it refuses by TemplateError, and may fail by any of the others.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         roles = ", ".join(turn["role"] for turn in turns)
         raise TemplateRefusal(
@@ -224,8 +232,7 @@ def prompt_ids(
 ) -> list[int]:
     """The token ids of a text that a model is to continue.
 
-    Tokens that the tokenizer adds after a text (an end token, a separator) are cut, with one
-    warning for each tokenizer: after them a model begins another text.
+    Tokens that the tokenizer adds after a text are cut (`engine.text.encoded`).
 
     Args:
         text: what the model reads.
@@ -242,29 +249,7 @@ def prompt_ids(
             f"the prompt has {len(text):,} characters, more tokens than fit; the models read at "
             f"most {most}"
         )
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    added = _added_after(tokenizer) if special else []
-    return ids[: -len(added)] if added and ids[-len(added) :] == added else ids
-
-
-_added: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # tokenizer -> what it adds
-
-
-def _added_after(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer adds after every text; the first call warns of them."""
-    if tokenizer not in _added:
-        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer("a")["input_ids"])
-        after = whole[::-1].index(plain[-1]) if plain and plain[-1] in whole else 0
-        _added[tokenizer] = whole[len(whole) - after :]
-        if after:
-            log.warning(
-                "the tokenizer of %s adds %s at the end of a prompt; it is cut, for a model would "
-                "begin another text after it",
-                getattr(tokenizer, "name_or_path", "") or "a model",
-                " ".join(tokenizer.convert_ids_to_tokens(_added[tokenizer])),
-            )
-    return _added[tokenizer]
+    return encoded(text, tokenizer, special)
 
 
 def token_ids(

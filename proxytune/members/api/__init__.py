@@ -7,6 +7,7 @@ distribution.py  arithmetic: are these values log-probabilities?
 store.py         answers and spending on disk, so that nothing is paid twice
 faults.py        what a server says when it fails: wait, ask otherwise, or end
 client.py        requests: retries, rate limits, the budget
+reading.py       the forms in which servers write lists
 protocol.py      requests for log-probabilities, and their answers
 probe.py         finds out what the server offers,
 asking.py        by single requests;

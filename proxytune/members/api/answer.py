@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from proxytune.members.api.distribution import FLOOR, Listed
+from proxytune.members.api.distribution import AGREE, FLOOR, Listed
 from proxytune.members.api.names import Named, TokenNames
 
 _SLACK = 1e-5  # probability that rounding to float32 may hide
@@ -39,6 +39,12 @@ class Answer:
     def known(self) -> dict[int, float]:
         """Token id -> log-probability, for the listed tokens."""
         return dict(zip(self.ids.tolist(), self.logprobs.tolist(), strict=True))
+
+    def agrees(self, other: "Answer") -> bool:
+        """Whether another answer for this position has the likeliest token's log-probability."""
+        token = int(self.ids[self.logprobs.argmax()])
+        theirs = other.known
+        return token in theirs and abs(theirs[token] - float(self.logprobs.max())) < AGREE
 
     def logits(self, vocab_size: int) -> torch.Tensor:
         """The log-probabilities, [vocab]; minus infinity for tokens that are not listed."""

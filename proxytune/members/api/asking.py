@@ -5,16 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxytune.engine.text import encoded
 from proxytune.members.api.answer import values_of
 from proxytune.members.api.client import Client
 from proxytune.members.api.distribution import AGREE, Listed
 from proxytune.members.api.faults import Malformed, Refused
 from proxytune.members.api.names import Named, TokenNames
-from proxytune.members.api.protocol import Offer, Protocol, counted_by, generated
+from proxytune.members.api.protocol import FIRST, Offer, Protocol
+from proxytune.members.api.reading import counted_by, generated
 
 TRIES = 2  # of a request that ends in a server's error
-# Positions of which the first leaves much open, the second everything, and the third little.
-FIRST, OPEN, SHARP = "The capital of France is", "The", " 1, 2, 3, 4, 5, 6,"
+# Beside `FIRST`: a position that leaves everything open, and one that leaves little, and repeats
+# tokens, so that penalties on these show.
+OPEN, SHARP = "The", " 1, 2, 3, 4, 5, 6,"
 _COMPARED = 5  # of the likeliest tokens that two lists have in common
 
 
@@ -26,11 +29,13 @@ class Shown:
         named: the listed tokens.
         values: their log-probabilities.
         counted: the server's count of the prompt's tokens; None if it gives none.
+        text: the text that the server wrote, of one token; None if it gives none.
     """
 
     named: Sequence[Named]
     values: Listed
     counted: int | None
+    text: str | None = None
 
     @property
     def content(self) -> dict[int | str | tuple[int, ...], float]:
@@ -79,7 +84,7 @@ class Asker:
         self.tokenizer = tokenizer
         self.exact = not client.settings.foreign_tokenizer
         self.first, self.open, self.sharp = (
-            list(tokenizer(text)["input_ids"]) for text in (FIRST, OPEN, SHARP)
+            encoded(text, tokenizer) for text in (FIRST, OPEN, SHARP)
         )
         self._known: dict[str, Shown] = {}  # request -> what it lists
 
@@ -103,13 +108,16 @@ class Asker:
         def read(answer: Mapping[str, Any]) -> Shown:
             try:
                 listed = generated(answer["choices"][0])
-            except (Malformed, KeyError, TypeError) as error:
+            except Malformed as error:
+                raise Refused(f"it answers with {error}") from error
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
                 raise Refused("it answers without log-probabilities") from error
             counted = counted_by(answer)
             if self.exact and offer.endpoint == "completions" and counted not in (None, length):
                 raise Refused(f"it reads {counted} tokens in a prompt of {length}")
             asked = offer.k if offer.asked is None else offer.asked
-            return Shown(listed, values_of(listed, asked, self.names.vocab_size), counted)
+            values = values_of(listed, asked, self.names.vocab_size)
+            return Shown(listed, values, counted, answer["choices"][0].get("text"))
 
         return self.client.ask(offer.endpoint, body, read, length, TRIES)
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from proxytune.members.api.answer import Answer, make_answer, values_of
+from proxytune.members.api.answer import make_answer, values_of
 from proxytune.members.api.asking import TRIES, Asker
-from proxytune.members.api.distribution import AGREE, NotLogProbs, Watch
+from proxytune.members.api.distribution import NotLogProbs, Watch
 from proxytune.members.api.faults import Malformed, Refused
 from proxytune.members.api.names import Named
-from proxytune.members.api.protocol import Offer, complaint
+from proxytune.members.api.protocol import Offer, complaint, lead
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _blocks(asker: Asker, offer: Offer) -> Offer | None:
     settings = asker.client.settings
     if not len(make_answer(asker.shown(offer, asker.first).named, asker.names, offer.k).ids):
         return None
-    ids = [*asker.first, *asker.sharp[_lead(asker) :]]
+    ids = [*asker.first, *asker.sharp[lead(asker.sharp, asker.tokenizer) :]]
     rated = next(filter(None, (_agreeing(asker, offer, kind, ids) for kind in RATED)), None)
     if settings.prompt_price or settings.max_tokens or settings.max_cost:
         return rated  # a list of prompts reads, and pays for, the same tokens again and again
@@ -80,7 +80,7 @@ def _fastest(asker: Asker, offer: Offer, rated: Offer | None, listed: Offer) -> 
     token by token is where there are none, unless another way is clearly faster.
     """
     room = asker.client.max_positions or 2 * _LONG
-    text = [*asker.first, *asker.sharp[_lead(asker) :]]
+    text = [*asker.first, *asker.sharp[lead(asker.sharp, asker.tokenizer) :]]
     prompt = (text * (_LONG // len(text) + 1))[: min(_LONG, room - 2 * _WIDTH - 2)]
     if len(prompt) < len(asker.first):
         return rated
@@ -117,12 +117,6 @@ def _seconds(asker: Asker, offer: Offer, prompt: Sequence[int], width: int) -> f
     return best
 
 
-def _lead(asker: Asker) -> int:
-    """How many tokens the tokenizer adds before a text."""
-    added = asker.tokenizer("")["input_ids"]
-    return len(added) if asker.sharp[: len(added)] == list(added) else 0
-
-
 def _fault(asker: Asker, offer: Offer, ids: Sequence[int]) -> str | None:
     """The reason not to use a kind of blocks; None if there is none.
 
@@ -133,7 +127,8 @@ def _fault(asker: Asker, offer: Offer, ids: Sequence[int]) -> str | None:
     """
     protocol = asker.protocol(offer)
     place = len(asker.first) - 1
-    start = place if offer.blocks == "prompts" else 0
+    added = lead(ids, asker.tokenizer)  # tokens that have no list at some servers
+    start = place if offer.blocks == "prompts" else min(added, place)
 
     def read(answer: Mapping[str, Any]) -> list[list[Named]]:
         try:
@@ -151,11 +146,4 @@ def _fault(asker: Asker, offer: Offer, ids: Sequence[int]) -> str | None:
         if fault is not None:
             return fault
     single = make_answer(asker.shown(offer, asker.first).named, asker.names, offer.k)
-    return None if _agree(single, answers[place - start]) else "other values"
-
-
-def _agree(one: Answer, other: Answer) -> bool:
-    """Whether two answers for one position agree on the likeliest token's log-probability."""
-    token = int(one.ids[one.logprobs.argmax()])
-    theirs = dict(zip(other.ids.tolist(), other.logprobs.tolist(), strict=True))
-    return token in theirs and abs(theirs[token] - float(one.logprobs.max())) < AGREE
+    return None if single.agrees(answers[place - start]) else "other values"

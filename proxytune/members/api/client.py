@@ -1,5 +1,6 @@
 """Requests to the server: retries after failures, waits that it asks for, and the budget."""
 
+import json
 import logging
 import os
 import random
@@ -79,6 +80,9 @@ def _above(amount: float, limit: float | None) -> bool:
 class Client:
     """One endpoint.
 
+    All answers must come from one model: an answer that names another one than the first ends the
+    run.
+
     A request that fails with 408, 409, 425, 429, 5xx, a broken connection, a time-out or a
     malformed body is tried again after a growing, random wait (the server's Retry-After, where it
     gives one), for `retry_for_s` seconds; an answer of an unknown form, five times at most. An
@@ -99,6 +103,7 @@ class Client:
             settings.base_url, api_key=_key(settings), max_retries=0, timeout=settings.timeout_s
         )
         self._lock = threading.Lock()
+        self._models: dict[str, str] = {}  # endpoint -> the model, as the first answer names it
         self._reserved = Spent()  # by requests that are under way
         self._not_before = 0.0  # time.monotonic() until which a Retry-After stops every request
         self._stopped = threading.Event()
@@ -149,8 +154,8 @@ class Client:
             read: makes the result from the answer's JSON; a KeyError, TypeError, ValueError or
                 `Malformed` in it means that the answer is malformed.
             prompt_tokens: the prompt's length, which counts until the server reports its own.
-            tries: how often a server's error (5xx) or malformed answer is asked for; None goes on
-                for `retry_for_s` seconds.
+            tries: how often a request is sent that ends in a server's error (5xx), a malformed
+                answer or a broken connection; None goes on for `retry_for_s` seconds.
 
         Raises:
             NoRoom: the prompt is too long for the server.
@@ -172,7 +177,8 @@ class Client:
             failure, said = failure_of(error), reason_of(error)
             asked = self._judge(failure, endpoint) if failure else None
             wrong += not isinstance(error, openai.APIError | Failed)
-            broken += (failure.status or 0) >= 500 if failure else isinstance(error, Malformed)
+            fails = isinstance(error, Malformed | openai.APIConnectionError)
+            broken += (failure.status or 0) >= 500 if failure else fails
             if tries is not None and broken >= tries:
                 url = self.settings.base_url
                 raise Refused(f"{url} fails {broken} times: {said}") from error
@@ -180,7 +186,7 @@ class Client:
             give_up = give_up or now + self.settings.retry_for_s
             pause = wait * random.uniform(0.5, 1) if asked is None else asked
             if now + pause > give_up or wrong >= _WRONG_ANSWERS:
-                raise Unanswered(self._given_up(said, wrong)) from error
+                raise Unanswered(self._given_up(said, wrong, asked)) from error
             log.info("trying again in %.1f s: %s", pause, said)
             if asked is not None:
                 with self._lock:
@@ -204,9 +210,28 @@ class Client:
             if failure is not None:
                 raise Failed(failure)
             usage = _usage(answer, prompt_tokens)
+            self._check_model(endpoint, answer)
             return _read(answer, read)
         finally:
             self._release(reserved, *usage)
+
+    def _check_model(self, endpoint: str, answer: Any) -> None:
+        """Refuses an answer that names another model than the first one did."""
+        name = answer.get("model") if isinstance(answer, dict) else None
+        if not isinstance(name, str) or name == self._models.get(endpoint):
+            return
+        fact = f"model of {self.settings.model} {endpoint}"
+        first = self.store.fact(fact)
+        if first is None:
+            self.store.note(fact, name)
+        first = self._models[endpoint] = first or name
+        if name != first:
+            kept = f"; {self.settings.cache} holds its answers" if self.settings.cache else ""
+            raise Refused(
+                f"{self.settings.base_url} answered by the model {first!r} before, and by "
+                f"{name!r} now{kept}: ask for one model by its full name "
+                "(triple.base.api.model=...), and begin again in another output_dir"
+            )
 
     def stop(self) -> None:
         """Ends all waiting: a request that waits, or would have to, fails with Unanswered."""
@@ -284,10 +309,15 @@ class Client:
             raise Refused(f"{url} refuses: {failure}")
         return failure.retry_after
 
-    def _given_up(self, said: str, wrong: int) -> str:
+    def _given_up(self, said: str, wrong: int, asked: float | None) -> str:
         kept = "what is finished is kept, and the same command goes on"
         if wrong >= _WRONG_ANSWERS:
             return f"{self.settings.base_url} gave {wrong} answers of no use (last: {said}); {kept}"
+        if asked is not None and asked > self.settings.retry_for_s:
+            return (
+                f"{self.settings.base_url} asks to wait {asked:,.0f} seconds ({said}), longer than "
+                f"triple.base.api.retry_for_s={self.settings.retry_for_s:g}; {kept}"
+            )
         return (
             f"{self.settings.base_url} did not answer for {self.settings.retry_for_s:g} seconds "
             f"(last: {said}); {kept}"
@@ -332,6 +362,8 @@ def _context_of(model: Mapping[str, Any]) -> int | None:
 def _read(answer: Any, read: Callable[[dict[str, Any]], Any]) -> Any:
     if not isinstance(answer, dict):
         raise Malformed(f"an answer that is no JSON object: {str(answer)[:200]!r}")
+    if "choices" not in answer:
+        raise Malformed(f"an answer without choices: {json.dumps(answer)[:200]}")
     try:
         return read(answer)
     except UpstreamError:

@@ -82,10 +82,21 @@ class Listed:
             if values[-1] >= 0 and abs(float(values.sum()) - 1) < 0.05:
                 return f"probabilities (the first is {best:.4g}) in place of their logarithms"
             return f"a log-probability of {best:.4g}, above 0"
+        if self._coarse(values):
+            return "values that are rounded to two decimals or fewer"
         rounding = POSITIVE + _ROUNDING * float((probs * np.abs(values)).sum())
         if total > 1 + rounding:
             return f"probabilities that sum to {total:.4f}"
         return self._constant() or self._missing(total, rounding) or self._filtered(total)
+
+    @staticmethod
+    def _coarse(values: np.ndarray) -> bool:
+        """Whether the values are multiples of 0.01, so that near ties cannot be told apart.
+
+        Those of float16 and bfloat16 are multiples of 0.25 at most where they are.
+        """
+        telling = 100 * values[(values < -0.005) & (values > -8)]
+        return len(telling) >= _MANY and bool(np.abs(telling - telling.round()).max() < 1e-4)
 
     def _constant(self) -> str | None:
         values, count = self.values, len(self.values)

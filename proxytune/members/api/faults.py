@@ -20,17 +20,28 @@ _TOO_LONG = (
     "exceed_context_size_error",
     "model_context_window_exceeded",
 )
-# The words in which servers refuse a prompt for its length, and those that must come with them.
+# The words in which servers refuse a prompt for its length, those that must come with them, and
+# those that speak of something else.
 _LENGTH = re.compile(
-    r"context|max_model_len|max_total_tokens|max_seq_len|max_position|position embedding"
-    r"|(sequence|input|prompt|model|token) length|input.{0,20}tokens|prompt.{0,30}(is )?too long"
-    r"|prompt.{0,30}tokens long"
-    r"|maximum length",
+    r"context|\b(inputs?|prompts?|sequence|messages?|tokens?|length)\b|position embedding"
+    r"|max_(model_len|total_tokens|seq_len|position)|request too large|chunk",
     re.IGNORECASE,
 )
 _EXCEEDED = re.compile(
-    r"exceed|longer|too long|too large|maximum|at most|larger|greater|must be (<|less|at)|must have"
-    r" less|only |overflow|reduce|no room|limit",
+    r"exceed|longer|too (long|large|big|many)|maximum|at most|larger|greater|beyond|more than"
+    r"|> ?(\d|max)|must be (<|less|at most|between|within)|must have less|overflow"
+    r"|only (\d|has|have)|reduce|no room|limit|input length should be|physical batch|not fit",
+    re.IGNORECASE,
+)
+_SELF_EVIDENT = re.compile(
+    r"(input|prompt)_length_error|(prompt_)?too_long|too_many_tokens|(find|full).{0,20}kv.?cache"
+    r"|kv.?cache.{0,20}full",
+    re.IGNORECASE,
+)
+_ELSE = re.compile(
+    r"log_?probs|token id|per (second|minute|min|hour|day|month)|quota|policy|queue|string_type"
+    r"|rate.?limit|number of prompts|overloaded|best_of|stop|\bn\b|deadline|timed? ?out|cancell?ed"
+    r"|capacity|unavailable|busy",
     re.IGNORECASE,
 )
 # We ask for one token, so none or fewer is what the server's context leaves (vLLM).
@@ -50,6 +61,10 @@ class Refused(UpstreamError, UserError):
 
 class NoRoom(Refused):
     """The prompt does not fit into the server's context."""
+
+
+class Ended(Refused):
+    """The server ends its text at this position, and lists nothing for it."""
 
 
 class Closed(UpstreamError, UserError):
@@ -100,8 +115,11 @@ class Failure:
             return False
         if self.code in _TOO_LONG:
             return True
-        too_long = _LENGTH.search(self.message) and _EXCEEDED.search(self.message)
-        return bool(too_long or _NONE_LEFT.search(self.message))
+        said = f"{self.code} {self.message}"
+        if _SELF_EVIDENT.search(said) or _NONE_LEFT.search(self.message):
+            return True
+        length = _LENGTH.search(self.message) and _EXCEEDED.search(self.message)
+        return bool(length) and not _ELSE.search(self.message)
 
     @property
     def passing(self) -> bool:

@@ -328,8 +328,9 @@ class ApiMember(Member):
     def _refuse_later_tokens(self) -> None:
         if self.offer.endpoint == "completions" and not self.client.settings.foreign_tokenizer:
             return
+        lacking = f"; its /completions: {self.offer.lacking}" if self.offer.lacking else ""
         why = (
-            "a chat endpoint does not go on in the middle of an answer"
+            f"a chat endpoint does not go on in the middle of an answer{lacking}"
             if self.offer.endpoint != "completions"
             else "its tokens are another tokenizer's"
         )

@@ -73,7 +73,8 @@ class TokenNames:
         if self._foreign:
             return self._written_alone(named.text)
         if named.id is None and named.text.startswith(_TOKEN_ID):
-            named = Named(named.logprob, id=int(named.text[len(_TOKEN_ID) :]))
+            number = named.text[len(_TOKEN_ID) :].strip()
+            named = Named(named.logprob, id=int(number) if number.isdecimal() else -1)
         if named.id is not None:
             return (named.id,) if 0 <= named.id < self.vocab_size else ()
         if named.bytes is not None:

@@ -2,7 +2,7 @@
 
 asking.py sends the requests, verify.py tests what the server lists before it is used, and blocks.py
 chooses how several positions are scored. For a server that lists the model's log-probabilities all
-this takes about six requests; the result is kept in the store.
+this takes about eight requests; the result is kept in the store.
 """
 
 import itertools
@@ -19,13 +19,14 @@ from proxytune.members.api.client import Client
 from proxytune.members.api.distribution import NotLogProbs
 from proxytune.members.api.faults import Refused
 from proxytune.members.api.names import TokenNames
-from proxytune.members.api.protocol import Offer, complaint, counted_by
-from proxytune.members.api.verify import answers_single_tokens, trusted
+from proxytune.members.api.protocol import Offer, complaint
+from proxytune.members.api.reading import counted_by
+from proxytune.members.api.verify import answers_single_tokens, check_vocabulary, trusted
 
 log = logging.getLogger(__name__)
 
 AUTO = (100, 50, 20, 10, 5, 3, 2, 1)  # tokens per position that "auto" asks for, in this order
-_FORM = "3"  # of `Offer`, and of the tests that it has passed
+_FORM = "4"  # of `Offer`, and of the tests that it has passed
 
 
 def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
@@ -42,7 +43,9 @@ def find_offer(client: Client, names: TokenNames, tokenizer: Any) -> Offer:
     if known is not None:
         return Offer(**known)
     asker = Asker(client, names, tokenizer)
-    offer = with_blocks(asker, trusted(asker, _Listing(asker).find()))
+    offer = trusted(asker, _Listing(asker).find())
+    check_vocabulary(asker, offer)
+    offer = with_blocks(asker, offer)
     offer = replace(offer, asks=answers_single_tokens(asker, offer))
     client.store.note(name, asdict(offer))
     log.info("%s shows %s", settings.base_url, offer)
@@ -67,13 +70,17 @@ class _Listing:
         for endpoint in endpoints:
             offer = self._listing(endpoint)
             if offer is not None:
-                return offer
+                return replace(offer, lacking=self._said())
         wanted = self.settings.top_logprobs
-        said = "; ".join(dict.fromkeys(self._refusals[-3:])) or "it refuses"
         raise UserError(
             f"{self.settings.base_url} does not show the log-probabilities that are asked for "
-            f"(triple.base.api.top_logprobs={wanted}): {said}"
+            f"(triple.base.api.top_logprobs={wanted}): "
+            f"{self._said() or 'it refuses'}"
         )
+
+    def _said(self) -> str:
+        """What the server said when it refused."""
+        return "; ".join(dict.fromkeys(self._refusals[-3:]))
 
     def _listing(self, endpoint: str) -> Offer | None:
         """The way of asking that lists the most tokens; None if there is none."""

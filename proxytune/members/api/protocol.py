@@ -2,22 +2,34 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from proxytune.engine.text import encoded
 from proxytune.members.api.answer import Answer, make_answer, values_of
 from proxytune.members.api.client import Client
 from proxytune.members.api.distribution import FLOOR, MEND, POSITIVE, NotLogProbs, Watch
-from proxytune.members.api.faults import Malformed, Refused
+from proxytune.members.api.faults import Ended, Malformed, NoRoom, Refused
 from proxytune.members.api.names import Named, TokenNames
+from proxytune.members.api.reading import ENDED, counted_by, generated, named, number
 
 # Ways to sample the token that nobody needs. Some servers list what sampling left: at temperature
 # 0 a single token. At temperature 1, without filters, that is the model's own distribution.
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "plain": {"temperature": 1, "top_p": 1},
-    "unfiltered": {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0},
+    "unfiltered": {
+        "temperature": 1,
+        "top_p": 1,
+        "top_k": -1,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    },
 }
+FIRST = "The capital of France is"  # a beginning that leaves much open, and does not end
+_END_NEEDED = "use a server that lists end tokens, or one that rates prompts (echo)"
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Offer:
         sampling: the way in `SAMPLING` that lists the model's own distribution.
         asks: whether it answers for single tokens that it does not list ("logprob_token_ids",
             vLLM's field).
+        lacking: why it gives no more than that.
     """
 
     endpoint: str
@@ -49,6 +62,7 @@ class Offer:
     counts: bool = False
     sampling: str = "greedy"
     asks: bool = False
+    lacking: str = ""
 
     def __str__(self) -> str:
         listed = "every token" if self.k == -1 else f"the {self.k} likeliest tokens"
@@ -75,13 +89,78 @@ class Protocol:
     offer: Offer
     tokenizer: Any
     _watch: Watch = field(default_factory=Watch)
+    _rates: bool = False  # prompts as single requests do: known after `_past_end`
 
     def ask(self, ids: Sequence[int], start: int) -> list[Answer]:
         """The answers after ids[: start + 1], ids[: start + 2], ..., `ids`, by one request.
 
+        Some servers list nothing where their text ends. These are asked once more (`_past_end`).
+
         Raises:
             NotLogProbs: the server has changed what it lists.
             ValueError, OSError: see `Client.ask`.
+        """
+        try:
+            return self._ask(ids, start)
+        except Ended:
+            if self.offer.endpoint != "completions":
+                raise
+            return self._past_end(ids, start)
+
+    def _past_end(self, ids: Sequence[int], start: int) -> list[Answer]:
+        """The answers up to `ids` by a longer prompt that is rated: there no text ends.
+
+        Raises:
+            Refused: the server rates no prompts, or not as it answers single requests.
+            ValueError, OSError: see `Client.ask`.
+        """
+        try:
+            if not self._rates:
+                known = encoded(FIRST, self.tokenizer)
+                (rated,) = self._echo(known, len(known) - 1)
+                (single,) = self._ask(known, len(known) - 1)
+                self._rates = single.agrees(rated)
+            if self._rates:
+                return self._echo(ids, start)
+        except NoRoom:
+            raise
+        except Refused as error:
+            raise Refused(f"{ENDED}, and rates no prompts ({error}): {_END_NEEDED}") from error
+        raise Refused(f"{ENDED}, and rates prompts otherwise: {_END_NEEDED}")
+
+    def _echo(self, ids: Sequence[int], start: int) -> list[Answer]:
+        """The answers after ids[: start + 1], ..., `ids` by a longer prompt that is rated."""
+        longer = self._longer(ids)
+        rating = replace(self, offer=replace(self.offer, blocks="echo"))
+
+        def read(answer: Mapping[str, Any]) -> list[Answer]:
+            lists = rating.echoed(answer, longer)[start + 1 : len(longer)]
+            pairs = zip(lists, ids[start:], strict=True)
+            return [self.checked(named(listed), token) for listed, token in pairs]
+
+        body = rating.body(longer, start)
+        return self.client.ask(self.offer.endpoint, body, read, len(longer), tries=2)
+
+    def _longer(self, ids: Sequence[int]) -> list[int]:
+        """These tokens and one more, so that the server can be asked for them.
+
+        Raises:
+            Refused: the server takes text, and there is none for them.
+        """
+        words = [encoded(text, self.tokenizer)[-1] for text in (" a", ".", "\n")]
+        longer = [[*ids, token] for token in (ids[-1], *words)]
+        if not self.offer.text:
+            return longer[0]
+        found = next((each for each in longer if text_of(each, self.tokenizer) is not None), None)
+        if found is None:
+            raise Refused("no longer prompt has a text of its own")
+        return found
+
+    def _ask(self, ids: Sequence[int], start: int) -> list[Answer]:
+        """See `ask`.
+
+        Raises:
+            Ended: the server lists nothing where its text ends.
         """
         block = start < len(ids) - 1
         assert not block or self.offer.blocks is not None
@@ -182,22 +261,36 @@ class Protocol:
             if sorted(choice["index"] for choice in choices) != list(range(len(ids) - start)):
                 raise Malformed(f"{len(choices)} choices for {len(ids) - start} prompts")
             return [generated(c) for c in sorted(choices, key=lambda c: c["index"])]
+        if self.offer.blocks == "echo":
+            lists = self.echoed(answer, ids)
+            if len(lists) == len(ids):
+                raise Ended(ENDED)
+            return [named(listed) for listed in lists[start + 1 :]]
         return [*self._rated(choices[0], ids, start + 1), generated(choices[0])]
+
+    def echoed(self, answer: Mapping[str, Any], ids: Sequence[int]) -> list[Any]:
+        """What is listed for each token of a prompt that is given back, and for the next one.
+
+        The first tokens may lack their lists: those that the tokenizer adds before a text, which
+        llama-cpp-python leaves out. There is no next token where the server's text has ended.
+        """
+        lists = answer["choices"][0]["logprobs"]["top_logprobs"]
+        usage = answer.get("usage")
+        written = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
+        whole = len(ids) + (written != 0)
+        if not 0 <= whole - len(lists) <= lead(ids, self.tokenizer):
+            raise Malformed(f"{len(lists)} places rated for a prompt of {len(ids)} tokens")
+        return [None] * (whole - len(lists)) + lists
 
     def _rated(self, choice: Mapping[str, Any], ids: Sequence[int], first: int) -> list[Any]:
         """The listed tokens at the positions `first`, `first` + 1, ... of the prompt."""
-        if self.offer.blocks == "echo":
-            lists = choice["logprobs"]["top_logprobs"][: len(ids)]
-            if len(choice["logprobs"]["top_logprobs"]) != len(ids) + 1:
-                raise Malformed(f"{len(lists)} places rated for a prompt of {len(ids)} tokens")
-            return [_from_map(listed) for listed in lists[first:]]
         lists = choice["prompt_logprobs"]
         if len(lists) != len(ids) or any(
             str(token) not in rated for token, rated in zip(ids[1:], lists[1:], strict=True)
         ):
             raise Malformed("the prompt that was rated is not the one that was sent")
         return [
-            [Named(_number(each["logprob"]), id=int(i)) for i, each in listed.items()]
+            [Named(number(each), id=int(i)) for i, each in listed.items()]
             for listed in lists[first:]
         ]
 
@@ -224,34 +317,33 @@ class Protocol:
         return answer
 
     def _recount(self, answer: Mapping[str, Any], ids: Sequence[int], block: bool) -> None:
-        """Refuses an answer to a text that the server has split into another number of tokens."""
+        """Refuses an answer to a prompt that the server reads as another number of tokens."""
         counted = counted_by(answer)
         many = block and self.offer.blocks == "prompts"
-        if not self.offer.text or not self.offer.counts or many or counted in (None, len(ids)):
+        if not self.offer.counts or many or counted in (None, len(ids)):
             return
+        why = "it cuts prompts, or adds to them: give it a larger context"
+        if self.offer.text:
+            end = self.tokenizer.decode(ids[-8:])
+            why = f"({end!r} at its end): it cuts texts, or its tokenizer is another one"
         raise Refused(
-            f"{self.client.settings.base_url} reads {counted} tokens in a text of {len(ids)} "
-            f"({self.tokenizer.decode(ids[-8:])!r} at its end): its tokenizer is another one"
+            f"{self.client.settings.base_url} reads {counted} tokens in a prompt of {len(ids)}: "
+            f"{why}; what is finished is kept"
         )
 
 
 def text_of(ids: Sequence[int], tokenizer: Any) -> str | None:
     """The text that encodes to these tokens, with the special tokens that the tokenizer adds."""
     ids = list(map(int, ids))
-    lead = 0
-    for own, added in zip(ids, tokenizer("")["input_ids"], strict=False):
-        if own != added:
-            break
-        lead += 1
-    text = tokenizer.decode(ids[lead:], clean_up_tokenization_spaces=False)
-    return text if list(tokenizer(text)["input_ids"]) == ids else None
+    added = lead(ids, tokenizer)
+    text = tokenizer.decode(ids[added:], clean_up_tokenization_spaces=False)
+    return text if encoded(text, tokenizer) == ids else None
 
 
-def counted_by(answer: Mapping[str, Any]) -> int | None:
-    """The server's count of the prompt's tokens; None if it gives none."""
-    usage = answer.get("usage")
-    count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-    return count if isinstance(count, int) and count > 0 else None
+def lead(ids: Sequence[int], tokenizer: Any) -> int:
+    """How many of these tokens are those that the tokenizer adds before a text."""
+    added = encoded("", tokenizer)
+    return len(added) if list(ids[: len(added)]) == added else 0
 
 
 def complaint(client: Client, found: str) -> str:
@@ -260,32 +352,3 @@ def complaint(client: Client, found: str) -> str:
         f"{client.settings.base_url} lists {found}: these are no natural log-probabilities of the "
         f"model's own distribution ({MEND})"
     )
-
-
-def generated(choice: Mapping[str, Any]) -> list[Named]:
-    """The listed tokens at the position of the one generated token."""
-    logprobs = choice["logprobs"]
-    if logprobs is None:
-        raise Malformed("no log-probabilities")
-    if logprobs.get("content") is not None:  # chat, and llama.cpp's completions
-        listed = logprobs["content"][-1]["top_logprobs"]
-        return [
-            Named(_number(t["logprob"]), t.get("token", ""), t.get("id"), t.get("bytes"))
-            for t in listed
-        ]
-    return _from_map(logprobs["top_logprobs"][-1])
-
-
-def _from_map(listed: Mapping[str, Any] | None) -> list[Named]:
-    if not listed:
-        raise Malformed("a place without log-probabilities")
-    return [Named(_number(logprob), text) for text, logprob in listed.items()]
-
-
-def _number(logprob: Any) -> float | None:
-    """A log-probability; None for a token that is listed without one."""
-    if logprob is None:
-        return None
-    if isinstance(logprob, int | float) and not isinstance(logprob, bool):
-        return float(logprob)
-    return float("nan")  # "NaN", "-inf", true: refused by the arithmetic on the list

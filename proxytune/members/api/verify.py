@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from proxytune.engine.truncation import MAX_ASKED
+from proxytune.errors import UserError
 from proxytune.members.api.answer import make_answer
 from proxytune.members.api.asking import TRIES, Asker, Shown
 from proxytune.members.api.distribution import AGREE, NotLogProbs
@@ -20,6 +21,7 @@ from proxytune.members.api.protocol import SAMPLING, Offer, complaint
 log = logging.getLogger(__name__)
 
 _LESS = 0.99  # a sum below this is not 1
+_ROUNDING = 2.0**-6  # relative difference of two values in bfloat16, far down in a list
 _COMPARED = 5  # of the listed tokens with the same tokens by their ids
 
 
@@ -49,6 +51,38 @@ def trusted(asker: Asker, offer: Offer) -> Offer:
     raise NotLogProbs(complaint(asker.client, found[0]))
 
 
+def check_vocabulary(asker: Asker, offer: Offer) -> None:
+    """Compares the texts that the server writes with the triple's tokens of the ids that it names.
+
+    Token ids are sent and listed, so a server of another vocabulary would answer, too.
+
+    Raises:
+        UserError: all texts differ.
+    """
+    if not asker.exact or offer.sampling != "greedy":
+        return
+    others = []
+    for ids in (asker.first, asker.open, asker.sharp):
+        shown = asker.tried(offer, ids)
+        known = [each for each in shown.named if each.logprob is not None] if shown else []
+        best = max(known, key=lambda each: each.logprob or 0.0, default=None)
+        written = ((shown.text if shown else None) or "").strip()
+        if best is None or not written or "\ufffd" in written:
+            continue
+        tokens = asker.names.ids(best)
+        own = [asker.tokenizer.decode([token]).strip() for token in tokens] or [best.text.strip()]
+        if written in own:
+            return
+        others.append(
+            f"{best.key!r} is {own[0]!r} to the triple, and the server writes {written!r}"
+        )
+    if others:
+        raise UserError(
+            f"{asker.client.settings.base_url} serves a model of another vocabulary: {others[0]}; "
+            "triple.base.id must name the served model's own tokenizer"
+        )
+
+
 def _fault(asker: Asker, offer: Offer) -> str | None:
     """The reason why lists asked for in this way are no log-probabilities; None if they are."""
     first = asker.shown(offer, asker.first)
@@ -58,6 +92,8 @@ def _fault(asker: Asker, offer: Offer) -> str | None:
     other = asker.tried(offer, asker.open)
     if other is not None and other.content == first.content and len(first.content) > 1:
         return "the same values at different positions"
+    if _penalised(asker, offer):
+        return "values that change with the tokens before (a penalty of the server's own)"
     shorter = _shorter(asker, offer)
     if shorter is not None and _normalised(shorter, first):
         return "values that sum to 1 whatever the length of the list"
@@ -83,6 +119,21 @@ def _normalised(short: Shown, long: Shown) -> bool:
     if not short.values.sums_to_one():
         return False
     return float(np.exp(long.values.values[: len(short.values.values)]).sum()) < _LESS
+
+
+def _penalised(asker: Asker, offer: Offer) -> bool:
+    """Whether a server's own penalties change what it lists after a repeated word."""
+    neutral = replace(offer, sampling="unfiltered")
+    if offer.endpoint != "completions" or offer == neutral:
+        return False
+    without = asker.tried(neutral, asker.sharp)
+    own = None if without is None else asker.tried(offer, asker.sharp)
+    if own is None or without is None or without.values.fault() is not None:
+        return False
+    values = without.content
+    pairs = [(value, values[key]) for key, value in own.content.items() if key in values]
+    exact = not any(each.by_text for each in own.named)  # a text may stand for another token
+    return exact and any(abs(a - b) > AGREE + _ROUNDING * abs(b) for a, b in pairs)
 
 
 def _shorter(asker: Asker, offer: Offer) -> Shown | None:

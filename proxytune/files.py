@@ -6,13 +6,24 @@ import logging
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from io import BufferedReader, FileIO
 from pathlib import Path
 from types import UnionType
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from proxytune.errors import UserError
 
@@ -69,11 +80,13 @@ def folder_name(text: str) -> str:
     return f"{kept}-{digest}"
 
 
-def read_json(path: Path, **kinds: type) -> Any:
+def read_json(path: Path, shape: Any = None, **kinds: Any) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
+        shape: a `TypedDict` with total=False: if given, the content is an object, and those of its
+            keys that the shape names have values of these types.
         kinds: if given, the content is an object that has these keys, with values of these types.
 
     Raises:
@@ -84,12 +97,15 @@ def read_json(path: Path, **kinds: type) -> Any:
         found = _loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
-    if kinds and not isinstance(found, dict):
+    if (shape or kinds) and not isinstance(found, dict):
         raise UserError(f"{path} holds no object; restore it, or delete it")
-    for key, kind in kinds.items():
-        if not isinstance(found.get(key), kind):
-            lacks = f"{key!r} is no {kind.__name__}" if key in found else f"it has no {key!r}"
-            raise UserError(f"{path} is damaged ({lacks}); restore it, or delete it")
+    hints = {**(_typed(shape) if shape else {}), **kinds}
+    for key, hint in hints.items():
+        if key not in found and key in kinds:
+            raise UserError(f"{path} is damaged (it has no {key!r}); restore it, or delete it")
+        if key in found and not _fits(found[key], hint):
+            why = f"its {key!r} is of another type"
+            raise UserError(f"{path} is damaged ({why}); restore it, or delete it")
     return found
 
 
@@ -118,7 +134,10 @@ def _as_record(row: Any, record: type[JsonlRecord], place: str) -> JsonlRecord:
     why = _misfit(row, hints, needed)
     if why:
         raise UserError(f"{place} is no {record.__name__}: {why}")
-    return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
+    try:
+        return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -218,6 +237,9 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
+_typed = cache(get_type_hints)
+
+
 @cache
 def _shape(record: Any) -> tuple[dict[str, Any], set[str]]:
     """The types of a record's fields, and the names of those that must be given."""
@@ -261,9 +283,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
     if is_dataclass(hint):
         return _misfit(value, *_shape(hint)) is None
+    if is_typeddict(hint):
+        known = _typed(hint).items()
+        return isinstance(value, dict) and all(_fits(value[k], h) for k, h in known if k in value)
     if isinstance(value, bool):  # which Python counts among the integers
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:  # 1e999 is read as infinite, and an integer may be too large
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint)
 
 
 class JsonlWriter:
@@ -322,22 +349,25 @@ def open_own(path: Path) -> FileIO:
     return FileIO(os.open(path, flags, 0o666), "ab+")
 
 
-def check_no_links(folder: Path) -> None:
-    """Refuses a results folder in which a symbolic link could lead the writing elsewhere.
+def check_plain_files(folder: Path) -> None:
+    """Refuses a results folder that holds anything but files and folders.
 
-    The folder itself may be reached through one. Weights & Biases makes links of its own.
+    A symbolic link could lead the writing elsewhere, and who opens a named pipe waits for ever. The
+    folder itself may be reached through a link. Weights & Biases makes links of its own.
 
     Raises:
-        UserError: the message names the first link.
+        UserError: the message names the first such thing.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != "wandb"]
-        link = next((name for name in (*folders, *files) if Path(parent, name).is_symlink()), None)
-        if link:
-            raise UserError(
-                f"{Path(parent, link)} is a symbolic link, and nothing is written through one; "
-                "replace it by what it leads to"
-            )
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link, and nothing is written through one; "
+                    "replace it by what it leads to"
+                )
+            if not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is neither a file nor a folder; move it away")
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -45,7 +45,9 @@ def print_command() -> None:
 
 def _compose(main: Callable[[], object]) -> None:
     """Calls one of Hydra's entries with the command line, its own files given by name."""
-    sys.argv[1:] = given.take(sys.argv[1:])
+    words = given.take(sys.argv[1:])
+    # argparse knows no setting after a flag that stands among settings ("limit=2 -m alpha=0,1")
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
     main()
 
 

@@ -26,7 +26,7 @@ from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
-from proxytune.files import check_name, check_no_links, replace_file
+from proxytune.files import check_name, check_plain_files, replace_file
 from proxytune.members.api.settings import LOCAL
 from proxytune.roles import ROLES, SYSTEMS
 from proxytune.vllm.settings import OWN, EngineSettings
@@ -282,7 +282,7 @@ def check_writable(folder: Path) -> None:
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         message = f"output_dir={folder} cannot be made ({error.strerror}); choose another folder"
         raise UserError(message) from error
-    check_no_links(folder)
+    check_plain_files(folder)
     probe = folder / ".writable"
     replace_file(probe, b"a full disk is found out now rather than after the first batch\n")
     probe.unlink()

@@ -143,7 +143,10 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        return error_response(error.status_code, str(error.detail), headers=headers)
+        said = str(error.detail)
+        if isinstance(error.__cause__, RecursionError | ValueError):  # FastAPI's, of a body
+            said = "the body is not JSON: nested too deeply, no UTF-8, or a number without end"
+        return error_response(error.status_code, said, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

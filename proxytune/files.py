@@ -55,9 +55,11 @@ def check_name(what: str, name: str) -> str:
         name: its value.
 
     Raises:
-        UserError: it is no name of one folder ("../x", "a/b", "", a name of 256 bytes).
+        UserError: it is no name of one folder ("../x", "a/b", "", a name of 256 bytes), or steers
+            a terminal.
     """
-    if name in ("", ".", "..") or name.startswith("~") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+    odd = name in ("", ".", "..") or name.startswith("~") or re.search(r"[/\\]", name)
+    if odd or not name.isprintable():
         raise UserError(
             f"{what}={name!r} becomes a folder: it takes a plain name, without / and \\; the "
             "place of the results is output_dir=..."
@@ -67,17 +69,36 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Refuses a results folder whose name does not say where it is.
+
+    Raises:
+        UserError: it is empty, or begins with ~.
+    """
+    if not output_dir.strip():
+        raise UserError("output_dir is empty; give a folder, or leave it out")
+    if output_dir.startswith("~"):
+        raise UserError(f"output_dir={output_dir}: write $HOME, for no shell expands ~ there")
+
+
 def folder_name(text: str) -> str:
     """A folder's name for any text; different texts have different names.
 
-    Separators are escaped as in URLs, and a text that is too long ends in a hash of the whole.
+    Separators, and what cannot be printed, are escaped as in URLs, and a text that is too long ends
+    in a hash of the whole.
     """
-    name = re.sub(r"[%/\\\x00-\x1f\x7f]|^[.~]", lambda found: f"%{ord(found[0]):02X}", text)
+    name = "".join(map(_printable, re.sub(r"[%/\\]|^[.~]", lambda c: f"%{ord(c[0]):02X}", text)))
     if len(name.encode(errors="surrogatepass")) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
     kept = name.encode(errors="surrogatepass")[: LONGEST_NAME - 17].decode(errors="ignore")
     return f"{kept}-{digest}"
+
+
+def _printable(char: str) -> str:
+    if char.isprintable():
+        return char
+    return f"%{ord(char):02X}" if ord(char) < 256 else f"%u{ord(char):06X}"
 
 
 def read_json(path: Path, shape: Any = None, **kinds: Any) -> Any:

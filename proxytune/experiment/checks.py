@@ -26,7 +26,7 @@ from proxytune.engine.penalties import NO_RAW_LOGITS
 from proxytune.errors import UserError, need
 from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
-from proxytune.files import check_name, check_plain_files, replace_file
+from proxytune.files import check_name, check_output_dir, check_plain_files, replace_file
 from proxytune.members.api.settings import LOCAL
 from proxytune.roles import ROLES, SYSTEMS
 from proxytune.vllm.settings import OWN, EngineSettings
@@ -47,7 +47,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
         UserError: a bad setting, an unknown task key, a judge without its key, a model that is
             not there or may not be read, a triple without one vocabulary.
     """
-    _check_config(cfg)
+    check_config(cfg)
     engine = engine_settings(cfg)
     engine.check()
     if cfg.stage != "score":
@@ -195,7 +195,12 @@ def check_engine_systems(cfg: DictConfig, specs: Mapping[str, Any], engine: Engi
         plan_system({role: specs[name] for role, name in members.items()}, engine)
 
 
-def _check_config(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
+    """Refuses settings that are wrong whatever the models and the data are.
+
+    Raises:
+        UserError: the message names the first of them.
+    """
     unknown = [s for s in cfg.systems if s not in SYSTEMS]
     if unknown or not cfg.systems:
         wrong = f"unknown system {unknown}" if unknown else "no system chosen"
@@ -216,10 +221,7 @@ def _check_config(cfg: DictConfig) -> None:
     check_name("name", cfg.name)
     for task in cfg.task:
         check_name("task", str(task))
-    if not str(cfg.output_dir).strip():
-        raise UserError("output_dir is empty; give a folder, or leave it out")
-    if str(cfg.output_dir).startswith("~"):
-        raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
+    check_output_dir(str(cfg.output_dir))
     for role in _members_in_use(cfg):
         member = member_of(cfg, role)
         if member is None or OmegaConf.is_missing(member, "id"):

@@ -75,7 +75,8 @@ class Gate:
         self._paths = paths
         self._metrics = metrics
         self._hosts = Hosts(settings.allowed_hosts)
-        self._key = None if settings.api_key is None else settings.api_key.encode()
+        key = settings.api_key
+        self._key = None if key is None else key.encode(errors="surrogateescape")
         self._max_bytes = settings.max_request_bytes
         self._closing = closing
 

@@ -23,7 +23,15 @@ class PointsSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the points, then writes the page over them (report=false leaves it out)."""
         self._folders: list[Path] = []
-        returned = super().sweep(arguments)
+        try:
+            returned = super().sweep(arguments)
+        except SystemExit as end:
+            if end.code == 1:  # a person's mistake, which the point has explained
+                log.warning(
+                    "the sweep ends here, and the points after this one were not started; the "
+                    "same command keeps what is finished"
+                )
+            raise
         for folder in dict.fromkeys(self._folders):
             report_sweep(folder)
         return returned
@@ -49,6 +57,8 @@ class PointsSweeper(BasicSweeper):
                 raise UserError(f"point {number} of the sweep: {error}") from error
             sweeps.add(str(cfg.output_dir))
             folder = point_folder(str(cfg.output_dir), cfg.hydra.job.override_dirname)
+            if folder != Path(cfg.output_dir) and folder.is_symlink():
+                raise UserError(f"{folder} is a symbolic link, and nothing is written through one")
             points.append((settings, folder))
             if cfg.report and cfg.stage != "generate" and folder != Path(cfg.output_dir):
                 self._folders.append(Path(cfg.output_dir))

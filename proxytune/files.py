@@ -6,26 +6,14 @@ import logging
 import os
 import re
 import stat
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cache
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from types import UnionType
-from typing import (
-    Any,
-    Generic,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Any, Generic, TypeVar
 
 from proxytune.errors import UserError
+from proxytune.shapes import fits, misfit, shape_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +108,11 @@ def read_json(path: Path, shape: Any = None, **kinds: Any) -> Any:
         raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
     if (shape or kinds) and not isinstance(found, dict):
         raise UserError(f"{path} holds no object; restore it, or delete it")
-    hints = {**(_typed(shape) if shape else {}), **kinds}
+    hints = {**(typed(shape) if shape else {}), **kinds}
     for key, hint in hints.items():
         if key not in found and key in kinds:
             raise UserError(f"{path} is damaged (it has no {key!r}); restore it, or delete it")
-        if key in found and not _fits(found[key], hint):
+        if key in found and not fits(found[key], hint):
             why = f"its {key!r} is of another type"
             raise UserError(f"{path} is damaged ({why}); restore it, or delete it")
     return found
@@ -151,14 +139,19 @@ def _as_record(row: Any, record: type[JsonlRecord], place: str) -> JsonlRecord:
     Raises:
         UserError: it does not fit; the message begins with `place`.
     """
-    hints, needed = _shape(record)
-    why = _misfit(row, hints, needed)
+    hints, needed = shape_of(record)
+    why = misfit(row, hints, needed)
     if why:
         raise UserError(f"{place} is no {record.__name__}: {why}")
     try:
         return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def _nested(value: Any, hint: Any) -> Any:
+    """The value of a field; a record within a record becomes one."""
+    return hint(**value) if is_dataclass(hint) else value  # pyright: ignore[reportCallIssue]
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -256,62 +249,6 @@ def _loads(data: bytes) -> Any:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
-
-
-_typed = cache(get_type_hints)
-
-
-@cache
-def _shape(record: Any) -> tuple[dict[str, Any], set[str]]:
-    """The types of a record's fields, and the names of those that must be given."""
-    needed = {
-        field.name
-        for field in fields(record)
-        if field.default is MISSING and field.default_factory is MISSING
-    }
-    return get_type_hints(record), needed
-
-
-def _nested(value: Any, hint: Any) -> Any:
-    """The value of a field; a record within a record becomes one."""
-    return hint(**value) if is_dataclass(hint) else value  # pyright: ignore[reportCallIssue]
-
-
-def _misfit(row: Any, hints: Mapping[str, Any], needed: set[str]) -> str | None:
-    """Why a JSON value does not fit the fields of a record; None if it does."""
-    if not isinstance(row, dict):
-        return "it is no object"
-    if unknown := row.keys() - hints.keys():
-        return f"it has an unknown {min(unknown)!r}"
-    if missing := needed - row.keys():
-        return f"it has no {min(missing)!r}"
-    wrong = next((key for key, value in row.items() if not _fits(value, hints[key])), None)
-    return f"its {wrong!r} is of another type" if wrong else None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type of a record's field."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if kind is Literal:
-        return value in inner
-    if kind in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if kind in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
-    if is_dataclass(hint):
-        return _misfit(value, *_shape(hint)) is None
-    if is_typeddict(hint):
-        known = _typed(hint).items()
-        return isinstance(value, dict) and all(_fits(value[k], h) for k, h in known if k in value)
-    if isinstance(value, bool):  # which Python counts among the integers
-        return hint is bool
-    if hint is float:  # 1e999 is read as infinite, and an integer may be too large
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return isinstance(value, hint)
 
 
 class JsonlWriter:

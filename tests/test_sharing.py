@@ -264,6 +264,15 @@ def test_points_with_folders_of_their_own_all_start(words, points, started, tmp_
     assert ("points in one alone share" in caplog.text) == apart
 
 
+def test_a_point_is_not_written_through_a_link(started, tmp_path):
+    """A sweep's folder may be a stranger's; the folder itself may be reached through a link."""
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "alpha=1.0").symlink_to(tmp_path)
+    done = call(cli.run, "-m", "limit=1", f"output_dir={tmp_path}/sweep", "alpha=0.5,1.0")
+    assert done.returncode == 1 and "alpha=1.0 is a symbolic link" in done.stderr
+    assert not started
+
+
 def test_the_flag_may_stand_among_the_settings(started, tmp_path):
     done = call(cli.run, "limit=1", f"output_dir={tmp_path}", "-m", "alpha=0.5,1.0")
     assert done.returncode == 0, done.stderr

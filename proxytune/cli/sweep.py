@@ -35,8 +35,9 @@ def check_points(points: Iterable[tuple[Sequence[str], Path]]) -> None:
         UserError: the message names the settings in which the two differ.
     """
     seen: dict[Path, tuple[int, Sequence[str]]] = {}
-    for number, (settings, folder) in enumerate(points, start=1):
-        first, others = seen.setdefault(folder.resolve(), (number, settings))
+    for number, (settings, written) in enumerate(points, start=1):
+        folder = written.resolve()
+        first, others = seen.setdefault(folder, (number, settings))
         if first == number:
             continue
         differing = [pair for pair in zip(others, settings, strict=True) if pair[0] != pair[1]]

@@ -28,6 +28,7 @@ from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
 from proxytune.files import check_name, check_output_dir, check_plain_files, replace_file
 from proxytune.members.api.settings import LOCAL
+from proxytune.records import is_plain
 from proxytune.roles import ROLES, SYSTEMS
 from proxytune.vllm.settings import OWN, EngineSettings
 
@@ -58,6 +59,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: _make_task(name, node) for name, node in cfg.task.items()}
+    _check_names(tasks)
     _check_decoding(cfg, tasks, engine)
     for task in tasks.values():
         # generating needs no judge and runs no program; another harness needs its data for it
@@ -251,6 +253,15 @@ def _make_task(name: str, node: DictConfig) -> Any:
         reason = str(cause).splitlines()[0]
         hint = f"its keys stand in conf/task/{name}.yaml"
         raise UserError(f"task {name}: {reason}; {hint}") from error
+
+
+def _check_names(tasks: Mapping[str, Any]) -> None:
+    """Refuses names that could not stand in the run's tables; see `records.Metric`."""
+    for name, task in tasks.items():
+        metrics = getattr(task, "metrics", {})  # a task that runs itself learns them later
+        for each in (name, *metrics, *(info.label for info in metrics.values())):
+            if not is_plain(each):
+                raise UserError(f"task {name}: {each!r} is no name for a table; rename it")
 
 
 def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any], engine: EngineSettings) -> None:

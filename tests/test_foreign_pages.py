@@ -112,6 +112,8 @@ DAMAGED = {
     "an infinite number": ("table.csv", table("n_examples", "inf")),
     "a truth of text": ("table.csv", table("percent", "abc")),
     "half an example": ("table.csv", table("limit", "1.5")),
+    "examples without end": ("table.csv", table("limit", "inf")),
+    "zeros hidden by a text": ("table.csv", table("hide_zeros", "abc")),
     "no name": ("table.csv", table("metric", None)),
     "another folder's task": ("table.csv", table("task", "../../etc")),
     "a label that steers": ("table.csv", table("label", STEERS[:9])),

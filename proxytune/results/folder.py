@@ -165,7 +165,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     try:
         # a task may be called "null"; a missing cell is an empty one
         table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""])
-    except (ValueError, TypeError) as error:  # pandas' own errors are ValueErrors, too
+    except (ValueError, TypeError, OverflowError) as error:  # pandas' own are ValueErrors, too
         why = str(error).partition("\n")[0]
         raise UserError(f"{path} is no table of ours ({why}); score the run again") from error
     if missing := [name for name in _COLUMNS if name not in table]:
@@ -187,6 +187,8 @@ def _is_right(table: pd.DataFrame, name: str) -> bool:
         return all(map(is_plain, cells))
     if name in _TRUTHS:
         return column.dtype == bool
+    if name == "hide_zeros":  # true, or empty
+        return all(each is True for each in cells.tolist())
     if _NUMBER.fullmatch(name):  # a column without a cell is one of numbers
         return bool(column.dtype.kind in "iuf" and (cells.abs() <= sys.float_info.max).all())
     return True

@@ -7,6 +7,8 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from proxytune.errors import UserError
 Row = dict[str, Any]
 
 _MOST_BYTES = 2**31  # of a text; a small archive may hold any number of them
+_BLOCK = 2**20  # bytes that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_MOST_BYTES + 1)
+            packed = gzip.GzipFile(fileobj=io.BytesIO(data))
+            blocks = iter(partial(packed.read, _BLOCK), b"")
+            data = b"".join(islice(blocks, _MOST_BYTES // _BLOCK + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if len(data) > _MOST_BYTES:

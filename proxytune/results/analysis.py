@@ -309,12 +309,14 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
         if not (run.is_file() and metrics.is_file()):
             continue
         config = read_run_json(folder)["config"]
+        if "alpha" not in config:
+            raise UserError(f"{run} says of no alpha; restore it, or move the folder away")
         for m in read_jsonl(metrics, Metric):
             if m.system == "proxy" and task in (None, m.task):
                 rows.append(
                     {
                         "experiment": config.get("name", folder.name),
-                        "alpha": float(config.get("alpha", 1.0)),
+                        "alpha": float(config["alpha"]),
                         "task": m.task,
                         "metric": m.metric,
                         "value": m.value,

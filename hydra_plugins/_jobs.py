@@ -29,6 +29,7 @@ from proxytune.cli.sweep import point_folder
 from proxytune.config import given
 from proxytune.errors import UserError
 from proxytune.secrets import redacted
+from proxytune.terminal import visible
 
 _LOOK_S = 2.0  # between two looks at the jobs
 _GRACE_S = 30.0  # between the end of a job and its result on a shared file system
@@ -183,7 +184,7 @@ def _without(name: str) -> Iterator[None]:
 
 def _say(line: str) -> None:
     """To the terminal: the launcher runs before logging is set up."""
-    print(redacted(line), file=sys.stderr, flush=True)
+    print(visible(redacted(line)), file=sys.stderr, flush=True)
 
 
 def _result(job: Any) -> JobReturn | None:

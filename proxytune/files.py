@@ -6,15 +6,14 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cache
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from types import UnionType
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar
 
 from proxytune.errors import UserError
+from proxytune.shapes import fits, misfit, shape_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,11 @@ def check_name(what: str, name: str) -> str:
         name: its value.
 
     Raises:
-        UserError: it is no name of one folder ("../x", "a/b", "", a name of 256 bytes).
+        UserError: it is no name of one folder ("../x", "a/b", "", a name of 256 bytes), or steers
+            a terminal.
     """
-    if name in ("", ".", "..") or name.startswith("~") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+    odd = name in ("", ".", "..") or name.startswith("~") or re.search(r"[/\\]", name)
+    if odd or not name.isprintable():
         raise UserError(
             f"{what}={name!r} becomes a folder: it takes a plain name, without / and \\; the "
             "place of the results is output_dir=..."
@@ -56,12 +57,25 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Refuses a results folder whose name does not say where it is.
+
+    Raises:
+        UserError: it is empty, or begins with ~.
+    """
+    if not output_dir.strip():
+        raise UserError("output_dir is empty; give a folder, or leave it out")
+    if output_dir.startswith("~"):
+        raise UserError(f"output_dir={output_dir}: write $HOME, for no shell expands ~ there")
+
+
 def folder_name(text: str) -> str:
     """A folder's name for any text; different texts have different names.
 
-    Separators are escaped as in URLs, and a text that is too long ends in a hash of the whole.
+    Separators, and what cannot be printed, are escaped as in URLs, and a text that is too long ends
+    in a hash of the whole.
     """
-    name = re.sub(r"[%/\\\x00-\x1f\x7f]|^[.~]", lambda found: f"%{ord(found[0]):02X}", text)
+    name = "".join(map(_printable, re.sub(r"[%/\\]|^[.~]", lambda c: f"%{ord(c[0]):02X}", text)))
     if len(name.encode(errors="surrogatepass")) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
@@ -69,11 +83,19 @@ def folder_name(text: str) -> str:
     return f"{kept}-{digest}"
 
 
-def read_json(path: Path, **kinds: type) -> Any:
+def _printable(char: str) -> str:
+    if char.isprintable():
+        return char
+    return f"%{ord(char):02X}" if ord(char) < 256 else f"%u{ord(char):06X}"
+
+
+def read_json(path: Path, shape: Any = None, **kinds: Any) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
+        shape: a `TypedDict` with total=False: if given, the content is an object, and those of its
+            keys that the shape names have values of these types.
         kinds: if given, the content is an object that has these keys, with values of these types.
 
     Raises:
@@ -84,12 +106,15 @@ def read_json(path: Path, **kinds: type) -> Any:
         found = _loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
-    if kinds and not isinstance(found, dict):
+    if (shape or kinds) and not isinstance(found, dict):
         raise UserError(f"{path} holds no object; restore it, or delete it")
-    for key, kind in kinds.items():
-        if not isinstance(found.get(key), kind):
-            lacks = f"{key!r} is no {kind.__name__}" if key in found else f"it has no {key!r}"
-            raise UserError(f"{path} is damaged ({lacks}); restore it, or delete it")
+    hints = {**(typed(shape) if shape else {}), **kinds}
+    for key, hint in hints.items():
+        if key not in found and key in kinds:
+            raise UserError(f"{path} is damaged (it has no {key!r}); restore it, or delete it")
+        if key in found and not fits(found[key], hint):
+            why = f"its {key!r} is of another type"
+            raise UserError(f"{path} is damaged ({why}); restore it, or delete it")
     return found
 
 
@@ -114,11 +139,19 @@ def _as_record(row: Any, record: type[JsonlRecord], place: str) -> JsonlRecord:
     Raises:
         UserError: it does not fit; the message begins with `place`.
     """
-    hints, needed = _shape(record)
-    why = _misfit(row, hints, needed)
+    hints, needed = shape_of(record)
+    why = misfit(row, hints, needed)
     if why:
         raise UserError(f"{place} is no {record.__name__}: {why}")
-    return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
+    try:
+        return record(**{key: _nested(value, hints[key]) for key, value in row.items()})
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _nested(value: Any, hint: Any) -> Any:
+    """The value of a field; a record within a record becomes one."""
+    return hint(**value) if is_dataclass(hint) else value  # pyright: ignore[reportCallIssue]
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -218,54 +251,6 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-@cache
-def _shape(record: Any) -> tuple[dict[str, Any], set[str]]:
-    """The types of a record's fields, and the names of those that must be given."""
-    needed = {
-        field.name
-        for field in fields(record)
-        if field.default is MISSING and field.default_factory is MISSING
-    }
-    return get_type_hints(record), needed
-
-
-def _nested(value: Any, hint: Any) -> Any:
-    """The value of a field; a record within a record becomes one."""
-    return hint(**value) if is_dataclass(hint) else value  # pyright: ignore[reportCallIssue]
-
-
-def _misfit(row: Any, hints: Mapping[str, Any], needed: set[str]) -> str | None:
-    """Why a JSON value does not fit the fields of a record; None if it does."""
-    if not isinstance(row, dict):
-        return "it is no object"
-    if unknown := row.keys() - hints.keys():
-        return f"it has an unknown {min(unknown)!r}"
-    if missing := needed - row.keys():
-        return f"it has no {min(missing)!r}"
-    wrong = next((key for key, value in row.items() if not _fits(value, hints[key])), None)
-    return f"its {wrong!r} is of another type" if wrong else None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type of a record's field."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if kind is Literal:
-        return value in inner
-    if kind in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if kind in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
-    if is_dataclass(hint):
-        return _misfit(value, *_shape(hint)) is None
-    if isinstance(value, bool):  # which Python counts among the integers
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
 class JsonlWriter:
     """Appends records (dataclasses) to a JSON Lines file, each on disk before the next.
 
@@ -322,22 +307,25 @@ def open_own(path: Path) -> FileIO:
     return FileIO(os.open(path, flags, 0o666), "ab+")
 
 
-def check_no_links(folder: Path) -> None:
-    """Refuses a results folder in which a symbolic link could lead the writing elsewhere.
+def check_plain_files(folder: Path) -> None:
+    """Refuses a results folder that holds anything but files and folders.
 
-    The folder itself may be reached through one. Weights & Biases makes links of its own.
+    A symbolic link could lead the writing elsewhere, and who opens a named pipe waits for ever. The
+    folder itself may be reached through a link. Weights & Biases makes links of its own.
 
     Raises:
-        UserError: the message names the first link.
+        UserError: the message names the first such thing.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != "wandb"]
-        link = next((name for name in (*folders, *files) if Path(parent, name).is_symlink()), None)
-        if link:
-            raise UserError(
-                f"{Path(parent, link)} is a symbolic link, and nothing is written through one; "
-                "replace it by what it leads to"
-            )
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link, and nothing is written through one; "
+                    "replace it by what it leads to"
+                )
+            if not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is neither a file nor a folder; move it away")
 
 
 def replace_file(path: Path, content: bytes) -> None:

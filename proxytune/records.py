@@ -290,6 +290,11 @@ class MetricInfo:
     hide_zeros: bool = False
 
 
+def is_plain(text: str) -> bool:
+    """Whether a name can stand in a table: it steers no terminal, and no spreadsheet runs it."""
+    return text.isprintable() and not text.startswith(("=", "+", "-", "@"))
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of one system on one task, with its uncertainty.
@@ -302,6 +307,9 @@ class Metric:
         unparsed: examples without an extractable answer.
         stderr: standard error of `value`; None where it has none.
         ci_low, ci_high: 95 % interval; None where it has none.
+
+    Raises:
+        UserError: a name cannot stand in a table.
     """
 
     task: str
@@ -314,3 +322,8 @@ class Metric:
     stderr: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.task, self.system, self.metric):
+            if not is_plain(name):
+                raise UserError(f"{name!r} is no name for a table")

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from proxytune.terminal import visible
+
 _USER = re.compile(r"(://)[^/?#@\s]+(@)")  # https://name:password@host, https://token@host
 _KEY = re.compile(r"([?&](?:[\w-]*(?:key|token|secret|password|signature))=)[^&#\s'\"]+", re.I)
 
@@ -21,8 +23,8 @@ def redacted(value: Any) -> Any:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Writes log lines without the secrets of the addresses in them."""
+    """Writes log lines without the secrets of the addresses in them, and steers no terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        return redacted(super().format(record))
+        return visible(redacted(super().format(record)))

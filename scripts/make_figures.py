@@ -15,11 +15,12 @@ from typing import Any
 import pandas as pd
 
 from proxytune.cli.guard import guarded
-from proxytune.files import ROOT, read_json
+from proxytune.files import ROOT
 from proxytune.results import analysis, figures, paper
 from proxytune.results.comparison import records
 from proxytune.results.folder import read_csv
 from proxytune.results.paper_tables_other import traced
+from proxytune.results.run_json import read_run_json
 
 FIGURES = ("2", "3", "gaps")
 _POSITIONS = 128
@@ -114,7 +115,7 @@ def _stem(results: Path, name: str, pocket: bool) -> Path:
 
 
 def _size(run_json: Path) -> str | None:
-    return (read_json(run_json)["config"].get("paper") or {}).get("size")
+    return (read_run_json(run_json.parent)["config"].get("paper") or {}).get("size")
 
 
 def _write(rows: pd.DataFrame, stem: Path) -> None:

@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rescore_release import Comparison, Run, check_only, mean, score_release
+from rescore_release import MISFITS, Comparison, Run, check_only, mean, score_release
 
 from proxytune.cli.guard import guarded
 from proxytune.errors import UserError
 from proxytune.experiment.completions import lacks, read_completions
-from proxytune.files import read_json, read_jsonl
+from proxytune.files import check_plain_files, read_json, read_jsonl
 from proxytune.records import Example, Metric
+from proxytune.terminal import visible
 from tasks.stored import stored_task
 
 log = logging.getLogger("rescore")
@@ -47,6 +48,7 @@ log = logging.getLogger("rescore")
 
 def score_results(folder: Path, only: Sequence[str], to: Comparison) -> None:
     """Scores the completions of a results folder again, with the tasks of its run.json."""
+    check_plain_files(folder)
     tasks = read_json(folder / "run.json", tasks=dict)["tasks"]
     check_only(only, tasks.keys())
     stored = {
@@ -88,7 +90,7 @@ def _score_cell(
     except UserError as error:  # a judge is missing, or programs may not be run
         run.skip(str(error))
         return
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except MISFITS as error:
         why = f"examples.jsonl does not fit the task ({error!r})"
         run.to.malformed.append((run.benchmark, run.folder.name, why))
         return
@@ -141,7 +143,7 @@ def show(comparison: Comparison, seconds: float) -> str:
         if rows:
             lines.append(f"{sum(bool(r['equal']) for r in rows)} of {len(rows)} {what} equal")
     lines.append(f"in {seconds:.1f} s")
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_code=given.run_code,
         )
     except UserError as error:
-        parser.error(str(error))
+        parser.error(visible(str(error)))
     print(show(comparison, time.perf_counter() - start))
     rows = comparison.rows + comparison.sample_rows
     if given.json is not None:

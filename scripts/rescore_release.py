@@ -30,6 +30,8 @@ TOLERANCE = 1e-12
 PROBABILITY_TOLERANCE = 0.5e-10
 NO_PROMPT = Prompt(raw="", user="")
 Value = float | int | str | bool | None
+# What scoring raises on a stored file that does not fit its benchmark: any value may stand there.
+MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 @dataclass
@@ -304,7 +306,7 @@ def score_release(folder: Path, only: Sequence[str], to: Comparison) -> None:
         for name, path in files.items():
             try:
                 _score_file(run, name, path)
-            except (ValueError, KeyError, TypeError) as error:  # go on with the other runs
+            except MISFITS as error:  # go on with the other runs
                 detail = str(error) if isinstance(error, ValueError) else repr(error)
                 to.malformed.append((run.benchmark, run.folder.name, f"{name}: {detail}"))
 

@@ -81,7 +81,7 @@ class LmEvalTask(SelfRunTask):
     def finished(self, folder: Path, limit: int | None) -> bool:
         """Whether the folder holds the result for this limit."""
         path = folder / _RESULT
-        return path.exists() and read_json(path)["limit"] == limit
+        return path.exists() and read_json(path, limit=int | None)["limit"] == limit
 
     def result(self, folder: Path) -> Outcome:
         """The stored result of one system.
@@ -92,7 +92,9 @@ class LmEvalTask(SelfRunTask):
         path = folder / _RESULT
         if not path.exists():
             raise UserError(f"{folder} holds no {_RESULT} of lm-eval; run with stage=all first")
-        stored = read_json(path)
+        stored = read_json(
+            path, metrics=list[Metric], scores=list[Score], infos=dict[str, MetricInfo]
+        )
         return Outcome(
             metrics=[Metric(**row) for row in stored["metrics"]],
             scores=[Score(**row) for row in stored["scores"]],

@@ -4,14 +4,20 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from proxytune.errors import UserError
 
 Row = dict[str, Any]
+
+_MOST_BYTES = 2**31  # of a text; a small archive may hold any number of them
+_BLOCK = 2**20  # bytes that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,16 @@ def read_rows(path: Path) -> list[Row]:
     """
     text = read_text(path)
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    if kind not in ("jsonl", "json", "csv"):
+        raise UserError(f"{path}: rows are read from .json, .jsonl or .csv (or .gz of them)")
     try:
         if kind == "jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif kind == "json":
             rows = json.loads(text)
-        elif kind == "csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            raise UserError(f"{path}: rows are read from .json, .jsonl or .csv (or .gz of them)")
-    except (json.JSONDecodeError, csv.Error) as error:
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (ValueError, RecursionError, csv.Error) as error:  # too many digits, nested too deeply
         raise UserError(f"{path} is not {kind}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} does not hold a list of objects")
@@ -97,11 +103,18 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        return data.decode("utf-8-sig")
+            packed = gzip.GzipFile(fileobj=io.BytesIO(data))
+            blocks = iter(partial(packed.read, _BLOCK), b"")
+            data = b"".join(islice(blocks, _MOST_BYTES // _BLOCK + 1))
     except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: there is no such file") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{path} holds more than {_MOST_BYTES >> 30} GiB of text; split it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("loading", "proxy", "formula"),
     ("members", "results", "single"),
     ("engine",),
-    ("records", "files", "roles", "loopback", "errors", "secrets", "hashes"),
+    ("records", "files", "roles", "loopback", "errors", "secrets", "hashes", "terminal", "shapes"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -139,6 +139,12 @@ def test_bodies_that_are_hardly_json(url, body, status):
     assert requests.get(f"{url.removesuffix('/v1')}/health").ok
 
 
+@pytest.mark.parametrize("body", [b"[" * 100_000, field('"seed":' + "9" * 5000), b'"\xff"'])
+def test_what_json_cannot_be_is_said(url, body):
+    error = requests.post(f"{url}/{COMPLETIONS}", data=body, headers=IS_JSON).json()["error"]
+    assert "nested too deeply" in error["message"]
+
+
 def test_there_are_enough():
     assert len(RAW) + len(FIELDS) + len(TURNS) >= 120
 

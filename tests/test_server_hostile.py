@@ -148,6 +148,12 @@ def test_a_name_that_is_none_is_refused_at_the_start(name):
         ServerSettings(allowed_hosts=[name])
 
 
+@pytest.mark.parametrize("key", ["", " ", "secret\n", "a b", "\tsecret"])
+def test_a_key_that_no_request_can_send_is_refused_at_the_start(key):
+    with pytest.raises(UserError, match="api_key"):
+        ServerSettings(api_key=key)
+
+
 def test_pipelined_requests_are_answered_in_turn(url):
     """Holds on 538a493, too."""
     one = message("GET", "/health", Connection="keep-alive")

@@ -213,8 +213,8 @@ def test_a_key_is_asked_for():
             headers = {} if key is None else {"Authorization": key.encode("latin-1")}
             for path in ("models", "completions", "nothing"):
                 refused(requests.post(f"{url}/{path}", json={"prompt": "a"}, headers=headers), 401)
-        headers = {"Authorization": "Bearer secret"}
-        assert requests.get(f"{url}/models", headers=headers).ok
+        for key in ("Bearer secret", "bearer secret", "Bearer  secret "):
+            assert requests.get(f"{url}/models", headers={"Authorization": key.encode()}).ok
         assert requests.get(f"{url.removesuffix('/v1')}/health").ok
 
 

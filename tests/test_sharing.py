@@ -223,9 +223,15 @@ def started(monkeypatch) -> list[Path]:
         (["alpha=0.5,1.0,0.5"], "points 1 and 3 of the sweep are the same"),
         (["decoding.batch_size=choice(2,4)"], "changes no completion"),
         (["decoding.batch_size=range(1,3)", "hydra.sweeper.max_batch_size=1"], "no completion"),
+        (["output_dir=/tmp/a,/tmp/x/../a"], "both would write to /tmp/a"),
+        (["output_dir=", "alpha=1,2"], "output_dir is empty"),
+        (['output_dir="~/x"', "alpha=1,2"], "write $HOME"),
+        (["alpha=0.5,nan"], "point 2 of the sweep: alpha=nan"),
+        (["name=a,../b", "output_dir=/tmp/${name}"], "point 2 of the sweep: name='../b'"),
+        (["systems=[base],[bass]"], "point 2 of the sweep: unknown system ['bass']"),
     ],
 )
-def test_points_that_would_write_to_one_folder_are_refused(words, said, started, tmp_path):
+def test_points_that_are_wrong_or_meet_in_one_folder_are_refused(words, said, started, tmp_path):
     done = call(cli.run, "-m", "limit=1", f"output_dir={tmp_path}", *words)
     assert done.returncode == 1
     assert said in done.stderr and done.stderr.count("error:") == 1
@@ -256,6 +262,21 @@ def test_points_with_folders_of_their_own_all_start(words, points, started, tmp_
     assert len(set(started)) == len(started) == points
     apart = any("${" in word for word in words)
     assert ("points in one alone share" in caplog.text) == apart
+
+
+def test_a_point_is_not_written_through_a_link(started, tmp_path):
+    """A sweep's folder may be a stranger's; the folder itself may be reached through a link."""
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "alpha=1.0").symlink_to(tmp_path)
+    done = call(cli.run, "-m", "limit=1", f"output_dir={tmp_path}/sweep", "alpha=0.5,1.0")
+    assert done.returncode == 1 and "alpha=1.0 is a symbolic link" in done.stderr
+    assert not started
+
+
+def test_the_flag_may_stand_among_the_settings(started, tmp_path):
+    done = call(cli.run, "limit=1", f"output_dir={tmp_path}", "-m", "alpha=0.5,1.0")
+    assert done.returncode == 0, done.stderr
+    assert len(started) == 2
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from proxytune.errors import UserError
+from tasks import loading
 from tasks.loading import HubDataset, load_rows, read_rows
 
 ROWS = [{"question": "a\u2028b", "answer": "é"}, {"question": "c", "answer": "d"}]
@@ -40,6 +42,27 @@ def test_kinds(tmp_path, ending):
 def test_malformed(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(written(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "nope"])
+def test_what_json_cannot_be_is_no_traceback(tmp_path, text):
+    for name in ("a.json", "a.jsonl.gz"):
+        with pytest.raises(UserError, match=r"is not json"):
+            read_rows(written(tmp_path / name, text))
+
+
+def test_archives_that_are_damaged_or_unpack_without_end(tmp_path, monkeypatch):
+    path = written(tmp_path / "a.jsonl.gz", "{}\n" * 2**20)
+    assert len(read_rows(path)) == 2**20
+    whole = path.read_bytes()
+    for content in (whole[:-20], whole[:40] + bytes(20) + whole[60:], whole[:9]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
+            read_rows(path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(loading, "_MOST_BYTES", 2**20)
+    with pytest.raises(UserError, match="holds more than"):
+        read_rows(path)
 
 
 def test_not_text(tmp_path):

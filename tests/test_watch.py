@@ -248,8 +248,11 @@ def test_examples_that_do_not_fit_the_task_are_said_once_and_counted(folder):
 
 def test_links_and_pipes_are_not_read(folder, tmp_path):
     path = folder / "gsm8k" / "tuned" / "completions.jsonl"
+    watcher = Watcher(folder)
     os.mkfifo(path)
-    assert "is no file" in Watcher(folder).look().cells[3].problem
+    assert "is no file" in watcher.look().cells[3].problem  # it came after the first check
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        Watcher(folder)
     path.unlink()
     watcher = Watcher(folder)
     path.symlink_to(folder / "gsm8k" / "base" / "completions.jsonl")

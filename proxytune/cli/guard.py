@@ -27,6 +27,7 @@ from proxytune.config.overrides import parameters
 from proxytune.errors import UpstreamError, UserError
 from proxytune.files import shipped
 from proxytune.secrets import redacted
+from proxytune.terminal import visible
 
 # what Hydra and OmegaConf say of a value that cannot be -> what to do about it
 _WAYS_OUT = {
@@ -127,7 +128,7 @@ def _of_library(error: BaseException) -> bool:
 
 def _say(line: str) -> None:
     with suppress(OSError):  # the terminal may be gone
-        print(redacted(line), file=sys.stderr, flush=True)
+        print(visible(redacted(line)), file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:

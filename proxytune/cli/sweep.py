@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from proxytune.errors import UserError
-from proxytune.files import folder_name
+from proxytune.files import check_output_dir, folder_name
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,11 @@ def point_folder(output_dir: str, point: str) -> Path:
         output_dir: the folder of the sweep.
         point: the settings that change completions (Hydra's `override_dirname`); "" where the
             point has none, and is its sweep's only one.
+
+    Raises:
+        UserError: `output_dir` says of no place where it is.
     """
+    check_output_dir(output_dir)
     return Path(output_dir, folder_name(point)) if point else Path(output_dir)
 
 
@@ -31,8 +35,9 @@ def check_points(points: Iterable[tuple[Sequence[str], Path]]) -> None:
         UserError: the message names the settings in which the two differ.
     """
     seen: dict[Path, tuple[int, Sequence[str]]] = {}
-    for number, (settings, folder) in enumerate(points, start=1):
-        first, others = seen.setdefault(folder.absolute(), (number, settings))
+    for number, (settings, written) in enumerate(points, start=1):
+        folder = written.resolve()
+        first, others = seen.setdefault(folder, (number, settings))
         if first == number:
             continue
         differing = [pair for pair in zip(others, settings, strict=True) if pair[0] != pair[1]]

@@ -1,7 +1,6 @@
 """`proxytune watch RUN`: a run in progress, as a page on this machine or as text (--once)."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from proxytune.cli.guard import guarded
 from proxytune.errors import UserError, extra
+from proxytune.terminal import one_line
 
 if TYPE_CHECKING:  # they import pandas and scipy, which --help needs not
     from proxytune.experiment.watched_cell import CellState
@@ -61,7 +61,7 @@ def _watch(folder: Path, once: bool, port: int) -> None:
 
 def as_text(state: "RunState") -> Iterator[str]:
     """The lines of a state for a terminal."""
-    yield f"{_plain(state.name)}: {state.said}"
+    yield f"{one_line(state.name)}: {state.said}"
     yield ""
     rows = [("system", "task", "examples", "tokens/s", "score so far, 95 % interval")]
     rows += [_row(cell) for cell in state.cells]
@@ -71,28 +71,21 @@ def as_text(state: "RunState") -> Iterator[str]:
         yield f"{left}  {speed:>{widths[3]}}  {score}".rstrip()
     for each in state.latest[:_LINES]:
         yield ""
-        yield f"{each.system}, {_plain(each.task)}, example {_plain(each.example)}:"
-        yield f"  {_plain(each.text)[:300]}"
+        yield f"{each.system}, {one_line(each.task)}, example {one_line(each.example)}:"
+        yield f"  {one_line(each.text)[:300]}"
 
 
 def _row(cell: "CellState") -> tuple[str, str, str, str, str]:
     done = f"{cell.done:,} of {cell.total:,}" if cell.total else "–"
     speed = "" if cell.speed is None else f"{cell.speed:,.{int(cell.speed < 10)}f}"
-    return cell.system, _plain(cell.task), done, speed, _score(cell)
+    return cell.system, one_line(cell.task), done, speed, _score(cell)
 
 
 def _score(cell: "CellState") -> str:
     if cell.problem:
-        return _plain(cell.problem)
+        return one_line(cell.problem)
     if cell.value is None:
         return ""
     between = "" if cell.low is None else f" ({cell.low:.1f}–{cell.high:.1f})"
     of = f", of {cell.scored:,}" if cell.scored < cell.total else ""
-    return f"{_plain(cell.metric)} {cell.value:.1f}{between}{of}"
-
-
-def _plain(text: str) -> str:
-    """A text in one line that cannot steer the terminal, whatever a model or a stranger wrote."""
-    joined = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    encoding = sys.stdout.encoding or "utf-8"
-    return joined.encode(encoding, errors="replace").decode(encoding)
+    return f"{one_line(cell.metric)} {cell.value:.1f}{between}{of}"

@@ -25,8 +25,9 @@ from proxytune.errors import UserError, need
 from proxytune.experiment.given_tasks import make_task
 from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
-from proxytune.files import check_name, check_no_links, replace_file
+from proxytune.files import check_name, check_output_dir, check_plain_files, replace_file
 from proxytune.members.api.settings import LOCAL
+from proxytune.records import is_plain
 from proxytune.roles import ROLES, SYSTEMS
 from proxytune.vllm.settings import OWN, EngineSettings
 
@@ -46,7 +47,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
         UserError: a bad setting, an unknown task key, a judge without its key, a model that is
             not there or may not be read, a triple without one vocabulary.
     """
-    _check_config(cfg)
+    check_config(cfg)
     engine = engine_settings(cfg)
     engine.check()
     if cfg.stage != "score":
@@ -57,6 +58,7 @@ def check_before_models(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]
     if cfg.stage != "score" and cfg.machine.cuda_graphs and not torch.cuda.is_available():
         raise UserError("machine.cuda_graphs=true needs a GPU, and none was found")
     tasks = {name: make_task(name, node) for name, node in cfg.task.items()}
+    _check_names(tasks)
     _check_decoding(cfg, tasks, engine)
     for task in tasks.values():
         # generating needs no judge and runs no program; another harness needs its data for it
@@ -204,7 +206,12 @@ def check_engine_systems(cfg: DictConfig, specs: Mapping[str, Any], engine: Engi
         plan_system({role: specs[name] for role, name in members.items()}, engine)
 
 
-def _check_config(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
+    """Refuses settings that are wrong whatever the models and the data are.
+
+    Raises:
+        UserError: the message names the first of them.
+    """
     unknown = [s for s in cfg.systems if s not in SYSTEMS]
     if unknown or not cfg.systems:
         wrong = f"unknown system {unknown}" if unknown else "no system chosen"
@@ -223,10 +230,7 @@ def _check_config(cfg: DictConfig) -> None:
     check_name("name", cfg.name)
     for task in cfg.task:
         check_name("task", str(task))
-    if not str(cfg.output_dir).strip():
-        raise UserError("output_dir is empty; give a folder, or leave it out")
-    if str(cfg.output_dir).startswith("~"):
-        raise UserError(f"output_dir={cfg.output_dir}: write $HOME, for no shell expands ~ there")
+    check_output_dir(str(cfg.output_dir))
     lacking = [role for role in _members_in_use(cfg) if _is_lacking(cfg, role)]
     if lacking:
         role = lacking[0]
@@ -274,6 +278,15 @@ def _is_lacking(cfg: DictConfig, role: str) -> bool:
     return member is None or OmegaConf.is_missing(member, "id")
 
 
+def _check_names(tasks: Mapping[str, Any]) -> None:
+    """Refuses names that could not stand in the run's tables; see `records.Metric`."""
+    for name, task in tasks.items():
+        metrics = getattr(task, "metrics", {})  # a task that runs itself learns them later
+        for each in (name, *metrics, *(info.label for info in metrics.values())):
+            if not is_plain(each):
+                raise UserError(f"task {name}: {each!r} is no name for a table; rename it")
+
+
 def _check_decoding(cfg: DictConfig, tasks: Mapping[str, Any], engine: EngineSettings) -> None:
     """Refuses impossible settings of decoding, and penalties that the base cannot be given."""
     used = (member_of(cfg, role) for role in _members_in_use(cfg))
@@ -305,7 +318,7 @@ def check_writable(folder: Path) -> None:
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         message = f"output_dir={folder} cannot be made ({error.strerror}); choose another folder"
         raise UserError(message) from error
-    check_no_links(folder)
+    check_plain_files(folder)
     probe = folder / ".writable"
     replace_file(probe, b"a full disk is found out now rather than after the first batch\n")
     probe.unlink()

@@ -79,7 +79,8 @@ def read_completions(path: Path) -> Stored:
 
 def lacks(stored: Stored, example: Example, samples: int) -> bool:
     """Whether one of an example's samples 0 to `samples` - 1 is not stored."""
-    return not stored.get(example.id, {}).keys() >= set(range(samples))
+    found = stored.get(example.id, {})
+    return any(sample not in found for sample in range(samples))
 
 
 class CompletionStore:

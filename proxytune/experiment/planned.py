@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
@@ -96,10 +96,16 @@ def _task_cells(cfg: DictConfig, name: str, task: Any, folder: Path) -> list[Tas
     ]
 
 
+class _Begun(TypedDict, total=False):
+    """What is read of a cell's stored decoding."""
+
+    stop: list[str]
+
+
 def _as_begun(decoding: Decoding, task: Any, folder: Path) -> Decoding:
     """The decoding; with a task's former stop strings in a folder that was begun with them."""
     begun = [
-        tuple(read_json(path, decoding=dict)["decoding"].get("stop", ()))
+        tuple(read_json(path, decoding=_Begun)["decoding"].get("stop", ()))
         for path in sorted(folder.glob("*/cell.json"))
     ]
     own = decoding.stop == type(task).decoding.stop  # and not the user's

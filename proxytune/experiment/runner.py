@@ -47,6 +47,7 @@ from proxytune.hashes import sha256_json
 from proxytune.records import Metric
 from proxytune.results import paper
 from proxytune.results.folder import build_table
+from proxytune.results.run_json import RunJson
 from proxytune.secrets import redacted
 from proxytune.vllm.settings import OWN
 
@@ -227,7 +228,7 @@ def _begin_run_json(
     resolved = redacted(to_dict(cfg))
     run_json: dict[str, Any] = {"sessions": []}
     if path.exists():
-        run_json = read_json(path, sessions=list, tasks=dict, models=dict)
+        run_json = read_json(path, RunJson, sessions=list, tasks=dict, models=dict)
     datasets = {c.task_name: c.dataset_sha256 for c in cells if c.dataset_sha256}
     others = run_json.get("other_datasets", {}) | {c.task_name: c.other_dataset for c in cells}
     models = {role: member for c in cells for role, member in c.models().items()}

@@ -21,7 +21,7 @@ from proxytune.experiment.watched_cell import (
     WatchedCell,
     scoring_of,
 )
-from proxytune.files import check_name, check_no_links, read_json
+from proxytune.files import check_name, check_plain_files, read_json
 from proxytune.roles import ORDER
 
 
@@ -96,7 +96,7 @@ class Watcher:
             more = f" and {len(points) - 3} more" if len(points) > 3 else ""
             few = f"; watch one of the runs in it: {', '.join(points[:3])}{more}" if points else ""
             raise UserError(f"{folder} has no run.json, so no run has begun in it{few}")
-        check_no_links(folder)
+        check_plain_files(folder)
         self.folder = folder
         self._cells: dict[tuple[str, str], WatchedCell] = {}
 

@@ -2,6 +2,7 @@
 
 stats.py               means, intervals, paired tests, gap closed
 comparison.py          metrics -> one row per metric, with everything known about it
+run_json.py            run.json, checked when it is read
 folder.py              the comparison of a results folder: table.csv and table.md
 tables.py              a comparison as Markdown, as HTML, in the terminal
 paper.py               the paper's numbers

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from proxytune.engine.text import TokenTexts
-from proxytune.files import read_json, read_jsonl
+from proxytune.errors import UserError
+from proxytune.files import read_jsonl
 from proxytune.records import Completion, Metric
+from proxytune.results.run_json import read_run_json
 
 Trace = list[dict[str, Any]]
 
@@ -65,6 +67,55 @@ class Promoted:
     ngram_count: int
 
 
+def trace_of(completion: Completion, path: Path) -> Trace | None:
+    """The trace of a completion; None of one that was not traced.
+
+    Args:
+        completion: of the proxy.
+        path: its file, for the message.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    trace = completion.extra.get("trace")
+    if not trace:
+        return None
+    if not isinstance(trace, list) or not all(map(_is_entry, trace)):
+        where = f"example {completion.example_id!r}, sample {completion.sample}"
+        raise UserError(f"{path}: the trace of {where} is damaged; restore the file")
+    return trace
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value is one token of a trace."""
+    if not isinstance(entry, dict) or not _is_token(entry.get("id")):
+        return False
+    p, top = entry.get("p"), entry.get("top")
+    if not isinstance(p, dict) or not isinstance(top, dict) or not top.get("base"):
+        return False
+    return (
+        {SYSTEM, "base"} <= p.keys()
+        and all(map(_is_probability, p.values()))
+        and all(isinstance(listed, list) for listed in top.values())
+        and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and _is_token(pair[0])
+            and _is_probability(pair[1])
+            for listed in top.values()
+            for pair in listed
+        )
+    )
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_probability(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1.001  # rounded sums exceed 1
+
+
 def read_traces(folder: Path, sample: int | None = None) -> Iterator[tuple[str, Trace]]:
     """Yields the example id and the trace of every traced completion in a folder.
 
@@ -72,8 +123,9 @@ def read_traces(folder: Path, sample: int | None = None) -> Iterator[tuple[str, 
         folder: <results>/<task>/proxy.
         sample: only this sample of each example; None for all.
     """
-    for completion in read_jsonl(folder / "completions.jsonl", Completion):
-        trace = completion.extra.get("trace")
+    path = folder / "completions.jsonl"
+    for completion in read_jsonl(path, Completion):
+        trace = trace_of(completion, path)
         if trace and (sample is None or completion.sample == sample):
             yield completion.example_id, trace
 
@@ -256,12 +308,14 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
         run, metrics = folder / "run.json", folder / "metrics.jsonl"
         if not (run.is_file() and metrics.is_file()):
             continue
-        config = read_json(run)["config"]
+        config = read_run_json(folder)["config"]
+        if "alpha" not in config:
+            raise UserError(f"{run} says of no alpha; restore it, or move the folder away")
         for m in read_jsonl(metrics, Metric):
             if m.system == "proxy" and task in (None, m.task):
                 rows.append(
                     {
-                        "experiment": config["name"],
+                        "experiment": config.get("name", folder.name),
                         "alpha": float(config["alpha"]),
                         "task": m.task,
                         "metric": m.metric,
@@ -282,18 +336,28 @@ def alpha_sweep(folders: Iterable[Path], task: str | None = None) -> pd.DataFram
 def load_pieces(folder: Path) -> Callable[[int], str] | None:
     """A function from token id to text for a results folder's models.
 
+    A folder may be a stranger's, so the tokenizer is one that this machine has already, and brings
+    no code of its own.
+
     Returns:
         The function; None where no member's tokenizer can be loaded.
     """
     from transformers import AutoTokenizer
 
-    triple = read_json(folder / "run.json").get("config", {}).get("triple", {})
+    triple = read_run_json(folder)["config"].get("triple", {})
     for role in ("base", "antiexpert", "expert"):
-        member = triple.get(role) or {}
-        if not member.get("id") or member.get("api"):
+        member = triple.get(role)
+        if not isinstance(member, dict) or not isinstance(member.get("id"), str):
+            continue
+        if member.get("api"):
             continue
         try:
-            tokenizer = AutoTokenizer.from_pretrained(member["id"], revision=member["revision"])
+            tokenizer = AutoTokenizer.from_pretrained(
+                member["id"],
+                revision=member.get("revision"),
+                local_files_only=True,
+                trust_remote_code=False,
+            )
             return TokenTexts(tokenizer).text
         except (OSError, ValueError, KeyError):
             continue  # not downloaded here; another member has the same vocabulary

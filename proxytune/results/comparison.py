@@ -4,6 +4,7 @@ Values have the unit in which `tables` shows them, mostly percent.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -67,8 +68,8 @@ def comparison(
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a cell has a number."""
-    return isinstance(value, (int, float)) and not math.isnan(value)
+    """Whether a cell has a number; neither not-a-number nor infinity is one."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _row(

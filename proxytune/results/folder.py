@@ -1,6 +1,8 @@
 """Builds the comparison of a results folder from its runs' files; writes table.csv and table.md."""
 
 import logging
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +11,31 @@ from typing import Any
 import pandas as pd
 
 from proxytune.errors import UserError
-from proxytune.files import read_jsonl, replace_file, set_aside
-from proxytune.records import Metric, MetricInfo, Score
+from proxytune.files import check_name, read_jsonl, replace_file, set_aside
+from proxytune.records import Metric, MetricInfo, Score, is_plain
 from proxytune.results import tables
 from proxytune.results.comparison import (
     AVERAGE,
     comparison,
     hides_zeros,
+    is_number,
     other_dataset_text,
     records,
     unfinished_text,
 )
+from proxytune.roles import SYSTEMS
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = ("task", "metric", "label", "headline", "higher_is_better", "percent", "n_examples")
+_NAMES = ("task", "metric", "label")
+_TRUTHS = ("headline", "higher_is_better", "percent")
+_COLUMNS = (*_NAMES, *_TRUTHS, "n_examples")
+# pandas would read a metric named "true" as a truth value, and Table "2" as a number
+_TEXTS = (*_NAMES, "paper_table", "paper_size", "unfinished", "other_dataset")
+_NUMBER = re.compile(
+    rf"((paper_|vs_)?({'|'.join(SYSTEMS)})|(paper_)?gap_closed)(_low|_high|_n|_unparsed|_p)?"
+    "|n|n_examples"
+)
 
 
 def read_scores(folder: Path, metrics: Sequence[Metric]) -> dict[tuple[str, str], list[Score]]:
@@ -114,7 +126,8 @@ def _earlier(folder: Path, metrics: Sequence[Metric]) -> _Earlier:
                     row["label"], row["higher_is_better"], row["percent"], hides_zeros(row)
                 )
                 found.infos.setdefault(task, {})[str(row["metric"])] = shown
-                found.limits[task] = None if pd.isna(row["limit"]) else int(row["limit"])
+                limit = row.get("limit")
+                found.limits[task] = int(limit) if is_number(limit) else None
                 found.unfinished[task] = unfinished_text(row)
                 found.other_datasets[task] = other_dataset_text(row)
     ours = {(m.task, m.system) for m in metrics}
@@ -148,14 +161,34 @@ def read_csv(path: Path) -> pd.DataFrame:
     Raises:
         UserError: the file is damaged.
     """
-    # pandas would read a metric named "true" as a truth value, and Table "2" as a number
-    texts = ("task", "metric", "label", "paper_table", "paper_size")
-    kinds: Any = dict.fromkeys(texts, str) | {"limit": "Int64"}
+    kinds: Any = dict.fromkeys(_TEXTS, str) | {"limit": "Int64"}
     try:
-        table = pd.read_csv(path, dtype=kinds)
-    except ValueError as error:  # pandas' own errors are ValueErrors, too
+        # a task may be called "null"; a missing cell is an empty one
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""])
+    except (ValueError, TypeError, OverflowError) as error:  # pandas' own are ValueErrors, too
         why = str(error).partition("\n")[0]
         raise UserError(f"{path} is no table of ours ({why}); score the run again") from error
     if missing := [name for name in _COLUMNS if name not in table]:
         raise UserError(f"{path} has no column {missing[0]!r}; score the run again (stage=score)")
+    if wrong := next((name for name in table if not _is_right(table, str(name))), None):
+        raise UserError(f"{path}: the column {wrong} is damaged; score the run again (stage=score)")
+    for task in set(table["task"]):
+        check_name(f"a task of {path}", task)
     return table
+
+
+def _is_right(table: pd.DataFrame, name: str) -> bool:
+    """Whether a column holds what its name says."""
+    column: Any = table[name]
+    cells = column.dropna()
+    if len(cells) < max(1, len(column)) and name in _COLUMNS:
+        return False
+    if name in _TEXTS:
+        return all(map(is_plain, cells))
+    if name in _TRUTHS:
+        return column.dtype == bool
+    if name == "hide_zeros":  # true, or empty
+        return all(each is True for each in cells.tolist())
+    if _NUMBER.fullmatch(name):  # a column without a cell is one of numbers
+        return bool(column.dtype.kind in "iuf" and (cells.abs() <= sys.float_info.max).all())
+    return True

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from proxytune.errors import UserError
-from proxytune.files import read_json
 from proxytune.results import paper, stats, tables
 from proxytune.results.comparison import (
     AVERAGE,
@@ -26,6 +25,7 @@ from proxytune.results.comparison import (
 )
 from proxytune.results.folder import read_csv, to_csv
 from proxytune.results.paper_tables_other import MAKERS, Made
+from proxytune.results.run_json import read_run_json
 from proxytune.roles import SYSTEMS
 
 GAP = "gap closed"
@@ -94,7 +94,7 @@ def collect(runs: Path, metrics: Path) -> list[Path]:
     written = []
     for path in sorted(runs.glob("*/table.csv")):
         run = path.with_name("run.json")
-        name = read_json(run)["name"] if run.is_file() else None
+        name = read_run_json(run.parent).get("name") if run.is_file() else None
         table: Any = read_csv(path)
         table = table.reindex(columns=dict.fromkeys([*table, "unfinished"]))
         table = table[table["limit"].isna() & table["unfinished"].isna()]

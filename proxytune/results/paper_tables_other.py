@@ -3,7 +3,6 @@
 They read traces, benchmarks and training records instead of comparison tables.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 from proxytune.files import ROOT, read_json
 from proxytune.results import analysis, paper, tables
 from proxytune.results.comparison import OTHER_DATASET, records
+from proxytune.results.run_json import read_run_json
 
 # in fewer tokens than this, hardly any token type occurs 100 times
 _FEW_TOKENS = 50_000
@@ -37,7 +37,7 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
     rows: list[dict[str, Any]] = []
     parts = ["# Table 6", "Tokens that proxy-tuning promotes most; mean of p_proxy − p_base."]
     for run, task, texts in traced(results / "runs", pocket=pocket):
-        other = read_json(run / "run.json").get("other_datasets", {}).get(task)
+        other = read_run_json(run).get("other_datasets", {}).get(task)
         note = [f"{OTHER_DATASET} ({other})"] if other else []
         key = paper.key_of(task, "info_true") or paper.key_of(task, "acc")
         pieces = analysis.load_pieces(run)
@@ -68,11 +68,11 @@ def table6(results: Path, *, pocket: bool) -> Made | None:
 def traced(runs: Path, *, pocket: bool) -> Iterator[tuple[Path, str, list[analysis.Moves]]]:
     """Yields folder, task and traced proxy completions of the runs that belong to Table 2."""
     for path in sorted(runs.glob("*/run.json")):
-        config = json.loads(path.read_text())["config"]
+        config = read_run_json(path.parent)["config"]
         place = config.get("paper") or {}
-        if place.get("table") != "2" or pocket != (place["size"] == paper.POCKET_SIZE):
+        if place.get("table") != "2" or pocket != (place.get("size") == paper.POCKET_SIZE):
             continue
-        for task in config["task"]:
+        for task in config.get("task", {}):
             texts = analysis.read_moves(path.parent / task / "proxy")
             if texts:
                 yield path.parent, task, texts
@@ -83,7 +83,7 @@ def table12(results: Path, *, pocket: bool) -> Made | None:
     path = results / "bench" / f"{'pocket_' if pocket else ''}table12.json"
     if not path.is_file():
         return None
-    bench = json.loads(path.read_text())
+    bench = read_json(path, hardware=dict)
     numbers = paper.numbers()
     theirs = {
         (r["size"], r["system"], r["metric"]): r["value"]
@@ -121,7 +121,7 @@ def table14(results: Path, *, pocket: bool) -> Made | None:
     """Training time of the finished trainings, beside the paper's; loading and saving left out."""
     rows: list[dict[str, Any]] = []
     for path in sorted(results.glob("experts/*/train.json")):
-        record = json.loads(path.read_text())
+        record = read_json(path, config=dict, environment=dict)
         config, hardware = record["config"], record["environment"]["hardware"]
         of_pocket = Path(ROOT, config["model"]).is_relative_to(ROOT / "pocket")
         if record.get("status") != "finished" or pocket != of_pocket:

@@ -62,7 +62,8 @@ def picture(run: Path, task: str, example: str | None = None) -> str:
     if chosen not in rows:
         raise UserError(f"{folder} has no example {chosen!r}")
     proxy = completions["proxy"][chosen]
-    trace = (proxy.extra.get("trace") or [])[: len(proxy.token_ids)]  # without the end token
+    path = folder / "proxy" / "completions.jsonl"
+    trace = (analysis.trace_of(proxy, path) or [])[: len(proxy.token_ids)]  # without the end token
     pieces = analysis.load_pieces(run)
     if not trace or pieces is None:
         raise UserError(f"{folder} has no trace of the proxy; make the run with decoding=traced")

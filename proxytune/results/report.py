@@ -15,12 +15,13 @@ import pandas as pd
 from markupsafe import Markup
 
 from proxytune.errors import UserError
-from proxytune.files import check_no_links, read_json, read_jsonl, read_rows, replace_file
-from proxytune.records import Completion, Score
+from proxytune.files import check_plain_files, read_jsonl, replace_file
+from proxytune.records import Completion, Example, Score
 from proxytune.results import analysis, tables
 from proxytune.results.comparison import caveat, headlines, is_number, systems_of
 from proxytune.results.folder import read_csv
 from proxytune.results.packed import pack, short
+from proxytune.results.run_json import read_run_json
 from proxytune.results.templates import asset, render
 
 # the page's script unpacks the traces of this many examples at once
@@ -54,11 +55,11 @@ def page_of(folder: Path) -> Markup:
     Raises:
         UserError: the folder has no table yet, a damaged file, or a symbolic link.
     """
-    check_no_links(folder)
+    check_plain_files(folder)
     if not (folder / "table.csv").is_file():
         raise UserError(f"{folder} has no table.csv; score the run first (stage=score)")
     table = read_csv(folder / "table.csv")
-    run = read_json(folder / "run.json")
+    run = read_run_json(folder)
     pieces = _Vocabulary(_lazy_pieces(folder))
     examples = _Examples(folder, table, pieces)
     return render(
@@ -126,7 +127,7 @@ class _Examples:
         return pack({"systems": self.systems, "pieces": texts, "tasks": self.tasks})
 
     def _task(self, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-        found = {e["id"]: _example(e) for e in read_rows(folder / "examples.jsonl")}
+        found = {e.id: _example(e) for e in read_jsonl(folder / "examples.jsonl", Example)}
         for system in self.systems:
             for score in read_jsonl(folder / system / "scores.jsonl", Score):
                 if score.example_id in found:
@@ -144,13 +145,14 @@ class _Examples:
         """Adds one system's texts to the examples, and the proxy's traces to the blocks."""
         block: list[Any] = []
         moves: list[analysis.Moves] = []
-        for completion in read_jsonl(folder / "completions.jsonl", Completion):
+        path = folder / "completions.jsonl"
+        for completion in read_jsonl(path, Completion):
             example = examples.get(completion.example_id)
             if example is None or completion.sample:
                 continue  # the browser shows the first of several samples
             example["texts"][folder.name] = completion.text
-            trace = completion.extra.get("trace")
-            if folder.name == "proxy" and trace:
+            trace = analysis.trace_of(completion, path) if folder.name == "proxy" else None
+            if trace:
                 # pack each full block at once: memory cannot hold all traces of a long run
                 if len(block) == _BLOCK:
                     self.blocks.append(pack(block))
@@ -186,13 +188,12 @@ class _Examples:
         return [[index(e["id"]) for e in trace], proxy, base, tops]
 
 
-def _example(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of examples.jsonl as the page's script reads it; completions and scores come later."""
-    target = row.get("target")
+def _example(example: Example) -> dict[str, Any]:
+    """An example as the page's script reads it; completions and scores come later."""
     return {
-        "id": row["id"],
-        "prompt": row["prompt"]["raw"],
-        "target": "" if target is None else short(target),
+        "id": example.id,
+        "prompt": example.prompt.raw,
+        "target": "" if example.target is None else short(example.target),
         "texts": {},
         "right": {},
         "answers": {},
@@ -230,6 +231,7 @@ def _subtitle(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
     triple = {r: m for r, m in (config.get("triple") or {}).items() if isinstance(m, dict)}
     for name, pair in triple.pop("pairs", {}).items():
+        pair = pair if isinstance(pair, dict) else {}
         triple |= {f"{name} {r}": m for r, m in pair.items() if isinstance(m, dict)}
     ids = {role: str(member.get("id") or "") for role, member in triple.items()}
     members = [f"{role}: {_place(i, config)}" for role, i in ids.items() if i]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.errors import UserError
-from proxytune.files import check_name, check_no_links, read_json, read_jsonl
+from proxytune.files import check_plain_files, read_json, read_jsonl
 from proxytune.hashes import FACTS, sha256_json
 from proxytune.records import Example, Score
 from proxytune.results.comparison import AVERAGE, caveat, is_number, records, shown, systems_of
 from proxytune.results.folder import read_csv
+from proxytune.results.run_json import read_run_json
 from proxytune.roles import MEMBERS
 
 Settings = Mapping[str, Any]  # name -> a number, a text, a truth value or None
@@ -85,7 +86,7 @@ class Run:
 
     @cached_property
     def _run_json(self) -> dict[str, Any]:
-        return read_json(self.folder / "run.json", config=dict)
+        return read_run_json(self.folder)
 
     def asked(self, task: str) -> dict[str, Any]:
         """What has to agree before the numbers of two runs on a task may be compared."""
@@ -148,7 +149,7 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         UserError: it has no table yet, a damaged file, or a symbolic link.
     """
-    check_no_links(folder)
+    check_plain_files(folder)
     if not is_scored(folder):
         raise UserError(
             f"{folder} has no table.csv and run.json; score the run first (stage=score)"
@@ -158,10 +159,7 @@ def read_run(folder: Path, name: str) -> Run:
     for row in records(shown(table)):
         if row["task"] == AVERAGE:
             continue
-        task = check_name("a task of table.csv", str(row["task"]))
-        if not is_number(row["n_examples"]):
-            raise UserError(f"{folder}/table.csv: n_examples of {task} is no number")
-        rows.setdefault(task, []).append(row)
+        rows.setdefault(row["task"], []).append(row)
     for of_task in rows.values():
         of_task.sort(key=lambda row: not row["headline"])
     return Run(name, folder, caveat(table), systems_of(table), rows)

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from proxytune.errors import UserError
-from proxytune.files import check_no_links, read_jsonl, replace_file
+from proxytune.files import check_plain_files, read_jsonl, replace_file
 from proxytune.records import Completion, Example
 from proxytune.results import stats
 from proxytune.results.comparison import is_number
@@ -48,7 +48,7 @@ def write_sweep(sweep: Path) -> Path:
     Raises:
         UserError: fewer than two of them have been scored; else as `write_runs`.
     """
-    check_no_links(sweep)
+    check_plain_files(sweep)
     found = [*([sweep] if is_scored(sweep) else []), *sorted(points_of(sweep), key=_natural)]
     return write_runs(found, sweep / NAME)
 

@@ -4,6 +4,7 @@ Each form shows a choice of its columns.
 """
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -38,22 +39,29 @@ def to_markdown(table: pd.DataFrame) -> str:
     for row in records(shown(table)):
         cells = [_with_interval(row, s) for s in systems]
         gap = [_with_interval(row, "gap_closed")] if with_gap else []
-        name = f"**{row['label']}**" if row["headline"] else str(row["label"])
-        body.append([_task(row), name, count_text(row), *cells, *gap])
+        label = _escaped(str(row["label"]))
+        name = f"**{label}**" if row["headline"] else label
+        body.append([_escaped(_task(row)), name, count_text(row), *cells, *gap])
         paper_cells = [number_text(row.get(f"paper_{s}")) for s in systems]
         if any(c != DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
             gap = [number_text(row.get("paper_gap_closed"))] if with_gap else []
             body.append(["", "*the paper*", "", *paper_cells, *gap])
-    parts = [f"**{caveat(table)}**"] if caveat(table) else []
+    parts = [f"**{_escaped(caveat(table))}**"] if caveat(table) else []
     parts += [markdown_table(head, body, right_from=2), reading_aid(table)]
     differences = difference_rows(table)
     if differences:
         head = ["task", "metric", "proxy minus", "difference", "95 % interval", "p"]
+        differences = [[_escaped(task), _escaped(name), *r] for task, name, *r in differences]
         parts += ["Paired differences on the same examples:", markdown_table(head, differences, 3)]
     unparsed = unparsed_text(table)
     if unparsed:
         parts.append(unparsed)
     return "\n\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    """A name in Markdown, which lets HTML through."""
+    return escape(text, quote=False)
 
 
 def difference_rows(table: pd.DataFrame) -> list[list[str]]:
@@ -67,9 +75,10 @@ def difference_rows(table: pd.DataFrame) -> list[list[str]]:
         for other in ("base", "expert", "tuned"):
             value = row.get(f"vs_{other}")
             if is_number(value):
-                low, high = row[f"vs_{other}_low"], row[f"vs_{other}_high"]
-                between = f"{low:+.1f} to {high:+.1f}" if is_number(low) else DASH
-                p = p_text(row[f"vs_{other}_p"])
+                low, high, p = (row.get(f"vs_{other}_{each}") for each in ("low", "high", "p"))
+                known = is_number(low) and is_number(high)
+                between = f"{low:+.1f} to {high:+.1f}" if known else DASH
+                p = p_text(p) if is_number(p) else DASH
                 found.append([_task(row), row["label"], other, f"{value:+.1f}", between, p])
     return found
 

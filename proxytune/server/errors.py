@@ -145,11 +145,13 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        message = str(error.detail)
+        said = str(error.detail)
         if error.status_code in (404, 405):
             asked = short(f"{request.method} {request.url.path}")
-            message = f"there is no {asked} here; GET /openapi.json lists what there is"
-        return error_response(error.status_code, message, headers=headers)
+            said = f"there is no {asked} here; GET /openapi.json lists what there is"
+        elif isinstance(error.__cause__, RecursionError | ValueError):  # FastAPI's, of a body
+            said = "the body is not JSON: nested too deeply, no UTF-8, or a number without end"
+        return error_response(error.status_code, said, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

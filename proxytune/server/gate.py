@@ -75,7 +75,8 @@ class Gate:
         self._paths = paths
         self._metrics = metrics
         self._hosts = Hosts(settings.allowed_hosts)
-        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+        key = settings.api_key
+        self._key = None if key is None else key.encode(errors="surrogateescape")
         self._max_bytes = settings.max_request_bytes
         self._closing = closing
 
@@ -124,7 +125,9 @@ class Gate:
             return error_response(*foreign)
         if scope["path"].startswith("/v1") and self._key is not None:
             given = (headers[b"authorization"] or [""])[-1].encode("latin-1")
-            if not hmac.compare_digest(given, self._key):
+            scheme, _, key = given.partition(b" ")  # RFC 9110, 11.4: "bearer" is the same scheme
+            right = hmac.compare_digest(key.strip(), self._key)
+            if not (right and scheme.lower() == b"bearer"):
                 return error_response(
                     401,
                     "a valid API key is needed: Authorization: Bearer <key>",

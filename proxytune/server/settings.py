@@ -1,6 +1,7 @@
 """The settings of a server."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from proxytune.errors import UserError
@@ -44,6 +45,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if self.api_key == "":
             raise UserError("api_key is empty; give a secret, or null to let everybody in")
+        if self.api_key is not None and not re.fullmatch(r"\S+", self.api_key):
+            raise UserError("api_key has white space in it, which no request can send; remove it")
         if self.max_logprobs < -1:
             raise UserError(f"max_logprobs={self.max_logprobs}; -1 is the whole vocabulary")
         limits = {

@@ -306,7 +306,7 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         raise UserError(f"cannot make output_dir={output}: {error.strerror}") from error
     path = output / RECORD
     if path.exists():
-        record = read_json(path)
+        record = read_json(path, status=str)
         changed = provenance.differences(
             {k: record.get(k) for k in identity}, json.loads(json.dumps(identity))
         )
@@ -336,7 +336,7 @@ def _last_checkpoint(output: Path) -> Path | None:
     whole = {}
     for folder in output.glob("checkpoint-*"):
         try:
-            whole[read_json(folder / "trainer_state.json")["global_step"]] = folder
+            whole[read_json(folder / "trainer_state.json", global_step=int)["global_step"]] = folder
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return whole[max(whole)] if whole else None

@@ -47,7 +47,7 @@ def url():
         "localhost:8000:9000",
         "localhost evil.example",
         "[::2]:8000",
-        "2130706433",
+        "3232235783",  # 192.168.1.7
         "\u0131ocalhost".encode().decode("latin-1"),
     ],
 )

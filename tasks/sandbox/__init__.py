@@ -11,7 +11,8 @@ sandbox_data.py     arrays, tables and tensors as plain data: sandbox_arrays.py 
                     sandbox_tables.py (pandas), sandbox_tensors.py (torch, TensorFlow)
 sandbox_random.py   the states of random number generators, for tests that seed them
 sandbox_child.py    what each of these processes does first
-sandbox_jail.py     the isolation by the kernel
+sandbox_root.py     what programs see of the machine: namespaces, a root directory of their own
+sandbox_limits.py   what they may ask of the kernel: system call filter, limits
 sandbox_hook.py     the isolation by Python's audit events
 """
 

@@ -253,4 +253,6 @@ def test_what_the_judge_does_not_pass_on_is_refused_not_wrong() -> None:
 
 def test_a_masked_array_arrives_where_the_test_knows_of_masks() -> None:
     test = "import numpy\nassert numpy.ma.getmaskarray(f(1)).all()"
-    assert run_programs([Program(MASKED, test)])[0].passed
+    whole = "import numpy\ndef f(x): return numpy.ma.array([x])"
+    verdicts = run_programs([Program(MASKED, test), Program(whole, "assert list(f(3)) == [3]")])
+    assert [v.passed for v in verdicts] == [True, True], verdicts

@@ -73,7 +73,8 @@ def requirements(program: "Program") -> Requirements | None:
     """What the judge needs; None if the program must be judged in its own process.
 
     That is so without a test, where the caller wants it, and if the test shares state with the
-    program or defines classes for it. It depends on the task only, never on the program.
+    program, defines classes for it, or needs its classes. It depends on the task only, never on the
+    program.
     """
     if program.together or not program.test:
         return None

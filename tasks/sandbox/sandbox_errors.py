@@ -26,7 +26,8 @@ def parts(error):
     kinds = [kind for kind in type(error).__mro__ if issubclass(kind, BaseException)]
     args = error.args
     if isinstance(error, GROUPS):
-        args = error.message, tuple(error.exceptions)
+        message, members = error.args
+        args = message, tuple(members)
     elif any("__str__" in vars(kind) for kind in kinds if kind not in BUILTIN.values()):
         args = (str(error),)
     attributes = tuple(item for item in vars(error).items() if not item[0].startswith("_"))

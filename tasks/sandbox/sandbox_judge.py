@@ -111,7 +111,8 @@ class Remote:
         if isinstance(item, Remote):
             return self._link.ask("contains", self, item)
         self._withhold("contains")
-        return any(part is item or part == item for part in self)
+        parts = self._link.ask("iter", self)
+        return any(part is item or part == item for part in parts)
 
     def _withhold(self, operation):
         self._link.withheld |= operation in self._operations

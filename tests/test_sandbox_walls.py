@@ -146,6 +146,33 @@ def test_no_memory_outlives_or_exceeds_a_program(isolate: bool) -> None:
     assert not any(v.passed for v in run(*attacks, isolate=isolate))
 
 
+@MODES
+def test_no_signal_and_no_scheduling_reaches_other_processes(isolate: bool) -> None:
+    """Before 2026-11-26, a descriptor's owner could be any process: it was killed by SIGKILL."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        attacks = [
+            f"import os, time\nfrom fcntl import *\na, b = socket.socketpair()\n{own}"
+            "fcntl(a, 10, 9)\nfcntl(a, F_SETFL, os.O_ASYNC)\nb.send(b'x')\ntime.sleep(0.1)"
+            for pid in (1, other.pid)
+            for own in (
+                f"fcntl(a, F_SETOWN, {pid})\n",
+                f"fcntl(a, 15, struct.pack('ii', 1, {pid}))\n",
+                f"ioctl(a, 0x8901, struct.pack('i', {pid}))\n",
+            )
+        ]
+        attacks += [
+            "import os\nos.setpriority(os.PRIO_USER, 0, 19)",
+            "import os\nos.sched_setaffinity(1, {0})",
+            f"import os\nos.sched_setscheduler({other.pid}, os.SCHED_IDLE, os.sched_param(0))",
+        ]
+        verdicts = run(*(f"import socket, struct\n{text}" for text in attacks), isolate=isolate)
+        assert other.poll() is None
+        other.kill()
+    assert [v.outcome for v in verdicts] == ["refused"] * len(attacks), verdicts
+    own = "import os\nos.sched_setaffinity(0, os.sched_getaffinity(0))"
+    assert run(own, isolate=isolate)[0].passed
+
+
 def test_threads_are_limited_for_root_too() -> None:
     """Fails on 538a493 as root: 20,000 threads."""
     needs_namespaces()

@@ -21,11 +21,18 @@ _ONE_TREE = threading.Lock()
 # looks at a function instead of calling it.
 SHARED_STATE = frozenset(
     [
-        "__class__", "__dict__", "__doc__", "__module__", "argv", "chdir", "environ", "globals",
-        "mock", "monkeypatch", "patch", "redirect_stderr", "redirect_stdout", "seed",
-        "setrecursionlimit", "stderr", "stdin", "stdout", "tracemalloc",
+        "CoroutineType", "GeneratorType", "argv", "asyncio", "caplog", "capsys", "catch_warnings",
+        "chdir", "environ", "globals", "inspect", "logging", "mock", "monkeypatch", "patch",
+        "redirect_stderr", "redirect_stdout", "seed", "setrecursionlimit", "stderr", "stdin",
+        "stdout", "tracemalloc", "update_wrapper", "vars", "warns", "wraps",
     ]
 )  # fmt: skip
+
+
+# What a namedtuple shows under names that begin with an underscore.
+PUBLIC = frozenset(["_asdict", "_fields", "_make", "_replace"])
+# Statements that only the program's own objects can take part in.
+OWN_STATEMENTS = (ast.AsyncFor, ast.AsyncFunctionDef, ast.AsyncWith, ast.Await, ast.ClassDef)
 
 
 # The same for a test that runs the program by `exec`: what it sets up before goes along with the
@@ -66,7 +73,8 @@ def requirements(program: "Program") -> Requirements | None:
     """What the judge needs; None if the program must be judged in its own process.
 
     That is so without a test, where the caller wants it, and if the test shares state with the
-    program or defines classes for it. It depends on the task only, never on the program.
+    program, defines classes for it, or needs its classes. It depends on the task only, never on the
+    program.
     """
     if program.together or not program.test:
         return None
@@ -104,11 +112,60 @@ def _read(test: str) -> tuple[list[str], str, list[str]] | None:
         names = sorted(_outside_names(test))
     except (SyntaxError, ValueError, RecursionError):
         return None
-    if SHARED_STATE & set(_words(tree)) or any(isinstance(n, ast.ClassDef) for n in tree.body):
+    if SHARED_STATE & set(_words(tree)) or _needs_classes(tree):
         return None
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     last = sorted(set(names) & set(_words(tree.body[-1]))) if tree.body else []
     return names, "\n".join(map(ast.unparse, imports)), last
+
+
+def _needs_classes(tree: ast.Module) -> bool:
+    """Whether a test needs more of the program's objects than `sandbox_judge.py` passes on.
+
+    That is: their classes (`except Mine`, `type(x) is Mine`), their private attributes, what only
+    the interpreter may do with them (`with`, `await`), or a change to a module that they use.
+    """
+    modules = {
+        alias.asname or alias.name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    known = modules | vars(builtins).keys() | {"None"}
+    known |= {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and _root(node.value) in known
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        of_classes: list[ast.expr] = []
+        if isinstance(node, OWN_STATEMENTS):
+            return True
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and node.attr not in PUBLIC
+            if private or (isinstance(node.ctx, ast.Store) and _root(node) in modules):
+                return True
+        elif isinstance(node, ast.With):
+            of_classes = [item.context_expr for item in node.items]
+        elif isinstance(node, ast.ExceptHandler) and node.type is not None:
+            of_classes = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        elif isinstance(node, ast.Call) and node.args:
+            if getattr(node.func, "attr", "") in ("raises", "assertRaises", "assertRaisesRegex"):
+                of_classes = node.args[:1]
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Call):
+            of_classes = node.comparators if _root(node.left.func) == "type" else []
+        if not all(_root(part) in known for part in of_classes):
+            return True
+    return False
+
+
+def _root(node: ast.AST) -> str:
+    """The variable from which an expression starts, `a` in `a.b(c)[d]`; "None" without one."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else "None"
 
 
 @functools.cache

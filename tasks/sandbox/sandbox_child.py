@@ -8,7 +8,7 @@ import fcntl
 import os
 import signal
 
-import sandbox_jail as jail
+import sandbox_limits as limits
 
 OPEN_FILES = 256  # no descriptor of the server is higher
 NONCE_BYTES = 16
@@ -32,12 +32,12 @@ def enter_child(config, limit_s, descriptors):
         os.dup2(descriptor, number)
     os.closerange(3 + len(high), OPEN_FILES)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    jail.limit(config, limit_s)
+    limits.limit(config, limit_s)
     if config["uid"] is not None:
-        jail.take_uid(config["uid"])
+        limits.take_uid(config["uid"])
     os.chdir(config["workdir"])
-    if jail.LINUX:
-        jail.drop_privileges(config["seccomp"])
+    if limits.LINUX:
+        limits.drop_privileges(config["seccomp"])
 
 
 def describe(error, refused=False, size=DETAIL_BYTES, padding=b" " * NONCE_BYTES):

@@ -14,25 +14,31 @@ runs the program by `exec`, it sends a pickle instead; the judge never reads one
 Valid for Python 3.8, standard library only: it runs under other interpreters, too.
 """
 
-import builtins
 import collections
 import datetime
 import decimal
 import fractions
 import itertools
 import json
-import keyword
 import sys
 
 import sandbox_data as data
+import sandbox_errors as errors
+import sandbox_plain as plain
 
 SMALL = 1 << 63
+# Classes that cross by name. Whatever calling one of them makes, crosses, too: a test that passes
+# on what it has made of a program's answer would else be judged in one process.
 TYPES = {
-    name: value
-    for name, value in vars(builtins).items()
-    if isinstance(value, type) and not name.startswith("_")
-}
-ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, BaseException)}
+    **errors.BUILTIN,
+    **{
+        kind.__name__: kind
+        for kind in (
+            bool, bytearray, bytes, complex, dict, enumerate, filter, float, frozenset, int, list,
+            map, range, reversed, set, slice, str, tuple, type(None), zip,
+        )
+    },
+}  # fmt: skip
 # Modules that a value may name although the receiver has not loaded them.
 MODULES = frozenset(getattr(sys, "stdlib_module_names", ())) | {"numpy"}
 # Nodes of arrays, which change in place.
@@ -48,17 +54,17 @@ EMPTY = {
 }
 MAPPINGS = frozenset(["dict", "counter", "ordered", "defaultdict"])
 KINDS = {kind: name for name, kind in EMPTY.items()}
-VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
-# The value of a subclass's instance as one of the base, without the subclass's own methods.
-PLAIN_VALUE = {
-    int: int.__pos__,
-    float: float.__pos__,
-    complex: complex.__pos__,
-    str: str.__str__,
-    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+VIEWS = {
+    type(getattr(kind(), name)()): name
+    for kind in (dict, collections.OrderedDict)
+    for name in ("keys", "values", "items")
 }
-# The plain bases of a subclass, in the order in which they are tried.
-BASES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
+# Classes whose instances cross as their text, by module; the constructor takes it.
+TEXTUAL = {
+    "ipaddress": ("IPv4Address", "IPv4Network", "IPv6Address", "IPv6Network"),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "uuid": ("UUID",),
+}
 
 
 class CannotCross(Exception):
@@ -73,17 +79,20 @@ class Packer:
         nodes: the nodes of the values that only this side knows.
     """
 
-    def __init__(self, known, handle, strict):
+    def __init__(self, known, handle, strict, exact=False, handled=()):
         """Starts a message.
 
         Args:
             known: the numbered values of the message that this one answers; [] for none.
             handle: called with an object that is no plain data; its node, or CannotCross.
             strict: refuses subclasses of plain types instead of packing their plain value.
+            exact: leaves out tables and sparse matrices, of which a little is lost.
+            handled: the ids of objects that have handles already, and keep them.
         """
         self.objects, self.nodes = list(known), []
         self._numbers = {id(value): number for number, value in enumerate(known)}
-        self._handle, self._strict = handle, strict
+        self._handle, self._strict, self._exact = handle, strict, exact
+        self._handled = handled
         self._first = len(known)
 
     def pack(self, value):
@@ -120,26 +129,25 @@ class Packer:
 
     def _node(self, value):
         kind = type(value)
+        if id(value) in self._handled:
+            return self._handle(value)
         if kind in KINDS:
             return self._container(KINDS[kind], value)
         if kind in (tuple, frozenset):
             return [kind.__name__, *map(self._refer, value)]
         if kind is collections.deque:
             return ["deque", value.maxlen, *map(self._refer, value)]
-        special = self._special(kind, value) or data.node(value, self._refer, self._strict)
+        special = self._special(kind, value) or data.node(value, self._refer, self._exact)
         if special is not None:
             return special
-        if _is_named_tuple(kind):
+        if plain.is_named_tuple(kind):
             fields = list(kind._fields)
             return ["namedtuple", kind.__name__, fields, *map(self._refer, tuple.__iter__(value))]
-        if isinstance(value, BaseException) and (not self._strict or kind in ERRORS.values()):
-            names = [base.__name__ for base in kind.__mro__ if base in ERRORS.values()]
-            return ["error", names, self._refer(value.args)]
-        if not self._strict:
-            for base in BASES:
-                if isinstance(value, base):
-                    return self._plain(base, value)
-        return self._handle(value)
+        if isinstance(value, BaseException) and (not self._strict or errors.is_known(kind)):
+            names, *parts = errors.parts(value)
+            return ["error", names, *map(self._refer, parts)]
+        base = None if self._strict else plain.plain_value(value)
+        return self._handle(value) if base is None else self._node(base)
 
     def _container(self, name, value):
         if name == "bytearray":
@@ -148,15 +156,6 @@ class Packer:
             factory = [self._refer(value.default_factory)] if name == "defaultdict" else []
             return [name, *factory, *map(self._refer, _chained(dict.items(value)))]
         return [name, *map(self._refer, value)]
-
-    def _plain(self, base, value):
-        """The node of an instance of a subclass, without asking the subclass's own methods."""
-        if base in PLAIN_VALUE:
-            return self._special(base, PLAIN_VALUE[base](value))
-        if base is bytearray:
-            return ["bytearray", bytes(memoryview(value)).hex()]
-        parts = _chained(dict.items(value)) if base is dict else base.__iter__(value)
-        return [base.__name__, *map(self._refer, parts)]
 
     def _special(self, kind, value):
         """The node of an immutable value without parts, or with small ones; None if it is none."""
@@ -178,8 +177,12 @@ class Packer:
             return ["fraction", *map(self._refer, (value.numerator, value.denominator))]
         if kind is datetime.timedelta:
             return ["timedelta", value.days, value.seconds, value.microseconds]
-        if kind in (datetime.date, datetime.time, datetime.datetime):
-            return [kind.__name__, value.isoformat()]
+        if kind is datetime.date:
+            return ["date", value.isoformat()]
+        if kind in (datetime.time, datetime.datetime):
+            return [kind.__name__, value.isoformat(), value.fold]
+        if kind is datetime.timezone:
+            return ["timezone", value.utcoffset(None) // datetime.timedelta(microseconds=1)]
         if kind in VIEWS:
             name = VIEWS[kind]
             return [name, *map(self._refer, _chained(value) if name == "items" else value)]
@@ -187,6 +190,9 @@ class Packer:
             return ["type", value.__name__]
         if kind is type(json):
             return ["module", value.__name__]
+        module = kind.__module__.partition(".")[0]  # pathlib's is "pathlib._local" in Python 3.13
+        if kind.__name__ in TEXTUAL.get(module, ()):
+            return ["textual", module, kind.__name__, str(value)]
         return None
 
 
@@ -275,7 +281,7 @@ class Unpacker:
         if kind == "namedtuple":
             return named_tuple(node[1], tuple(node[2]))(*map(self.value, node[3:]))
         if kind == "error":
-            return make_error(node[1], self.value(node[2]))
+            return errors.make(node[1], *map(self.value, node[2:]))
         if kind in data.BUILDERS:
             return data.BUILDERS[kind](self.value, *parts)
         return self._handle(node)
@@ -297,16 +303,6 @@ def _has_surrogates(text):
     return False
 
 
-def _is_named_tuple(kind):
-    fields = getattr(kind, "_fields", None)
-    return (
-        kind.__bases__ == (tuple,)
-        and type(fields) is tuple
-        and all(type(f) is str and f.isidentifier() and not keyword.iskeyword(f) for f in fields)
-        and not any(f.startswith("_") for f in fields)
-    )
-
-
 _named_tuples = {}
 
 
@@ -318,14 +314,10 @@ def named_tuple(name, fields):
     return _named_tuples[key]
 
 
-def make_error(names, args):
-    """An exception of the first class in `names` that takes these arguments."""
-    for name in names:
-        try:
-            return ERRORS[name](*args)
-        except Exception:
-            continue  # UnicodeDecodeError, for one, wants five arguments
-    return Exception(*args)
+def _textual(module, name, text):
+    if name not in TEXTUAL[module]:
+        raise ValueError(name)
+    return getattr(_import(module), name)(text)
 
 
 def _import(name):
@@ -344,8 +336,10 @@ BUILDERS = {
     "decimal": decimal.Decimal,
     "timedelta": datetime.timedelta,
     "date": datetime.date.fromisoformat,
-    "time": datetime.time.fromisoformat,
-    "datetime": datetime.datetime.fromisoformat,
+    "time": lambda text, fold: datetime.time.fromisoformat(text).replace(fold=fold),
+    "datetime": lambda text, fold: datetime.datetime.fromisoformat(text).replace(fold=fold),
+    "timezone": lambda offset: datetime.timezone(datetime.timedelta(microseconds=offset)),
+    "textual": _textual,
     "type": TYPES.__getitem__,
     "module": _import,
 }

@@ -7,8 +7,8 @@ from the closed lists of `sandbox_arrays.py`, `sandbox_tables.py` and `sandbox_t
 code, class or pickle of the sender's. Exact types only: an instance of a subclass that a program
 has defined is no data.
 
-What is lost: which arrays share memory, in which order they lie in it, and the graph behind a
-tensor (whether it requires a gradient is kept).
+What is lost: which arrays share memory, in which order they lie in it, and the operations that a
+tensor came from, by which torch would compute its gradient (whether it requires one is kept).
 
 Valid for Python 3.8, standard library only: it runs under other interpreters, too.
 """
@@ -28,6 +28,33 @@ PACKERS = {
 }
 # Kind of node -> what builds its object from `value_of`, which builds a part, and the parts.
 BUILDERS = {**arrays.BUILDERS, **tables.BUILDERS, **tensors.BUILDERS}
+# Nodes of pandas and scipy, of whose objects a little is lost.
+TABLES = frozenset([*tables.BUILDERS, "sparse"])
+
+
+class Masked(Exception):
+    """An array with a masked element."""
+
+
+def is_of_tables(kind):
+    """Whether a class is one of pandas or scipy."""
+    return kind.__module__.partition(".")[0] in ("pandas", "scipy")
+
+
+def allow_masked(allowed):
+    """Says whether arrays with masked elements may arrive.
+
+    numpy's own comparisons skip masked elements, so a fully masked array passes for any answer. A
+    test that knows of masks says so.
+    """
+    BUILDERS["masked"] = arrays.BUILDERS["masked"] if allowed else _unmasked
+
+
+def _unmasked(value_of, *parts):
+    array = arrays.BUILDERS["masked"](value_of, *parts)
+    if sys.modules["numpy"].ma.is_masked(array):
+        raise Masked("a masked element, which passes for equal to anything")
+    return array
 
 
 def node(value, refer, exact=False):

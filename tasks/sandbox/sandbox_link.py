@@ -8,6 +8,7 @@ that the program has given to its copies of them.
 
 import _thread
 import abc
+import errno
 import json
 import os
 import struct
@@ -15,6 +16,17 @@ import struct
 import sandbox_codec as codec
 
 FRAME_BYTES = 64 << 20
+# Operations on two objects; REFLECTED ones are the right operand's.
+BINARY = (
+    "add", "and", "eq", "floordiv", "ge", "gt", "le", "lshift", "lt", "matmul", "mod", "mul", "ne",
+    "or", "pow", "rshift", "sub", "truediv", "xor",
+)  # fmt: skip
+REFLECTED = tuple(f"r{name}" for name in BINARY if name not in ("eq", "ge", "gt", "le", "lt", "ne"))
+OPERATIONS = (*BINARY, *REFLECTED, "contains")
+
+
+class TooLong(PermissionError):
+    """A message of ours is longer than the other side takes."""
 
 
 class Broken(Exception):
@@ -56,12 +68,30 @@ def write_frame(descriptor, message):
     """Writes what `read_frame` reads.
 
     Raises:
+        TooLong: the message is longer than FRAME_BYTES; nothing has been written.
         OSError: the other side has ended.
     """
     body = json.dumps(message).encode()
+    if len(body) > FRAME_BYTES:
+        raise TooLong(errno.EPERM, f"a call takes and returns at most {FRAME_BYTES >> 20} MB")
     data = memoryview(struct.pack("!Q", len(body)) + body)
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+_operations = {}
+
+
+def operations(kind):
+    """The names in OPERATIONS that a class defines."""
+    if kind not in _operations:
+        methods = ((name, f"__{name}__") for name in OPERATIONS)
+        _operations[kind] = [
+            name
+            for name, method in methods
+            if getattr(kind, method, None) is not getattr(object, method, None)
+        ]
+    return _operations[kind]
 
 
 class Link(abc.ABC):
@@ -72,7 +102,7 @@ class Link(abc.ABC):
     (`_try`), and what stands for an object of the other's (`_make`).
     """
 
-    _strict = False
+    _strict = _exact = False
 
     def __init__(self, descriptor):
         """Takes an open stream socket."""
@@ -93,7 +123,7 @@ class Link(abc.ABC):
 
     def _exchange(self, request):
         with self._lock:
-            packer = codec.Packer([], self._handle, self._strict)
+            packer = codec.Packer([], self._handle, self._strict, self._exact, self._numbers)
             packed = packer.pack(request)
             write_frame(self._descriptor, ["ask", packer.nodes, packed, []])
             while True:
@@ -101,7 +131,7 @@ class Link(abc.ABC):
                 if what != "ask":
                     break
                 self.answer(nodes, packed)
-        unpacker = codec.Unpacker(nodes, packer.objects, self._stand_in)
+        unpacker = self._unpack(nodes, packer.objects)
         for number, node in changed:
             unpacker.change(number, node)
         value = unpacker.value(packed)
@@ -111,17 +141,28 @@ class Link(abc.ABC):
 
     def answer(self, nodes, packed):
         """Does what the other end asks for and sends the outcome."""
-        unpacker = codec.Unpacker(nodes, [], self._stand_in)
+        unpacker = self._unpack(nodes, [])
         operation, target, args, kwargs = unpacker.value(packed)
         what, result = self._try(operation, target, args, kwargs)
-        packer = codec.Packer(unpacker.objects, self._any_handle, False)
+        packer = self._answering(unpacker)
         try:
             packed = packer.pack(result)
             changed = packer.changes(nodes)
         except Exception as error:  # an object of the program's that breaks when looked at
-            packer = codec.Packer(unpacker.objects, self._any_handle, False)
+            packer = self._answering(unpacker)
             what, packed, changed = "error", packer.pack(Exception(type(error).__name__)), []
-        write_frame(self._descriptor, [what, packer.nodes, packed, changed])
+        try:
+            write_frame(self._descriptor, [what, packer.nodes, packed, changed])
+        except TooLong as error:
+            packer = self._answering(unpacker)
+            packed = packer.pack(error)
+            write_frame(self._descriptor, ["refused", packer.nodes, packed, []])
+
+    def _answering(self, unpacker):
+        return codec.Packer(unpacker.objects, self._any_handle, False, False, self._numbers)
+
+    def _unpack(self, nodes, known):
+        return codec.Unpacker(nodes, known, self._stand_in)
 
     def _any_handle(self, value):
         """The node of a handle for any object of this end."""
@@ -138,7 +179,8 @@ class Link(abc.ABC):
         if number is None or number < 0:
             return None if number is None else ["yours", -1 - number]
         kind = "iterator" if hasattr(type(value), "__next__") else "object"
-        return ["mine", number, "function" if callable(value) else kind]
+        kind = "function" if callable(value) else kind
+        return ["mine", number, kind, operations(type(value))]
 
     def _stand_in(self, node):
         whose, number = node[:2]
@@ -147,7 +189,7 @@ class Link(abc.ABC):
         if whose != "mine":
             raise Broken("a value of no kind")
         if number not in self._theirs:
-            value = self._theirs[number] = self._make(number, node[2])
+            value = self._theirs[number] = self._make(number, node[2], node[3])
             self._numbers[id(value)] = -1 - number
         return self._theirs[number]
 
@@ -163,5 +205,5 @@ class Link(abc.ABC):
         """Does an operation for the other end: "value" and its result, or "error" and why."""
 
     @abc.abstractmethod
-    def _make(self, number, kind) -> object:
+    def _make(self, number, kind, operations) -> object:
         """What stands for object `number` of the other end."""

@@ -6,6 +6,7 @@ the program may do in it what it likes, within the walls.
 """
 
 import ast
+import copy
 import operator
 import os
 import pickle
@@ -14,10 +15,21 @@ import types
 
 import sandbox_child as child
 import sandbox_link as wire
+import sandbox_plain as plain
 import sandbox_random as randomness
 from sandbox_hook import audit_hook
 
 PROGRAM = "program"  # the name of its module: it runs as if imported
+
+
+OPERATORS = (
+    "abs", "add", "contains", "delitem", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert",
+    "le", "lshift", "lt", "matmul", "mod", "mul", "ne", "neg", "pos", "pow", "rshift", "setitem",
+    "sub", "truediv", "xor",
+)  # fmt: skip
+BUILTINS = (
+    bool, complex, float, format, hash, int, iter, len, next, repr, reversed, round, str
+)  # fmt: skip
 
 
 class ProgramLink(wire.Link):
@@ -27,17 +39,27 @@ class ProgramLink(wire.Link):
         super().__init__(descriptor)
         self._names = names
         self._operations = {
-            "call": lambda target, *args, **kwargs: target(*args, **kwargs),
+            "call": self._call,
             "exec": self._exec,
             "names": self._find,
             "get": getattr,
             "set": setattr,
-            "item": operator.getitem,
-            "iter": iter,
-            "next": next,
-            "len": len,
-            "bool": bool,
+            "isinstance": lambda kind, value: isinstance(value, kind),
+            "issubclass": lambda kind, other: issubclass(other, kind),
+            "and": operator.and_,
+            "or": operator.or_,
+            "copy": copy.copy,
+            "deepcopy": copy.deepcopy,
+            **{name: getattr(operator, name) for name in OPERATORS},
+            **{kind.__name__: kind for kind in BUILTINS},
         }
+
+    def _call(self, target, *args, **kwargs):
+        value = target(*args, **kwargs)
+        if isinstance(target, type) and plain.is_own_container(value):
+            # What a test makes by calling a class, it uses as that class's object, methods and all.
+            self._any_handle(value)
+        return value
 
     def _try(self, operation, target, args, kwargs):
         try:
@@ -60,9 +82,10 @@ class ProgramLink(wire.Link):
         return super()._stand_in(node)
 
     def _lost(self, error):
-        os._exit(0)
+        if not isinstance(error, wire.TooLong):
+            os._exit(0)
 
-    def _make(self, number, kind):
+    def _make(self, number, kind, operations):
         """A function, an iterator or a mere object in place of what the test has passed."""
         if kind == "object":
             return object()

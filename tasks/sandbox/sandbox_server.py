@@ -5,14 +5,14 @@ under the interpreter of another environment (DS-1000's pinned libraries). It im
 that programs are likely to need and isolates itself. Each program then costs a fork instead of the
 start of an interpreter.
 
-The isolation (Linux, `sandbox_jail.py`): new mount, PID, network, IPC, UTS and, unless we are root,
-user namespaces; a root directory in memory that shows the system's and the interpreter's folders
-read-only; and one writable place, a small memory file system, new for each program. The server is
-the init of the PID namespace, so one call kills everything. Each program gets resource limits, no
-capabilities, and a seccomp filter that refuses processes, sockets, signals to others, tracing and
-mounting. An audit hook refuses the same to Python code, with a better message. Where the kernel
-refuses namespaces (a container), Landlock guards the files, and where it lacks Landlock, the hook
-alone. docs/sandbox.md lists what holds on which platform.
+The isolation (Linux; `sandbox_root.py`, `sandbox_limits.py`): new mount, PID, network, IPC, UTS
+and, unless we are root, user namespaces; a root directory in memory that shows the system's and the
+interpreter's folders read-only; and one writable place, a small memory file system, new for each
+program. The server is the init of the PID namespace, so one call kills everything. Each program
+gets resource limits, no capabilities, and a seccomp filter that refuses processes, sockets, signals
+to others, tracing and mounting. An audit hook refuses the same to Python code, with a better
+message. Where the kernel refuses namespaces (a container), Landlock guards the files, and where it
+lacks Landlock, the hook alone. docs/sandbox.md lists what holds on which platform.
 
 A program gets two processes: its own, which has never seen the test (`sandbox_program.py`), and the
 judge's (`sandbox_judge.py`), which reads the test from the harness itself.
@@ -36,9 +36,10 @@ import tempfile
 import time
 
 import sandbox_child as child
-import sandbox_jail as jail
 import sandbox_judge as judge
+import sandbox_limits as limits
 import sandbox_program as program
+import sandbox_root as view
 import sandbox_together as together
 
 SETUP_S = 60.0  # a judge's process may take this long to read its test
@@ -250,8 +251,8 @@ def serve(harness, config):
             options = f"size={config['disk_bytes']},nr_inodes=4096,mode=700"
             if config["uid"] is not None:
                 options += f",uid={config['uid']},gid={config['uid']}"
-            flags = jail.MS_NOSUID | jail.MS_NODEV | jail.MS_NOEXEC
-            jail.mount("sandbox", workdir, "tmpfs", flags, options)
+            flags = view.MS_NOSUID | view.MS_NODEV | view.MS_NOEXEC
+            view.mount("sandbox", workdir, "tmpfs", flags, options)
             fresh = state(workdir)
         work = Job(job, harness, config)
         try:
@@ -263,7 +264,7 @@ def serve(harness, config):
         if not config["namespaces"]:
             empty(workdir)
         elif state(workdir) != fresh:
-            jail.call(jail.LIBC.umount2, os.fsencode(workdir), jail.MNT_DETACH)
+            limits.call(limits.LIBC.umount2, os.fsencode(workdir), view.MNT_DETACH)
             fresh = None
         if outcome == "died":
             outcome, detail = "failed", end
@@ -307,8 +308,8 @@ def main(descriptor):
     for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
         os.environ[name] = config["workdir"]
     tempfile.tempdir = None  # a module may have looked it up while it was imported
-    if jail.LINUX:
-        jail.call(jail.LIBC.prctl, jail.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if limits.LINUX:
+        limits.call(limits.LIBC.prctl, limits.PR_SET_DUMPABLE, 0, 0, 0, 0)
     send(harness, report)
     gc.freeze()  # garbage collection in a fork then copies no pages of the server
     serve(harness, config)
@@ -324,15 +325,15 @@ def isolate(harness, config):
 
     Returns: what the harness is told.
     """
-    refused = jail.why_no_namespaces() if config["isolate"] else "not wanted"
+    refused = view.why_no_namespaces() if config["isolate"] else "not wanted"
     root, writable = os.geteuid() == 0, []
     if refused:
         workdir = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
-        uid = jail.unused_uid({p for path in jail.interpreter_paths() for p in jail.parents(path)})
+        uid = view.unused_uid({p for path in view.interpreter_paths() for p in view.parents(path)})
         if uid is not None:
             os.chown(workdir, uid, uid)
     else:
-        workdir, uid = jail.WORKDIR, jail.enter_namespaces()
+        workdir, uid = view.WORKDIR, view.enter_namespaces()
     pid = os.fork()
     if pid:
         # Only a child is in the new PID namespace. This process waits for its end, and cleans up.
@@ -341,18 +342,18 @@ def isolate(harness, config):
         if refused:
             shutil.rmtree(workdir, ignore_errors=True)
         os._exit(0)
-    if jail.LINUX:
-        jail.call(jail.LIBC.prctl, jail.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if limits.LINUX:
+        limits.call(limits.LIBC.prctl, limits.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     config.update(namespaces=not refused, workdir=workdir, uid=uid, proc=None, landlock=False)
     if refused:
-        config.update(fence=workdir, landlock=jail.landlock(workdir))
+        config.update(fence=workdir, landlock=view.landlock(workdir))
     else:
         assert os.getpid() == 1, "bury() would kill everything of this user"
-        mounts = jail.enter_root()
+        mounts = view.enter_root()
         config.update(fence=None, proc=os.open("/proc", os.O_RDONLY))
-        writable = jail.lock_file_system(mounts)
+        writable = view.lock_file_system(mounts)
     config["own_user"] = uid is not None or not (refused or root)
-    config["seccomp"] = jail.working_filter()
+    config["seccomp"] = limits.working_filter()
     return {
         "refused": refused,
         "landlock": config["landlock"],

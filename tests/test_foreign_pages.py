@@ -78,8 +78,8 @@ def trace(value: Any) -> Callable[[Path], None]:
     return edit
 
 
-def line(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+def line(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 DAMAGED = {
@@ -153,7 +153,7 @@ def test_a_page_without_a_tokenizer_shows_ids_and_asks_nobody(member, folder, mo
 def test_a_named_pipe_holds_nobody_up(name, folder, capsys):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    acts = [page_of]
+    acts: list[Callable[[Path], object]] = [page_of]
     if name != "run.json":
         acts += [Watcher, lambda folder: rescore_main([str(folder)])]
     for act in acts:

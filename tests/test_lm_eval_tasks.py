@@ -199,7 +199,7 @@ def test_a_fault_of_lm_evals_own_code_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TaskManager, "load", load)
     with pytest.raises(
-        UserError, match=r"task strange: Couldn't find .*once while the hub"
+        UserError, match=r"task strange: RuntimeError: Couldn't find .*once while the hub"
     ) as said:
         LmEvalTask("strange", include_path=folder).check()
     assert "\n" not in str(said.value)

@@ -71,7 +71,8 @@ def check_task(name: str, include_path: str | None = None, *, run_code: bool = F
             raise UserError(_no_antlr(name)) from error
         expected = isinstance(error, OSError | ImportError | ValueError)
         if expected or not _raised_below(error, OWN_TASKS, include_path):
-            reason = _first_line(error)
+            kind = "" if expected else f"{type(error).__name__}: "  # a KeyError is one word
+            reason = kind + _first_line(error)
             ways = "".join(f"; {way}" for way in _ways_out(reason)[:1])
             raise UserError(f"lm-eval cannot load its task {name}: {reason}{ways}") from error
         raise

@@ -351,6 +351,9 @@ def test_an_adapter_is_an_expert_of_the_model_that_it_adapts(config: TrainConfig
         ({"batch_size": 30}, "batch_size=30 is not a multiple of per_device_batch_size=32"),
         ({"method": "qlora"}, "method=qlora is not one of full, lora"),
         ({"warmup": 100}, "warmup is a share"),
+        ({"batch_size": 0}, "batch_size=0: it must be a finite number, 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: it must be"),
+        ({"epochs": 0}, "epochs=0 trains nothing"),
         ({"output_dir": "/proc/nowhere"}, "cannot make output_dir=/proc/nowhere"),
     ],
 )

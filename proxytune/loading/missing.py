@@ -13,6 +13,11 @@ def not_found(role: str, name: str, what: str, error: BaseException) -> str:
         error: the error of transformers or PEFT.
     """
     path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file() and what == "config.json":
+        return (
+            f"{role}: the folder {name} holds an adapter, not a model; its model goes into "
+            f"triple.{role}.id, and the adapter into triple.{role}.adapter={name}"
+        )
     if path.is_dir():
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"{role}: the folder {name} has no usable {what} ({detail})"

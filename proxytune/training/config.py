@@ -1,6 +1,8 @@
 """The settings of a training: the schema of conf/train.yaml."""
 
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -132,6 +134,15 @@ def check_choices(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value not in allowed:
             raise UserError(f"{name}={value} is not one of {', '.join(allowed)}")
+    counts = ("steps", "batch_size", "per_device_batch_size", "max_length", "threads")
+    counts += ("save_every", "keep_checkpoints", "log_every", "lora.rank")
+    for name in (*counts, "epochs", "learning_rate", "weight_decay", "max_grad_norm"):
+        value = attrgetter(name)(config)
+        least = 1 if name in counts else 0
+        if value is not None and not (least <= value < math.inf):
+            raise UserError(f"{name}={value}: it must be a finite number, {least} or more")
+    if config.epochs == 0:
+        raise UserError("epochs=0 trains nothing; give a positive number, or steps=...")
     if len(config.adam_betas) != 2:
         raise UserError(f"adam_betas must be two numbers, not {config.adam_betas}")
     if not 0 <= config.warmup < 1:

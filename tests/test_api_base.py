@@ -126,6 +126,7 @@ def test_with_a_few_tokens_every_difference_is_flagged(folder, local, url, k, de
         assert flagged < steps, "a proof must succeed somewhere"
 
 
+@pytest.mark.slow
 def test_blocks_and_single_tokens_give_the_same_from_a_few_tokens(folder, url):
     generators = [over_http(folder, url, top_logprobs=5, blocks=b) for b in (True, False)]
     one, other = (each.generate(PROMPTS, **GREEDY) for each in generators)

@@ -62,6 +62,7 @@ def test_everybody_waits_as_long_as_the_server_asks(folder, url, undisturbed):
         assert time.monotonic() - start > 0.7
 
 
+@pytest.mark.slow
 def test_a_server_may_die_and_come_back(folder, url, undisturbed, tmp_path):
     with faulty(url) as proxy:
         remote = over_http(folder, proxy.url, cache=str(tmp_path / "a"), **SETTINGS)

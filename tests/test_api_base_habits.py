@@ -68,6 +68,7 @@ def silent_at_the_end(probed: list[Any]):
     return edit
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_a_server_that_lists_nothing_where_its_text_ends(folder, url, blocks):
     probed: list[Any] = []
@@ -109,6 +110,7 @@ def test_echo_without_the_tokens_that_are_added_before_a_text(folder, url):
 # -- another prompt, another model, another vocabulary --------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_a_server_that_cuts_prompts_is_refused(folder, url, blocks):
     def cut(body, answer):
@@ -195,6 +197,7 @@ def objects(listed: dict[str, float], key: str) -> list[dict[str, Any]]:
     return [{key: token, "token": "?", "logprob": value} for token, value in ids.items()]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("key", ["id", "token_id"])
 def test_lists_of_objects(folder, url, key):
     def edit(body, answer):

@@ -88,6 +88,7 @@ def experiment(folder, weeks, output, url: str):
         )
 
 
+@pytest.mark.slow
 def test_options_alone_are_re_weighed_and_out_of_reach_is_excluded(
     folder, weeks, tmp_path, monkeypatch
 ):
@@ -164,6 +165,7 @@ def test_a_spent_budget_keeps_what_is_finished(folder, weeks, tmp_path, monkeypa
         assert len(server.requests) == PROBE + 4
 
 
+@pytest.mark.slow
 def test_a_chat_endpoint_cannot_go_on(folder, weeks, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with openai_server(answer) as server:

@@ -109,6 +109,7 @@ def test_what_a_list_leaves_open_is_asked_for(folder, local, url, blocks, decodi
             assert one.token_ids == other.token_ids
 
 
+@pytest.mark.slow
 def test_filters_settle_what_single_tokens_can_settle(folder, local, url):
     wanted = local.generate(PROMPTS, **FILTERED)
     with faulty(url, early=single_tokens(url)) as proxy:
@@ -122,6 +123,7 @@ def test_filters_settle_what_single_tokens_can_settle(folder, local, url):
     assert all(one.token_ids == other.token_ids for one, other in certain)
 
 
+@pytest.mark.slow
 def test_only_what_is_kept_is_asked_for_and_nothing_twice(folder, url, tmp_path):
     cache = str(tmp_path / "api.sqlite")
     with faulty(url, early=single_tokens(url)) as proxy:
@@ -142,6 +144,7 @@ def test_only_what_is_kept_is_asked_for_and_nothing_twice(folder, url, tmp_path)
         assert client_of(again).spent.requests == count
 
 
+@pytest.mark.slow
 def test_the_likeliest_of_many_are_asked_for_and_the_rest_stays_flagged(folder, url, monkeypatch):
     monkeypatch.setattr("proxytune.engine.choice.MAX_ASKED", 4)
     before = over_http(folder, url, ALPHA, top_logprobs=FEW).generate(PROMPTS, **GREEDY)
@@ -214,6 +217,7 @@ def test_a_server_that_changes_its_mind_ends_the_run(folder, url, kind):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_minus_infinity_leaves_the_step_flagged(folder, url):
     probed = []
 

@@ -81,6 +81,7 @@ def test_the_parts_for_speed_are_switched_off_and_on_again(tmp_path: Path) -> No
     assert speculation.FIRST_GAP < 10**9 and cached.narrow_products is narrow.narrow_products
 
 
+@pytest.mark.slow
 def test_an_agreeing_triple_agrees_as_often_as_asked() -> None:
     for acceptance in (0.3, 0.9):
         triple = bench_models.agreeing_triple(TINY, TINIER, acceptance)

@@ -91,13 +91,11 @@ class Rule:
         action: takes the snippet, the rule's `more`, and the place where it runs.
         more: for `run`: arguments that say where to write, and to do little.
             For `skip`: why it cannot run. For `composes`: the file of conf/.
-        slow: whether it takes more than a few seconds.
     """
 
     pattern: str
     action: Callable[[Snippet, str, "Place"], None]
     more: str = ""
-    slow: bool = False
 
 
 # -- the table --------------------
@@ -110,14 +108,13 @@ RULES = [
         run,
         "output_dir={tmp}/run",
     ),
-    Rule(ANY + r"python run\.py", run, ONE + " decoding.n=1", slow=True),
+    Rule(ANY + r"python run\.py", run, ONE + " decoding.n=1"),
     Rule(ANY + r"python run\.py experiment=pocket_black_box", run, ONE),
     Rule(ANY + r"python run\.py experiment=llama70b_chat --cfg job", run),
     Rule(
         ANY + r"python run\.py -m alpha=0\.5,1\.0,1\.5",
         run,
         ONE + " task=[pocket_toxigen] systems=[proxy]",
-        slow=True,
     ),
     Rule(ANY + r"python run\.py experiment=gpt35_realtimeqa .*", composes),
     Rule(ANY + r"run\.py experiment=\w+", composes),
@@ -179,13 +176,11 @@ RULES = [
         run_check,
         "output_dir={tmp}/run alphas=[] task.gsm8k.path=pocket/data/test/gsm8k.jsonl "
         "decoding.max_new_tokens=24",
-        slow=True,
     ),
     Rule(
         r"check.md: proxytune check .*",
         run_check,
         "output_dir={tmp}/run limit=2 alphas=[]",
-        slow=True,
     ),
     Rule(r"(README|formulas).md: proxytune check", skip, "its name"),
     Rule(r"check.md: helps: .*", skip, "what a check answers"),
@@ -197,7 +192,6 @@ RULES = [
         r"black_box.md: python scripts/bench_api\.py --json results/bench/api\.json",
         run,
         "--prompts 1",
-        slow=True,
     ),
     Rule(
         r"black_box.md: python scripts/check_servers\.py .*",
@@ -210,7 +204,6 @@ RULES = [
         r"performance.md: python scripts/bench\.py .*",
         run,
         "--size tiny --rounds 1",
-        slow=True,
     ),
     Rule(r"own.md: python scripts/rescore\.py FOLDER", run),
     Rule(r"repro.md: python scripts/rescore\.py \.\./shared/published --json .*", run),
@@ -225,7 +218,6 @@ RULES = [
     Rule(
         r"lm_eval.md: python -m proxytune\.harness run .*",
         run_outside,
-        slow=True,
     ),
     Rule(r"README.md: pytest .*", collected),
     Rule(ANY + r"proxytune watch .*", skip, "it ends by Ctrl-C; tests/test_watch.py runs it"),
@@ -256,7 +248,7 @@ RULES = [
     Rule(ANY + r"proxytune serve( triple=\.\.\. key=value \.\.\.)?", skip, "its name and form"),
     Rule(r"serving.md: serving pocket-proxy on .*", announces),
     Rule(r"serving.md: curl .*", run_outside),
-    Rule(r"serving.md: OPENAI_API_KEY=secret lm_eval run .*", run_outside, slow=True),
+    Rule(r"serving.md: OPENAI_API_KEY=secret lm_eval run .*", run_outside),
     Rule(r"serving.md: (from openai import|import requests).*", python_block),
     # whole snippets
     Rule(r"formulas.md: def halfway.*", skip, "own_formula runs it"),
@@ -284,6 +276,9 @@ RULES = [
 ]
 
 
+RUNS = (run, run_check, run_outside, rescored, serves, serves_the_page, announces)
+
+
 def rule_of(snippet: Snippet) -> Rule | None:
     """The first rule that fits."""
     return next((rule for rule in RULES if re.fullmatch(rule.pattern, snippet.name)), None)
@@ -292,7 +287,7 @@ def rule_of(snippet: Snippet) -> Rule | None:
 def cases() -> Iterator[pytest.ParameterSet]:
     """Every snippet with its rule; a command that several documents print comes once.
 
-    README's are fast tests; of the other documents, what starts a run or a server is slow.
+    What starts a run or a server is slow.
     """
     seen = set()
     for snippet in SNIPPETS:
@@ -300,9 +295,8 @@ def cases() -> Iterator[pytest.ParameterSet]:
         known = (snippet.kind, snippet.text.removeprefix(".venv/bin/"), rule and rule.more)
         if rule and known not in seen:
             seen.add(known)
-            runs = snippet.document != "README.md" and rule.action in (run, run_outside, rescored)
-            slow = rule.slow or runs or rule.action is serves_the_page
-            marks = [pytest.mark.slow] if slow else []
+            asks = "://127.0.0.1" in snippet.text  # the server that the documents start
+            marks = [pytest.mark.slow] if rule.action in RUNS or asks else []
             yield pytest.param(snippet, rule, id=snippet.name[:70], marks=marks)
 
 

@@ -134,6 +134,7 @@ def pocket(expert: Path, **more):
     return proxytune.load(*names, dtype="float32", **more)
 
 
+@pytest.mark.slow
 def test_an_end_token_of_the_expert_ends_the_proxy(own_end, caplog):
     """Fails on 538a493: the proxy never ended."""
     want = pocket(POCKET / "expert")

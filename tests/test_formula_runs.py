@@ -39,7 +39,7 @@ def plain(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.slow
 def test_a_gate_that_only_certainty_closes_is_proxy_tuning_and_counts_tokens(plain, tmp_path):
     done = run(tmp_path, "systems=[base,proxy]", "formula=gated", "formula.threshold=1.0")
     assert done.returncode == 0, done.stderr

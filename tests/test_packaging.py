@@ -119,6 +119,7 @@ def test_every_declared_package_is_imported():
     assert everything - set(importers()) == NOT_IMPORTED
 
 
+@pytest.mark.slow
 def test_what_is_said_to_be_brought_is():
     imported = importers()
     for name, bringer in BROUGHT.items():

@@ -39,6 +39,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_pairs_add_up_in_a_run(tmp_path):
     both = run(tmp_path / "both", pair("math", alpha="0.6") + pair("chat", fmt="raw"), "alpha=0.4")
     assert both.returncode == 0, both.stderr

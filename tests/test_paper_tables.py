@@ -88,6 +88,7 @@ def test_tables_from_the_authors_metrics_show_the_published_numbers(shared, numb
         assert "| truthfulqa_mc_acc | proxy | 56.6 | 57.4 | 56.6 | -0.8 |" in text
 
 
+@pytest.mark.slow
 def test_tables_from_the_authors_generations_scored_again_show_the_published_numbers(
     shared, tmp_path, monkeypatch
 ):

@@ -93,6 +93,7 @@ def test_without_it_there_is_no_page():
         assert requests.get(url + "/playground", timeout=20).status_code == 404
 
 
+@pytest.mark.slow
 def test_systems_that_share_models_answer_at_once_what_each_answers_alone(home):
     """Rows of different lengths are read packed, which sets the model's attention meanwhile."""
     prompts = [f"{word} sold clips to {'and ' * number}" for number, word in enumerate("abcdef")]
@@ -229,6 +230,7 @@ def test_a_prompt_is_answered_by_four_systems_and_alpha_moves_the_proxy(browser,
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_a_formula_and_its_settings_are_chosen_kept_in_the_link_and_copied(browser, home):
     shown = "return document.getElementById('formula-shown').textContent"
     open_page(browser, home)
@@ -264,6 +266,7 @@ def test_a_formula_and_its_settings_are_chosen_kept_in_the_link_and_copied(brows
     assert browser.execute_script(shown) == "5.00" and text(browser, "proxy") != ""
 
 
+@pytest.mark.slow
 def test_several_pairs_have_an_alpha_each(browser):
     from tests.serving import running
 

@@ -77,7 +77,7 @@ def test_pieces_decode_to_their_concatenation(tokens: list[str]) -> None:
     assert TOKENIZER.decode(ids) == "".join(tokens)
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
 def test_every_shipped_text_is_in_the_vocabulary(name: str) -> None:
     for row in tuning(name):

@@ -78,8 +78,8 @@ def run(generator, asked, **how):
     return [found[i] for i in range(index)]
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.slow
 def test_rows_of_several_formulas_are_those_of_systems_of_their_own(temperature):
     want = [
         each.token_ids

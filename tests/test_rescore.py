@@ -216,6 +216,7 @@ def test_a_judge_that_is_missing_skips_its_task(results):
     assert any("classifier" in reason for _, _, reason in found.skipped)
 
 
+@pytest.mark.slow
 def test_the_papers_release(shared):
     only = ["gsm", "truthfulqa", "toxigen", "alpaca_farm", "ds1000"]
     found = rescore(shared / "published", only)

@@ -39,6 +39,7 @@ def triple() -> api.Generator:
 # -- lm-eval --------------------
 
 
+@pytest.mark.slow
 def test_lm_eval_over_http_gives_the_in_process_harness_s_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)
     monkeypatch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)

@@ -106,6 +106,7 @@ def test_what_is_half_sent_is_closed(short_waits, trickles):
         assert requests.get(f"{url.removesuffix('/v1')}/health").ok
 
 
+@pytest.mark.slow
 def test_a_half_sent_header_is_answered_with_the_reason(short_waits):
     with running(create_app(single())) as url, connect(url) as slow:
         slow.sendall(HALVES["half a header"])

@@ -285,8 +285,8 @@ def raw_request(url: str, body: dict) -> socket.socket:
     return connection
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 def test_the_rows_of_a_client_that_leaves_become_free(stream):
     app = create_app(triple())
     worker = slow_down(app)

@@ -243,15 +243,11 @@ def test_points_that_are_wrong_or_meet_in_one_folder_are_refused(words, said, st
 @pytest.mark.parametrize(
     ("words", "points"),
     [
-        (["alpha=0.5,1.0,1.5"], 3),
         (["formula=proxy,dexperts"], 2),
+        (["alpha=0.5,1.0,1.5"], 3),
         (["decoding.batch_size=2,4", "output_dir=OUT/${decoding.batch_size}"], 2),
-        pytest.param(
-            ["experiment=pocket,pocket_gsm", "output_dir=OUT/${name}"], 2, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["systems=[base],[tuned]", "decoding.seed=range(2)"], 4, marks=pytest.mark.slow
-        ),
+        (["experiment=pocket,pocket_gsm", "output_dir=OUT/${name}"], 2),
+        (["systems=[base],[tuned]", "decoding.seed=range(2)"], 4),
         (["alpha=1", "decoding.batch_size=3"], 1),
     ],
 )

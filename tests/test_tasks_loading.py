@@ -51,6 +51,7 @@ def test_what_json_cannot_be_is_no_traceback(tmp_path, text):
             read_rows(written(tmp_path / name, text))
 
 
+@pytest.mark.slow
 def test_archives_that_are_damaged_or_unpack_without_end(tmp_path, monkeypatch):
     path = written(tmp_path / "a.jsonl.gz", "{}\n" * 2**20)
     assert len(read_rows(path)) == 2**20

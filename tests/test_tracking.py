@@ -75,6 +75,7 @@ def test_a_misspelt_setting_is_refused(tmp_path, bad):
         make(tmp_path, **bad)
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_everything(tmp_path):
     tracker = make(tmp_path)
     tracker.log_throughput({"proxy/gsm8k": {"tokens": 300, "seconds": 2.0}})

@@ -104,11 +104,11 @@ def test_a_triple_that_hurts(tmp_path):
     assert "on 200 examples; alpha=0.5 helps (+" in verdict
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("expert", "task", "available", "enough"),
     [("expert", "truthfulqa_mc", 120, True), ("antiexpert", "gsm8k", 150, False)],
 )
+@pytest.mark.slow
 def test_twenty_examples_that_cannot_tell(expert, task, available, enough, tmp_path):
     """Multiple choice rises by too little for so few; an untuned expert changes nothing."""
     kind = "raw" if expert == "antiexpert" else "chat"

@@ -55,7 +55,7 @@ def run(folder: Path, *arguments: str):
     return call(cli.run, *TASK, f"output_dir={folder}", *arguments)
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.slow
 def test_an_expert_with_other_special_tokens_writes_the_same(folders, tmp_path):
     expert = f"triple.expert.id={folders['renamed']}"
     refused = run(tmp_path / "refused", expert)

@@ -388,6 +388,7 @@ def test_the_page_follows_the_run(browser, folder, home):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_the_page_says_when_nobody_watches_any_more(browser, folder):
     with WatchServer(Watcher(folder), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

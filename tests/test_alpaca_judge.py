@@ -125,6 +125,7 @@ def test_a_judge_that_fails_stops_and_loses_nothing(tmp_path):
         assert not server.requests
 
 
+@pytest.mark.slow
 def test_an_interrupt_sends_nothing_more(tmp_path):
     answered = 0
 

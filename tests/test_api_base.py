@@ -135,6 +135,7 @@ def test_blocks_and_single_tokens_give_the_same_from_a_few_tokens(folder, url):
     assert flags[0] == flags[1]
 
 
+@pytest.mark.slow
 def test_an_agreeing_expert_saves_requests(folder, url):
     """Expert and antiexpert the same as the base: every drafted token is right."""
     counts = []

@@ -53,6 +53,7 @@ def test_a_fault_is_waited_out(folder, url, undisturbed, tmp_path, fault):
         nothing_came_twice(proxy)
 
 
+@pytest.mark.slow
 def test_everybody_waits_as_long_as_the_server_asks(folder, url, undisturbed):
     with faulty(url) as proxy:
         remote = over_http(folder, proxy.url, **SETTINGS)
@@ -111,8 +112,8 @@ def test_a_proxy_that_is_served_itself_says_that_the_base_is_gone(folder, url, f
             assert requests.post(f"{own}/completions", json=body, timeout=60).ok
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.slow
 def test_the_budget_stops_and_a_larger_one_goes_on(folder, url, undisturbed, tmp_path, blocks):
     settings = SETTINGS | {"cache": str(tmp_path / "api.sqlite"), "blocks": blocks}
     with faulty(url) as proxy:
@@ -152,6 +153,7 @@ def test_money_and_tokens_are_budgets_too(folder, url):
     assert probe.tokens < client_of(remote).spent.tokens <= limit
 
 
+@pytest.mark.slow
 def test_the_second_time_costs_nothing(folder, url, undisturbed, tmp_path):
     cache = str(tmp_path / "api.sqlite")
     with faulty(url) as proxy:

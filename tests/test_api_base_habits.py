@@ -68,8 +68,8 @@ def silent_at_the_end(probed: list[Any]):
     return edit
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.slow
 def test_a_server_that_lists_nothing_where_its_text_ends(folder, url, blocks):
     probed: list[Any] = []
     with faulty(url, edit=silent_at_the_end(probed), refuse=("prompt_logprobs",)) as proxy:
@@ -92,6 +92,7 @@ def test_where_it_rates_no_prompts_either_that_is_said_at_once(folder, url):
         assert proxy.hits - before < 40
 
 
+@pytest.mark.slow
 def test_echo_without_the_tokens_that_are_added_before_a_text(folder, url):
     def edit(body, answer):
         begun = body.get("echo") and body["prompt"][0] == 1  # <s>

@@ -150,6 +150,7 @@ def letter_id(letter: str) -> int:
     return vocab.get(f"Ġ{letter}", vocab[letter])
 
 
+@pytest.mark.slow
 def test_a_spent_budget_keeps_what_is_finished(folder, weeks, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with openai_server(answer) as server:

@@ -191,11 +191,11 @@ def test_a_full_context_in_the_words_of_many_servers():
         assert [said for said in ROOM if Failure(status, "", said).room] == []
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("status", "said", "with_blocks"),
     [*((*each, True) for each in FULL[:2]), *((*each, False) for each in FULL)],
 )
+@pytest.mark.slow
 def test_a_row_that_reaches_the_context_ends_with_length(folder, url, status, said, with_blocks):
     """Fails on 538a493: it ended the run."""
     limit = 30

@@ -67,6 +67,7 @@ def run(cells) -> dict[str, dict[str, float]]:
         return generate(cells, pool, GenerationSettings())
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once_and_freed_before_the_next_system_loads(loads, tmp_path):
     systems = ("expert", "base", "proxy", "tuned")
     throughput = run([cell(AskingCell, system, tmp_path) for system in systems])

@@ -116,6 +116,7 @@ guarded(lambda: print("a line\\n" * {lines}))
     assert err == ("error: nobody reads the output any more; everything finished so far is kept\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_sandbox_does_not_run_the_rest():
     program = """
 import signal, time

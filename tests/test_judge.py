@@ -118,7 +118,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_generated(
         SequenceClassifier(str(classifier_folder), **setting).check()
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.slow
 def test_a_checkpoint_without_the_judges_head_does_not_judge(classifier_folder, yes_no_folder):
     """transformers fills what is missing with random weights, and they have an opinion too."""
     with pytest.raises(JudgeError, match=r"no LlamaForSequenceClassification: it has no score"):

@@ -136,6 +136,7 @@ def test_a_grader_of_latex_is_found_without_running_it():
     assert [evaluation._parses_latex(task) for task in tasks] == [True, False]
 
 
+@pytest.mark.slow
 def test_math500_is_graded_by_math_verify():
     pytest.importorskip("math_verify", reason="pip install 'proxytune[math]'")
     from proxytune.harness.tasks.grading import process_results

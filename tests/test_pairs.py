@@ -64,6 +64,7 @@ def test_pairs_add_up_in_a_run(tmp_path):
     assert "holds completions of another configuration (alpha" in changed.stderr
 
 
+@pytest.mark.slow
 def test_a_pair_on_the_command_line_and_a_trace(tmp_path):
     more = "triple.pairs.more"
     models = "pocket/models"

@@ -297,6 +297,7 @@ def test_several_pairs_have_an_alpha_each(browser):
         assert browser.execute_script(hidden)  # pairs have one formula
 
 
+@pytest.mark.slow
 def test_a_token_shows_its_candidates_and_what_would_have_followed(browser, home):
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -366,6 +367,7 @@ def test_the_keyboard_reaches_everything(browser, home):
     assert text(browser, "proxy") != before
 
 
+@pytest.mark.slow
 def test_what_is_copied_answers_the_same(browser, home):
     import shlex
     import subprocess

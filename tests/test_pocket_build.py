@@ -33,8 +33,8 @@ def asked(monkeypatch):
     return found
 
 
-@pytest.mark.thinned(1)
 @pytest.mark.parametrize("split", ["dev", "test"])
+@pytest.mark.slow
 def test_both_experiments_read_one_split_and_one_seeds_models(split, asked):
     build.evaluate(WORK, 2, split)
     for _, settings in asked:

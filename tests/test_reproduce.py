@@ -218,6 +218,7 @@ def test_the_largest_need_is_said_once(scripts):
     assert found[1].startswith("about 10,000,000 GB are needed in ")
 
 
+@pytest.mark.slow
 def test_a_judges_key_and_the_leave_to_run_programs_are_asked_for(scripts, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     pocket = "run.py experiment=pocket task=[pocket_humaneval] task.pocket_humaneval"

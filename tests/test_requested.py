@@ -352,6 +352,7 @@ def test_a_conversations_template_variables_reach_the_members_that_read_them(url
     assert status == 400 and "unknown field" in answer["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_base_that_lists_few_tokens_has_one_formula(tmp_path):
     folder = save_triple(tmp_path)
     with served(folder) as upstream:

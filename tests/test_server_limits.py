@@ -239,6 +239,7 @@ def test_a_weaker_server_can_be_imitated():
         assert requests.post(f"{url}/chat/completions", json=chat | {"max_tokens": 2}).ok
 
 
+@pytest.mark.slow
 def test_when_too_much_waits_clients_are_told_to_come_again():
     app = create_app(single(), ServerSettings(max_waiting=3), batch_size=2)
     worker = slow_down(app)

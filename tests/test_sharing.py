@@ -269,6 +269,7 @@ def test_a_point_is_not_written_through_a_link(started, tmp_path):
     assert not started
 
 
+@pytest.mark.slow
 def test_the_flag_may_stand_among_the_settings(started, tmp_path):
     done = call(cli.run, "limit=1", f"output_dir={tmp_path}", "-m", "alpha=0.5,1.0")
     assert done.returncode == 0, done.stderr

@@ -363,7 +363,7 @@ def test_a_folder_that_cannot_be_read_is_said_on_the_page(folder, home):
     assert "run.json is not JSON" in requests.get(home + "state", timeout=20).json()["error"]
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.slow
 def test_the_page_follows_the_run(browser, folder, home):
     resize(browser)
     browser.get(home)

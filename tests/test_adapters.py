@@ -10,7 +10,14 @@ from functools import cache
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -206,14 +213,28 @@ def test_some_modules_at_their_initial_value_are_named(folder, tmp_path, caplog)
     [
         IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
         LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            alpha_pattern={"q_proj": 0},
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ),
     ],
-    ids=["ia3", "loha"],
+    ids=["ia3", "loha", "lora whose scales are zero"],
 )
 def test_an_adapter_of_another_kind_at_its_initial_value(folder, tmp_path, config):
     """Fails on fadf341: the zeros of LoRA alone were looked for."""
     get_peft_model(tiny_model("llama", 3), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"changes nothing: .* the same logits without it"):
         load_member(spec_of(folder, tmp_path))
+
+
+def test_an_adapter_that_is_about_one_token_alone(folder, tmp_path):
+    config = TrainableTokensConfig(token_indices=[77], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama", 3), config).save_pretrained(tmp_path)
+    edited(tmp_path, lambda name, t: (name, t + 1))
+    assert load_member(spec_of(folder, tmp_path)).model is not None
 
 
 def test_a_file_of_more_than_tensors(folder, tmp_path, no_weights):

@@ -127,18 +127,23 @@ def put_adapter(model: Any, spec: ModelSpec) -> Any:
     if lost and not (filled and all(filled)):
         raise _not_arrived(spec, lost[0])
     adapted = adapted.eval().requires_grad_(False)
-    if not any(".lora_" in name for name in _held(adapted)):
-        _refuse_idle(adapted, spec)
+    _refuse_idle(adapted, spec)
     return adapted
 
 
 def _refuse_idle(adapted: Any, spec: ModelSpec) -> None:
-    """Refuses an adapter that changes no logit; of LoRA's, `_check_values` knows it before.
+    """Refuses an adapter that changes no logit, which `_check_values` sees of most LoRAs before.
 
     Raises:
-        UserError: the adapter is at its initial value.
+        UserError: the adapter is at its initial value, or all its scales are zero.
     """
-    ids = torch.arange(1, 9, device=adapted.device)[None]
+    config = adapted.active_peft_config
+    tokens: list[int] = []  # those that an adapter may be about alone come first
+    for name in ("token_indices", "trainable_token_indices", "alora_invocation_tokens"):
+        trained = getattr(config, name, None) or []
+        lists = trained.values() if isinstance(trained, Mapping) else [trained]
+        tokens += [token for each in lists for token in each][:64]
+    ids = torch.tensor([[*tokens, *range(1, 9)]], device=adapted.device)
     with torch.no_grad():
         with_it = adapted(input_ids=ids).logits
         with adapted.disable_adapter():
@@ -146,7 +151,7 @@ def _refuse_idle(adapted: Any, spec: ModelSpec) -> None:
     if torch.equal(with_it, without):
         raise UserError(
             f"the adapter {spec.adapter} changes nothing: {spec.id} gives the same logits without "
-            "it; it was saved before it was trained"
+            "it; it was saved before it was trained, or its scales are zero"
         )
 
 

@@ -139,7 +139,7 @@ def _refuse_idle(adapted: Any, spec: ModelSpec) -> None:
     """
     config = adapted.active_peft_config
     tokens: list[int] = []  # those that an adapter may be about alone come first
-    for name in ("token_indices", "trainable_token_indices", "alora_invocation_tokens"):
+    for name in ("token_indices", "trainable_token_indices"):
         trained = getattr(config, name, None) or []
         lists = trained.values() if isinstance(trained, Mapping) else [trained]
         tokens += [token for each in lists for token in each][:64]

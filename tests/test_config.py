@@ -100,7 +100,7 @@ def test_the_experiment_wins_over_defaults_and_the_command_line_over_both():
         (["alhpa=1"], "unknown key 'alhpa' (did you mean alpha?)"),
         (["decoding.bath_size=1"], "unknown key 'bath_size' (did you mean batch_size?)"),
         (["triple.base.di=x"], "unknown key 'di'"),
-        (["limit=many"], "could not be converted to Integer"),
+        (["limit=many"], "limit=many: it must be a whole number"),
         (["task.pocket_gsm8k.pth=x"], "task.pocket_gsm8k has no key 'pth' (did you mean path?)"),
     ],
 )

@@ -8,6 +8,9 @@ import pytest
 
 from proxytune import cli
 from proxytune.errors import UserError
+from proxytune.files import ROOT
+from proxytune.loading.build import same_checkpoint
+from proxytune.loading.spec import ModelSpec
 from tests.commands import call
 
 TASK = ["task=[pocket_triviaqa]", "limit=6", "report=false"]
@@ -107,8 +110,8 @@ def test_a_formula_of_ones_own_and_its_source_in_the_identity(plain, tmp_path, m
     ("arguments", "said"),
     [
         (["formula=gatd"], "gated"),
-        (["formula._target_=nowhere.f"], "formula._target_=nowhere.f cannot be imported"),
-        (["formula._target_=math.pi"], "formula"),
+        (["formula._target_=nowhere.f"], "_target_=nowhere.f cannot be imported"),
+        (["formula._target_=math.pi"], "_target_=math.pi is 3.14"),
         (["formula=gated", "formula.threshold=2"], "threshold must be a probability"),
         (["formula=dexperts", "formula.top_p=0"], "top_p"),
         (["formula=gated", "formula.treshold=0.5"], "treshold"),
@@ -149,3 +152,10 @@ def test_lm_eval_takes_a_formula_by_its_name():
     ):
         with pytest.raises(UserError, match=words):
             ProxyTuneLM(**models, **wrong, **settings)
+
+
+def test_one_folder_is_one_checkpoint_however_it_is_written(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    base = ModelSpec(id="pocket/models/base")
+    assert same_checkpoint(base, ModelSpec(id=str(ROOT / base.id)))
+    assert not same_checkpoint(base, ModelSpec(id="pocket/models/expert"))

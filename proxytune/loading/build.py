@@ -1,6 +1,7 @@
 """Builds a system from loaded models."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from proxytune.engine.system import Group, Member, System
@@ -200,5 +201,11 @@ def same_checkpoint(spec: ModelSpec, other: ModelSpec | None) -> bool:
 
 
 def _same_weights(spec: ModelSpec, other: ModelSpec) -> bool:
-    names = ("id", "revision", "dtype", "device", "quantization", "attn_implementation")
-    return all(getattr(spec, name) == getattr(other, name) for name in names)
+    names = ("revision", "dtype", "device", "quantization", "attn_implementation")
+    alike = all(getattr(spec, name) == getattr(other, name) for name in names)
+    return alike and _place(spec.id) == _place(other.id)
+
+
+def _place(model_id: str) -> str:
+    """A model's name; of a folder its one path, however it is written."""
+    return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id

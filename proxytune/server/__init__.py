@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server for any system: `proxytune serve`; docs/serving.md.
 
-protocol.py  the JSON of requests and answers, as pydantic models
+protocol.py  the JSON of requests, as pydantic models
+schemas.py   the JSON of answers
 limits.py    how much a request may have
 neutral.py   fields of requests that change nothing
 prepare.py   a client's request -> a job: prompts encoded, settings checked

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from proxytune.engine.sampling import NOTHING
 from proxytune.engine.text import TokenTexts
 from proxytune.generator import Generator
-from proxytune.server import protocol
+from proxytune.server import schemas
 from proxytune.server.answers import (
     Answer,
     ChatAnswer,
@@ -67,7 +67,7 @@ _ALWAYS = (403, 421, 503)  # what the gate may say on every path
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI document's entries for errors, by status."""
     return {
-        status: {"model": protocol.ErrorResponse, "description": _ERRORS[status]}
+        status: {"model": schemas.ErrorResponse, "description": _ERRORS[status]}
         for status in statuses
     }
 
@@ -196,13 +196,13 @@ class _Routes:
         """All routes; without /v1/completions if the settings leave it out."""
         router = APIRouter()
         if not self._settings.chat_only:
-            router.post("/v1/completions", responses=_answers(protocol.CompletionResponse))(
+            router.post("/v1/completions", responses=_answers(schemas.CompletionResponse))(
                 self.completions
             )
-        router.post("/v1/chat/completions", responses=_answers(protocol.ChatResponse))(
+        router.post("/v1/chat/completions", responses=_answers(schemas.ChatResponse))(
             self.chat_completions
         )
-        router.post("/v1/responses", responses=_answers(protocol.ResponsesResponse))(self.responses)
+        router.post("/v1/responses", responses=_answers(schemas.ResponsesResponse))(self.responses)
         router.get("/v1/models", responses=_errors(401, *_ALWAYS))(self.list_models)
         router.get("/v1/models/{name:path}", responses=_errors(401, 404, *_ALWAYS))(self.one_model)
         unhealthy = {503: {"description": "An engine has ended, or the server ends"}}

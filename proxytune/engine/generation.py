@@ -45,17 +45,15 @@ class Generation:
 
 def generation_of(finished: Finished) -> Generation:
     """The sample of a row that has ended."""
-    extra: dict[str, Any] = {} if finished.trace is None else {"trace": finished.trace}
-    if finished.truncation is not None:
-        extra["api"] = finished.truncation.to_dict()
-    if finished.touched is not None:
-        extra["touched"] = finished.touched
-    if finished.unshifted is not None:
-        extra["unshifted"] = {role: round(share, 6) for role, share in finished.unshifted.items()}
-    if finished.agreed is not None:
-        extra["agreed"] = finished.agreed
-    if finished.thought is not None:
-        extra["thought"] = finished.thought
+    shares = finished.unshifted
+    extra = {
+        "trace": finished.trace,
+        "api": finished.truncation and finished.truncation.to_dict(),
+        "touched": finished.touched,
+        "unshifted": shares and {role: round(share, 6) for role, share in shares.items()},
+        "agreed": finished.agreed,
+        "thought": finished.thought,
+    }
     return Generation(
         prompt_index=finished.index,
         sample=finished.sample,
@@ -63,5 +61,5 @@ def generation_of(finished: Finished) -> Generation:
         raw_text=finished.raw_text,
         token_ids=finished.token_ids,
         finish_reason=finished.finish_reason,
-        extra=extra,
+        extra={name: value for name, value in extra.items() if value is not None},
     )

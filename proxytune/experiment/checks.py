@@ -254,7 +254,7 @@ def check_speed(settings: DictConfig, where: str = "") -> None:
 
     Args:
         settings: with `batch_size` and `speculative`.
-        where: their place in the configuration, with a dot behind it.
+        where: what a message writes before their names: "decoding." or nothing.
 
     Raises:
         UserError: names the setting.

@@ -102,8 +102,8 @@ def pretrain(work: Path) -> None:
 def ship(source: Path, target: Path) -> None:
     """Copies a model and its tokenizer; half precision halves the download of its weights.
 
-    What differs from one training to the next, on the same machine, stays behind: the time that it
-    took (train.json) and whether the hub could be reached.
+    It does not copy what differs between two trainings on the same machine: train.json, which holds
+    the training's time, and whether the hub could be reached.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,7 @@
 """Errors that are not our bugs."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -25,6 +26,12 @@ class MissingExtra(UserError):
         super().__init__(
             f"{purpose} needs {package}, which is not installed: pip install 'proxytune[{extra}]'"
         )
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """A question that names the known word most like `name`; "" if there is none."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def need(package: str, extra: str, purpose: str) -> None:

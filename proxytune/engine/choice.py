@@ -6,13 +6,13 @@ choice, it is asked for them, if it answers that (`Truncation.ask`).
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from proxytune.engine.broken import blame
 from proxytune.engine.penalties import History
-from proxytune.engine.rows import FULL, Row
+from proxytune.engine.rows import FULL, Row, traces_of
 from proxytune.engine.sampling import BROKEN, Sampler
 from proxytune.engine.system import Pass
 from proxytune.engine.truncation import MAX_ASKED
@@ -39,6 +39,13 @@ class Chosen:
     unseen: list[float]
     unshifted: Mapping[str, list[float]]
     alone: Mapping[str, list[int]] = field(default_factory=dict)
+    _traced: dict[int, list[dict[str, Any]]] = field(default_factory=dict, init=False)
+
+    def _traces(self, top: int) -> list[dict[str, Any]]:
+        """The trace's entries of all places, which are computed together; see `traces_of`."""
+        if top not in self._traced:
+            self._traced[top] = traces_of(self.seen, self.tokens, top)
+        return self._traced[top]
 
     def of(self, index: int) -> list[int]:
         """The tokens chosen for the row with this index, [width]."""
@@ -69,6 +76,7 @@ class Chosen:
                 unseen=self.unseen[place] if self.unseen else 0.0,
                 unshifted={role: shares[place] for role, shares in self.unshifted.items()},
                 drafted=place < first + count - 1,
+                entry=self._traces(row.request.record)[place] if row.request.record else None,
             )
             given += 1
             # What was chosen after it was chosen by the rules of another phase of a thought.

@@ -271,6 +271,7 @@ class Row:
         unseen: float = 0.0,
         unshifted: Mapping[str, float] = MappingProxyType({}),
         drafted: bool = False,
+        entry: dict[str, Any] | None = None,
     ) -> None:
         """Writes the token that was chosen at one place of a pass, and notes what is recorded.
 
@@ -282,11 +283,11 @@ class Row:
             unseen: the probability of the tokens that the API did not list.
             unshifted: see `Pass`, at this place.
             drafted: whether the small model had guessed the token.
+            entry: of the token, for `trace`; it is written where the row has one.
         """
         if self.trace is not None and token != FULL:
-            each_role = {"system": seen.logits[place]}
-            each_role |= {role: each[place] for role, each in seen.members.items()}
-            self.trace.append(trace_of(each_role, token, self.request.record))
+            assert entry is not None
+            self.trace.append(entry)
         if seen.truncation is not None:
             if self.truncation is None:
                 self.truncation = TruncationRecord(seen.truncation.mode, seen.truncation.k)
@@ -361,25 +362,26 @@ def longest(prompt: Prompt) -> int:
     return max(map(len, prompt.values()))
 
 
-def trace_of(logits: Mapping[str, torch.Tensor], token: int, top: int) -> dict[str, Any]:
-    """The entry of one generated token in `Finished.trace`.
+def traces_of(seen: Pass, tokens: Sequence[int], top: int) -> list[dict[str, Any]]:
+    """The entries in `Finished.trace` of tokens that were chosen from a pass.
 
     {"id": token, "p": {role: probability of the token}, "top": {role: [[id, probability], ...]}}.
     Probabilities are those before temperature and filters. The role "system" is the whole system
     (the triple).
 
     Args:
-        logits: role -> logits, [vocab].
-        token: the token that was chosen.
+        seen: the flat pass, [places, vocab].
+        tokens: the choice at each place; what is no token (`FULL`) has an entry without meaning.
         top: how many tokens "top" lists.
     """
-    probs = {role: each.float().softmax(-1) for role, each in logits.items()}
-    tops = {role: each.topk(min(top, each.shape[-1])) for role, each in probs.items()}
-    return {
-        "id": token,
-        "p": {role: round(float(each[token]), 6) for role, each in probs.items()},
-        "top": {
-            role: [[i, round(p, 6)] for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
-            for role, best in tops.items()
-        },
-    }
+    entries: list[dict[str, Any]] = [{"id": token, "p": {}, "top": {}} for token in tokens]
+    chosen = torch.tensor(tokens).clamp(min=0).unsqueeze(1)
+    for role, logits in {"system": seen.logits, **seen.members}.items():
+        probs = logits.float().softmax(-1)
+        best = probs.topk(min(top, probs.shape[-1]))
+        own = probs.gather(1, chosen.to(probs.device)).squeeze(1).tolist()
+        listed = zip(own, best.indices.tolist(), best.values.tolist(), strict=True)
+        for entry, (p, ids, values) in zip(entries, listed, strict=True):
+            entry["p"][role] = round(p, 6)
+            entry["top"][role] = [[i, round(v, 6)] for i, v in zip(ids, values, strict=True)]
+    return entries

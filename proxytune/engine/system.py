@@ -100,7 +100,8 @@ class Pass:
 
         The pass has the logits of those members that every row has.
         """
-        roles = set.intersection(*(set(row.members) for row in rows))
+        # In the first row's order: a set's would differ from run to run, in traces, too.
+        roles = [role for role in rows[0].members if all(role in row.members for row in rows)]
         known = [row.truncation for row in rows if row.truncation is not None]
         full = [row.full for row in rows if row.full is not None]
         return Pass(

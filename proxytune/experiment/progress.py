@@ -19,7 +19,8 @@ from proxytune.experiment.forecast import Forecast, spoken
 
 log = logging.getLogger(__name__)
 
-_EVERY = 60.0  # seconds between two lines where there is no terminal
+_EVERY = 60.0  # seconds between two lines where there is no terminal,
+_EVERY_BAR = 0.5  # and between two forecasts where there is one
 _LONG = 5.0  # a loading of so many seconds is worth a line
 
 
@@ -96,7 +97,7 @@ class RunProgress:
         self.clock = clock
         self.forecast = Forecast(cells)
         self._terminal = terminal
-        self._last_line = clock()
+        self._last_shown = clock()
         self.cells = [CellProgress(self, index, *cell) for index, cell in enumerate(cells)]
         self._loading: TaskID = bars.add_task("", visible=False, total=None, tokens="", left="")
         self._all: TaskID | None = None
@@ -119,12 +120,15 @@ class RunProgress:
         """Notes that an example of a cell has ended."""
         now = self.clock()
         self.forecast.advance(index, now)
+        every = _EVERY_BAR if self._terminal else _EVERY
+        if now - self._last_shown < every and cell.examples < cell.total:
+            return  # a forecast takes longer than an example of a small model
+        self._last_shown = now
         left = self.forecast.seconds()
         said = f"about {spoken(left)} left" if left is not None and self.forecast.left else ""
         if self._terminal:
             self._show_all(said)
-        elif now - self._last_line >= _EVERY or cell.examples == cell.total:
-            self._last_line = now
+        else:
             facts = [f"{cell.examples:,} of {cell.total:,} examples", cell.speed]
             facts.append(f"the run: {self.forecast.left:,} examples, {said}" if said else "")
             log.info("%s: %s", " ".join(cell.name.split()), "; ".join(filter(None, facts)))

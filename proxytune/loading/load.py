@@ -238,7 +238,8 @@ def load_config(role: str, spec: ModelSpec) -> Any:
         raise UserError(not_found(role, spec.id, "config.json", error)) from error
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     kinds = {type(config), type(config.get_text_config())}
-    if not own_code and kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING):
+    # `in` asks for one class; a walk over the mapping would import every model's configuration.
+    if not own_code and not any(kind in MODEL_FOR_CAUSAL_LM_MAPPING for kind in kinds):
         raise UserError(f"{role}: {spec.id} ({config.model_type}) is no causal language model")
     return config
 

@@ -292,7 +292,8 @@ class MetricInfo:
 
 def is_plain(text: str) -> bool:
     """Whether a name can stand in a table: it steers no terminal, and no spreadsheet runs it."""
-    return text.isprintable() and not text.startswith(("=", "+", "-", "@"))
+    steers = text.startswith(("=", "+", "-", "@")) and text != "-"  # a dash alone stands for none
+    return text.isprintable() and not steers
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proxytune.records import Example
 from tasks.humaneval import HumanEval, clean, pass_at_k, program
+from tasks.sandbox import Sandbox
 
 PROBLEMS = [
     {
@@ -240,3 +241,25 @@ def test_the_headline_stands_first_and_an_unknown_one_is_refused():
     for wrong in ("pass@5", "", "Pass@1"):
         with pytest.raises(ValueError, match=r"task\.mine\.headline=.* is none of pass@10, pass@1"):
             HumanEval(name="mine", headline=wrong)
+
+
+def test_the_same_program_runs_once_unless_chance_decides_it(
+    task: HumanEval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = Sandbox.run
+
+    def counted(self: Sandbox, programs: Any) -> Any:
+        ran.extend(each.code for each in programs)
+        return run(self, programs)
+
+    monkeypatch.setattr(Sandbox, "run", counted)
+    right, wrong, drawn = "    return 2 * x", "    return x", "    import random; return 2 * x"
+    rows = [PROBLEMS[0]] * 7 + [PROBLEMS[1]]
+    texts = [right, wrong, right, drawn, right, drawn, wrong, wrong]
+    verdicts = task.verdicts(rows, texts)
+    assert [v.passed for v in verdicts] == [True, False, True, True, True, True, False, False]
+    assert sorted(ran) == sorted(
+        [PROBLEMS[0]["prompt"] + text for text in (right, wrong, drawn, drawn)]
+        + [PROBLEMS[1]["prompt"] + wrong]
+    )

@@ -135,6 +135,13 @@ def test_csv_gives_the_same_table_back(table, tmp_path):
     assert again["headline"].dtype == bool
 
 
+@pytest.mark.parametrize("place", [("2", "13B"), ("7", "-"), ("thinklogit_32b", "-")])
+def test_a_table_is_read_back_whatever_its_place(metrics, scores, tmp_path, place):
+    to_csv(comparison(metrics, INFOS, scores, place), tmp_path / "table.csv")
+    back = read_csv(tmp_path / "table.csv")
+    assert set(zip(back["paper_table"], back["paper_size"], strict=True)) == {place}
+
+
 @pytest.mark.parametrize("right", [7, 11, 23, 29, 37, 57, 59])
 def test_half_a_digit_is_rounded_alike_in_memory_and_from_csv(right, tmp_path):
     """23 of 80 are 28.75 %, which 100 * 0.2875 misses by its last bit."""

@@ -23,7 +23,7 @@ import torch
 from omegaconf import DictConfig
 
 from proxytune import provenance
-from proxytune.config.formulas import alphas, formula_of, is_default, members_of
+from proxytune.config.formulas import alphas, formula_of, is_default, member_of, members_of
 from proxytune.config.schema import to_dict
 from proxytune.config.specs import engine_settings
 from proxytune.errors import UserError
@@ -330,9 +330,9 @@ def _show(
 
 
 def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
-    """The paper's table and model size to show beside ours.
+    """The table and model size whose printed numbers to show beside ours.
 
-    None where the paper has no numbers for this setting: another base, alpha or decoding.
+    None where nobody has printed numbers for this setting: other models, alpha or decoding.
     """
     if not cfg.paper:
         return None
@@ -344,8 +344,10 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     base = cfg.triple.base.id
     theirs = paper.other_base(cfg.paper.size, base)
     other += [f"the base {base} in the place of {theirs}"] if theirs else []
+    models = {s: str(each.id) for s in cfg.systems if s != "proxy" and (each := member_of(cfg, s))}
+    other += [f"the {s} {models[s]}" for s in paper.other_models(cfg.paper.table, models)]
     if other:
-        log.info("the paper's numbers are left out: it has none for %s", ", ".join(other))
+        log.info("the printed numbers are left out: there are none for %s", ", ".join(other))
         return None
     return cfg.paper.table, cfg.paper.size
 

@@ -1,7 +1,13 @@
-"""The paper's numbers (results/paper/*.csv), and which of our numbers each belongs to."""
+"""Printed numbers (results/paper/*.csv), and which of our numbers each belongs to.
 
+Those of the paper, and those that other papers and model cards print for the models of our other
+experiments. Of the latter, the "table" is the experiment and the "size" is "-".
+"""
+
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,6 +30,11 @@ KEYS = {
     ("ds1000", "pass@10"): "ds1000_pass@10",
     ("triviaqa", "em"): "triviaqa_em",
     ("realtimeqa", "acc"): "realtimeqa_acc",
+    # Benchmarks of lm-eval, for which other papers print numbers of our experiments' models.
+    ("lm_eval_aime24", "exact_match"): "aime24",
+    ("lm_eval_aime25", "exact_match"): "aime25",
+    ("lm_eval_math500_verify", "math_verify"): "math500",
+    ("lm_eval_gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"): "gpqa_diamond",
 }
 # Of the pocket family's options few systems name one, so all of its questions count.
 _POCKET_KEYS = {
@@ -93,14 +104,55 @@ def published() -> pd.DataFrame:
     return _read("published.csv")
 
 
+@cache
+def elsewhere() -> pd.DataFrame:
+    """Numbers that others have printed for single models.
+
+    Returns:
+        The columns of `numbers`, then model, document, and the setting they were measured in.
+    """
+    return _read("printed_elsewhere.csv")
+
+
+def is_elsewhere(table: str) -> bool:
+    """Whether the printed numbers of a table are not the paper's."""
+    return bool((elsewhere()["table"] == table).any())
+
+
+def sources(table: str) -> list[str]:
+    """Who printed the numbers that are not the paper's, and how they were measured."""
+    rows: Any = elsewhere()[elsewhere()["table"] == table]
+    metrics: dict[tuple[str, ...], list[str]] = {}
+    for row in rows.to_dict("records"):
+        keys = tuple(str(row[name]) for name in ("system", "model", "document", "setting"))
+        metrics.setdefault(keys, []).append(row["metric"])
+    return [
+        f"{system} ({model}), {', '.join(names)}: {document}; {setting}"
+        for (system, model, document, setting), names in metrics.items()
+    ]
+
+
+def other_models(table: str, models: Mapping[str, str]) -> list[str]:
+    """The systems whose printed numbers elsewhere are those of another model.
+
+    Args:
+        table: the experiment.
+        models: system -> the model's hub id, or a folder that is named like it.
+    """
+    printed = elsewhere()[elsewhere()["table"] == table]
+    theirs = dict(zip(printed["system"], printed["model"], strict=True))
+    return [s for s, model in models.items() if s in theirs and not _alike(model, theirs[s])]
+
+
 def cell(
     table: str, size: str, system: str, key: str | None, source: str = "paper"
 ) -> float | None:
     """One number of the paper, or of its authors' published runs, for one of our systems.
 
     Args:
-        table: "2", ...; the runs of a table may fill others ("2" also fills Table 3).
-        size: "13B", "70B", or "-" for Table 7.
+        table: "2", ...; the runs of a table may fill others ("2" also fills Table 3). Or an
+            experiment of `elsewhere`.
+        size: "13B", "70B", or "-" for Table 7 and for `elsewhere`.
         system: base, expert, antiexpert, proxy, tuned.
         key: the metric's name, from `key_of`.
         source: "paper" or "published".
@@ -108,7 +160,9 @@ def cell(
     Returns:
         The value in the paper's unit; None where it has no such cell.
     """
-    rows = numbers() if source == "paper" else published()
+    rows = published()
+    if source == "paper":
+        rows = elsewhere() if is_elsewhere(table) else numbers()
     rows = rows[(rows["metric"] == key) & (rows["source"] == source)]
     for number in _ALSO.get(table, (table,)):
         row_size, row_system = _row_of(number, size, system)
@@ -128,8 +182,7 @@ def other_base(size: str, model: str) -> str | None:
         model: a hub id, or a folder that is named like it.
     """
     theirs = _BASE_OF.get(size)
-    same = theirs is None or Path(model).name.lower() == Path(theirs).name.lower()
-    return None if same else theirs
+    return None if theirs is None or _alike(model, theirs) else theirs
 
 
 def tables_filled_by(table: str, size: str) -> tuple[str, ...]:
@@ -166,6 +219,11 @@ def _row_of(table: str, size: str, system: str) -> tuple[str, str]:
     if table == "15" and system == "tuned":
         return size, "lora"
     return size, system
+
+
+def _alike(model: str, other: str) -> bool:
+    """Whether two models have the same name: hub ids, or folders that are named like them."""
+    return Path(model).name.lower() == Path(other).name.lower()
 
 
 def _read(name: str) -> pd.DataFrame:

@@ -128,7 +128,7 @@ def from_comparison(table: pd.DataFrame) -> Ours:
             for name, column in columns.items():
                 if (number, target) == ("5", "15") and column in _OF_TUNED:
                     continue  # the tuned model of Table 15 is tuned with LoRA, in runs of its own
-                if key in paper.TABLES[target] and is_number(row.get(column)):
+                if key in paper.TABLES.get(target, ()) and is_number(row.get(column)):
                     ours[target, size, key, name] = _measured(row, column)
     return ours
 

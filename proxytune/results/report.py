@@ -71,6 +71,7 @@ def page_of(folder: Path) -> Markup:
         caveat=caveat(table),
         comparison=tables.to_html(table),
         reading_aid=tables.reading_aid(table),
+        sources=tables.printed_sources(table),
         unparsed=tables.unparsed_text(table),
         differences=tables.difference_rows(table),
         gaps=_gaps(table),

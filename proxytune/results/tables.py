@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.results import templates
+from proxytune.results import paper, templates
 from proxytune.results.comparison import (
     AVERAGE,
     caveat,
@@ -28,6 +28,7 @@ from proxytune.results.comparison import (
 from proxytune.roles import SYSTEMS
 
 DASH = "–"  # a cell without a number
+PRINTED = "Printed: measured elsewhere, with other prompts than ours"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -45,9 +46,11 @@ def to_markdown(table: pd.DataFrame) -> str:
         paper_cells = [number_text(row.get(f"paper_{s}")) for s in systems]
         if any(c != DASH for c in paper_cells) or is_number(row.get("paper_gap_closed")):
             gap = [number_text(row.get("paper_gap_closed"))] if with_gap else []
-            body.append(["", "*the paper*", "", *paper_cells, *gap])
+            body.append(["", f"*{_printer(table)}*", "", *paper_cells, *gap])
     parts = [f"**{_escaped(caveat(table))}**"] if caveat(table) else []
     parts += [markdown_table(head, body, right_from=2), reading_aid(table)]
+    if found := printed_sources(table):
+        parts.append("\n".join(f"- {_escaped(each)}" for each in found))
     differences = difference_rows(table)
     if differences:
         head = ["task", "metric", "proxy minus", "difference", "95 % interval", "p"]
@@ -105,7 +108,22 @@ def reading_aid(table: pd.DataFrame) -> str:
             " Gap closed: (proxy − base) / (tuned − base); no interval, and no part in an average,"
             " where tuned may not differ from base."
         )
-    return text
+    return text + (f" {PRINTED}." if printed_sources(table) else "")
+
+
+def printed_sources(table: pd.DataFrame) -> list[str]:
+    """Where the printed numbers that are not the paper's come from."""
+    return paper.sources(_place(table)) if _place(table) else []
+
+
+def _place(table: pd.DataFrame) -> str:
+    """The experiment whose numbers others have printed; "" where the paper has, or nobody."""
+    places = {row.get("paper_table") for row in records(table)}
+    return next((str(each) for each in places if paper.is_elsewhere(str(each))), "")
+
+
+def _printer(table: pd.DataFrame) -> str:
+    return "printed" if _place(table) else "the paper"
 
 
 # -- the terminal --------------------
@@ -119,7 +137,8 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
     systems = systems_of(table)
     with_gap = has_gap(table)
     has_paper = any(is_number(r.get(f"paper_{s}")) for r in records(table) for s in systems)
-    lines = ["grey: 95 % interval", *(["italic: the paper's"] if has_paper else [])]
+    printed = "printed elsewhere (table.md says where)" if _place(table) else "the paper's"
+    lines = ["grey: 95 % interval", *([f"italic: {printed}"] if has_paper else [])]
     caption = "; ".join([*lines, *(["gap closed in %"] if with_gap else [])])
     if unparsed_text(table):
         caption += "\n" + unparsed_text(table)
@@ -179,7 +198,8 @@ def to_html(table: pd.DataFrame) -> Markup:
         }
         for row in records(shown(table))
     ]
-    return templates.render("comparison.html", head=head, rows=rows)
+    printer = _printer(table).removeprefix("the ")
+    return templates.render("comparison.html", head=head, rows=rows, printer=printer)
 
 
 # -- words for cells --------------------
@@ -195,11 +215,11 @@ class CellTexts(NamedTuple):
 
 def cell_texts(row: Mapping[str, Any], column: str, decimals: int = 1) -> CellTexts:
     """The texts of one cell; `column` is a system or "gap_closed", `decimals` the interval's."""
-    value, paper = number_text(row.get(column)), row.get(f"paper_{column}")
+    value, printed = number_text(row.get(column)), row.get(f"paper_{column}")
     return CellTexts(
         "" if value == DASH and row["task"] == AVERAGE else value,
         _between(row, column, decimals),
-        number_text(paper) if is_number(paper) else "",
+        number_text(printed) if is_number(printed) else "",
     )
 
 

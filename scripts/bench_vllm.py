@@ -1,6 +1,7 @@
 """Compares proxytune's own engine with vLLM, the same triple and workload: ratios of one run.
 
     python scripts/bench_vllm.py                             63M and twice 6.4M, on one CPU thread
+    python scripts/bench_vllm.py --compiled                  the same, vLLM's models compiled
     python scripts/bench_vllm.py --size gpu --json out.json  13B and twice 7B in bfloat16, on a GPU
     python scripts/bench_vllm.py --size tiny --rounds 1      a check that the code works
 
@@ -8,7 +9,8 @@ It runs in vLLM's environment (docs/vllm.md). The models are random, and every c
 same number of tokens, so the outputs are compared, too: in float32 they have to be equal. The base
 alone stands for a directly tuned model, which has its size. Contenders run in turn, each in a
 process of its own that loads once per round. On a CPU processor seconds are counted, on a GPU
-seconds by the clock. Beside the JSON file stands the same as a table.
+seconds by the clock; loading, and with it compilation, is not. Beside the JSON file stands the same
+as a table.
 """
 
 import argparse
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the contenders in turn and prints their times and ratios."""
     options = _parse(arguments)
     if options.contender:
-        _measure(SIZES[options.size], options.contender, Path(options.models))
+        _measure(options, Path(options.models))
         return
     with tempfile.TemporaryDirectory() as folder:
         models = Path(options.models or folder)
@@ -129,11 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for _ in range(options.rounds):
             turn = {}
             for each in options.only or CONTENDERS:
-                turn[each] = _child(options.size, each, models)
+                turn[each] = _child(options, each, models)
                 loads.append(os.getloadavg()[0])
                 print(f"{each}: {turn[each]['seconds']:.1f}", flush=True)
             rounds.append(turn)
-    report = _report(options.size, rounds, weights) | {"load_averages": loads}
+    noted = {"load_averages": loads, "compiled": options.compiled}
+    report = _report(options.size, rounds, weights) | noted
     text = _markdown(report)
     print(text)
     if options.json:
@@ -146,6 +149,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="of the contenders")
+    parser.add_argument(
+        "--compiled", action="store_true", help="engine.enforce_eager=false, which a GPU has anyway"
+    )
     parser.add_argument("--models", help="a folder for the random models; kept, and used again")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -189,10 +195,11 @@ def _tokenizer(vocab: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def _child(size: str, contender: str, models: Path) -> dict[str, Any]:
+def _child(options: argparse.Namespace, contender: str, models: Path) -> dict[str, Any]:
     """One contender in a process of its own."""
-    given = ["--size", size, "--contender", contender, "--models", str(models)]
-    one_thread = {"OMP_NUM_THREADS": "1"} if SIZES[size].threads == 1 else {}
+    given = ["--size", options.size, "--contender", contender, "--models", str(models)]
+    given += ["--compiled"] if options.compiled else []
+    one_thread = {"OMP_NUM_THREADS": "1"} if SIZES[options.size].threads == 1 else {}
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment = os.environ | quiet | one_thread
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -205,13 +212,14 @@ def _child(size: str, contender: str, models: Path) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix(MARK))
 
 
-def _measure(size: Size, contender: str, models: Path) -> None:
+def _measure(options: argparse.Namespace, models: Path) -> None:
     """Loads a contender, runs a part of the workload and then all of it, and prints its time."""
     import torch
 
+    size = SIZES[options.size]
     if size.threads:
         torch.set_num_threads(size.threads)
-    generator = _load(size, contender, models)
+    generator = _load(size, options.contender, models, options.compiled)
     on_cpu = not torch.cuda.is_available()
     clock = time.process_time if on_cpu else time.perf_counter
     _run(generator, size.jobs()[: size.rows], size.rows)  # warms up
@@ -225,7 +233,7 @@ def _measure(size: Size, contender: str, models: Path) -> None:
     print(MARK + json.dumps(found), flush=True)
 
 
-def _load(size: Size, contender: str, models: Path) -> Any:
+def _load(size: Size, contender: str, models: Path, compiled: bool) -> Any:
     import proxytune
 
     roles = ("base",) if contender.endswith("_base") else ROLES
@@ -238,7 +246,9 @@ def _load(size: Size, contender: str, models: Path) -> Any:
     from proxytune.vllm.settings import EngineSettings
 
     options: dict[str, Any] = {"max_num_seqs": size.rows, "enable_prefix_caching": False}
-    return load_engine(specs, EngineSettings(name="vllm", max_model_len=512, options=options))
+    eager = False if compiled else None  # None is what `engine=vllm` does unless told otherwise
+    settings = EngineSettings(name="vllm", max_model_len=512, enforce_eager=eager, options=options)
+    return load_engine(specs, settings)
 
 
 def _run(generator: Any, jobs: list[tuple[list[int], int]], rows: int) -> list[list[int]]:
@@ -307,11 +317,13 @@ def _markdown(report: dict[str, Any]) -> str:
         "vllm_over_own": "below 0.75",
     }
     prompts = report["workload"]["prompts"]
+    compiled = ", its models compiled" if report["compiled"] else ""
     lines = [
         f"{where}, size {report['size']}, {report['workload']['dtype']}, {prompts} prompts, "
         f"{report['tokens']} tokens, {report['workload']['rows']} rows, helpers' share of the "
         f"weights {share:.2f}, load average {loads}, {report['date']}; vLLM "
-        f"{report['vllm']}, torch {versions['torch']}, transformers {versions['transformers']}.",
+        f"{report['vllm']}{compiled}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}.",
         "",
         f"| contender | {report['unit']}, by round |",
         "|---|---|",

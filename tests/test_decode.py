@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 import proxytune
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
-from proxytune.engine.rows import Request
+from proxytune.engine.rows import FULL, Request, traces_of
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.system import Pass
 from proxytune.engine.text import GrowingText
@@ -340,3 +340,30 @@ def test_ten_thousand_prompts_need_the_memory_of_a_hundred_and_a_hundred_times_t
     assert many < few + 200_000  # 20 bytes per prompt would be too many
     assert of_many.most_tokens <= 16 * 5 and of_few.most_tokens <= 16 * 5
     assert of_many.steps == pytest.approx(100 * of_few.steps, rel=0.3)
+
+
+def test_a_traces_entries_are_computed_for_a_whole_pass_as_for_each_place_alone():
+    torch.manual_seed(0)
+    members = {role: torch.randn(5, 50) for role in ("base", "expert", "antiexpert")}
+    seen = Pass(torch.randn(5, 50), members)
+    tokens = [3, 49, 0, 17, FULL]  # a context that is full has an entry that nobody reads
+    entries = traces_of(seen, tokens, 4)
+    assert len(entries) == 5
+    for place, token in enumerate(tokens[:4]):
+        entry = entries[place]
+        assert entry["id"] == token
+        assert list(entry["p"]) == list(entry["top"]) == ["system", *members]
+        for role, logits in {"system": seen.logits, **members}.items():
+            probs = logits[place].softmax(-1)
+            assert entry["p"][role] == round(float(probs[token]), 6)
+            best = sorted(range(50), key=lambda i: -float(probs[i]))[:4]
+            assert entry["top"][role] == [[i, round(float(probs[i]), 6)] for i in best]
+
+
+def test_stacked_rows_keep_the_order_of_their_members():
+    """A trace lists the members in this order; a set's differs from process to process."""
+    roles = ["base", "expert", "antiexpert", "code_expert", "math_expert", "antiexpert2"]
+    rows = [Pass(torch.zeros(3), {role: torch.zeros(3) for role in roles}) for _ in range(2)]
+    assert list(Pass.stack(rows).members) == roles
+    fewer = Pass(torch.zeros(3), {role: torch.zeros(3) for role in roles if role != "expert"})
+    assert list(Pass.stack([rows[0], fewer]).members) == [r for r in roles if r != "expert"]

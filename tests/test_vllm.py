@@ -51,6 +51,7 @@ def one(*cases: str) -> list[list[str]]:
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any], list[list[str]]]] = {
     "V1": ({}, {"options": ROWS}, one(*EVERY)),
     "V1, chunked and preempted": ({}, {"options": TIGHT, "max_model_len": 200}, one(*SHORT)),
+    "V1, compiled": ({}, {"options": ROWS, "enforce_eager": False}, one(*SHORT)),
     "V1, unequal members": ({}, {"options": ROWS, "expert": "odd"}, one(*SHORT)),
     "V1, a LoRA of the antiexpert": ({}, {"options": ROWS, "expert": "lora"}, one(*SHORT)),
     "V1, the sampler of vLLM": (

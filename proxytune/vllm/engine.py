@@ -65,7 +65,7 @@ def _eager(plan: SystemPlan, settings: EngineSettings) -> bool:
     """Whether nothing is compiled or captured.
 
     On the runner V2 a CUDA graph would replay one pass's alphas and prompts. On a CPU, compilation
-    takes minutes, and its gain was not measured.
+    takes minutes, and gains a tenth to a fifth (docs/performance.md): who serves may ask for it.
     """
     from vllm.platforms import current_platform
 

@@ -29,10 +29,13 @@ def config(*given):
 
 @pytest.fixture(scope="module")
 def table():
-    task, metric = "lm_eval_aime24", "exact_match"
+    return made("lm_eval_aime24", base=3, expert=9, proxy=15, tuned=21)
+
+
+def made(task, metric="exact_match", **right):
     scores = {
-        (task, system): [Score(str(i), {metric: float(i < right)}) for i in range(30)]
-        for system, right in {"base": 3, "expert": 9, "proxy": 15, "tuned": 21}.items()
+        (task, system): [Score(str(i), {metric: float(i < count)}) for i in range(30)]
+        for system, count in right.items()
     }
     found = [m for (_, s), each in scores.items() for m in stats.metrics(task, s, each)]
     infos = {task: {metric: MetricInfo(metric)}}
@@ -69,6 +72,7 @@ def test_the_keys_are_the_names_that_lm_eval_gives_its_metrics():
     [
         ("triple.expert.id=Qwen/Qwen2.5-1.5B-Instruct", "the expert Qwen/Qwen2.5-1.5B-Instruct"),
         ("triple.base.id=/models/Qwen2.5-14B", "the base /models/Qwen2.5-14B"),
+        ("triple.tuned.adapter=/mine/lora", "the tuned /mine/lora"),
         ("alpha=0.5", "alpha=0.5"),
     ],
 )
@@ -100,6 +104,14 @@ def test_every_form_of_the_table_says_who_printed_what(table):
     console.print(tables.to_rich(table))
     assert "printed elsewhere" in console.file.getvalue()
     assert "the paper" not in console.file.getvalue()
+
+
+def test_only_what_a_table_shows_has_a_source_there():
+    found = tables.printed_sources(made("lm_eval_aime24", base=3, proxy=15))
+    assert found == ["base (Qwen/Qwen2.5-32B), aime24: SimpleRL-Zoo's README; one greedy answer"]
+    for nothing in (made("gsm8k", "acc", base=3), made("lm_eval_aime24", proxy=3)):
+        assert tables.printed_sources(nothing) == []
+        assert "rinted" not in tables.to_markdown(nothing)
 
 
 def test_they_fill_no_table_of_the_paper(table, tmp_path):

@@ -344,7 +344,8 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     base = cfg.triple.base.id
     theirs = paper.other_base(cfg.paper.size, base)
     other += [f"the base {base} in the place of {theirs}"] if theirs else []
-    models = {s: str(each.id) for s in cfg.systems if s != "proxy" and (each := member_of(cfg, s))}
+    nodes = {s: member_of(cfg, s) for s in cfg.systems if s != "proxy"}
+    models = {s: str(each.adapter or each.id) for s, each in nodes.items() if each}
     other += [f"the {s} {models[s]}" for s in paper.other_models(cfg.paper.table, models)]
     if other:
         log.info("the printed numbers are left out: there are none for %s", ", ".join(other))

@@ -4,7 +4,7 @@ Those of the paper, and those that other papers and model cards print for the mo
 experiments. Of the latter, the "table" is the experiment and the "size" is "-".
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,19 @@ def is_elsewhere(table: str) -> bool:
     return bool((elsewhere()["table"] == table).any())
 
 
-def sources(table: str) -> list[str]:
-    """Who printed the numbers that are not the paper's, and how they were measured."""
+def sources(table: str, cells: Collection[tuple[str, str | None]]) -> list[str]:
+    """Who printed the numbers that are not the paper's, and how they were measured.
+
+    Args:
+        table: the experiment.
+        cells: (system, the metric's name from `key_of`) of each number that is shown.
+    """
     rows: Any = elsewhere()[elsewhere()["table"] == table]
     metrics: dict[tuple[str, ...], list[str]] = {}
     for row in rows.to_dict("records"):
-        keys = tuple(str(row[name]) for name in ("system", "model", "document", "setting"))
-        metrics.setdefault(keys, []).append(row["metric"])
+        if (row["system"], row["metric"]) in cells:
+            keys = tuple(str(row[name]) for name in ("system", "model", "document", "setting"))
+            metrics.setdefault(keys, []).append(row["metric"])
     return [
         f"{system} ({model}), {', '.join(names)}: {document}; {setting}"
         for (system, model, document, setting), names in metrics.items()

@@ -112,8 +112,14 @@ def reading_aid(table: pd.DataFrame) -> str:
 
 
 def printed_sources(table: pd.DataFrame) -> list[str]:
-    """Where the printed numbers that are not the paper's come from."""
-    return paper.sources(_place(table)) if _place(table) else []
+    """Where the printed numbers that the table shows come from, unless they are the paper's."""
+    cells = {
+        (system, paper.key_of(str(row["task"]), str(row["metric"])))
+        for row in records(shown(table))
+        for system in systems_of(table)
+        if is_number(row.get(f"paper_{system}"))
+    }
+    return paper.sources(_place(table), cells)
 
 
 def _place(table: pd.DataFrame) -> str:

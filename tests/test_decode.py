@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 
 import proxytune
+from proxytune.engine.choice import choose_from
 from proxytune.engine.loop import DecodeLoop
 from proxytune.engine.memory import row_budget
-from proxytune.engine.rows import FULL, Request, traces_of
+from proxytune.engine.rows import FULL, Request, Row, Shared, traces_of
 from proxytune.engine.sampling import Sampler
 from proxytune.engine.system import Pass
 from proxytune.engine.text import GrowingText
@@ -358,6 +359,18 @@ def test_a_traces_entries_are_computed_for_a_whole_pass_as_for_each_place_alone(
             assert entry["p"][role] == round(float(probs[token]), 6)
             best = sorted(range(50), key=lambda i: -float(probs[i]))[:4]
             assert entry["top"][role] == [[i, round(float(probs[i]), 6)] for i in best]
+
+
+def test_where_no_token_is_chosen_the_trace_has_no_entry():
+    """A report refuses a trace with the id -1; an API that lists no allowed token led to one."""
+    decoding = make_decoding(max_new_tokens=4)
+    sampler = Sampler(decoding, banned=[1])
+    ids = {"base": [2]}
+    request = Request(0, ids, [2], "k", 0, decoding, sampler, frozenset(), 4, record=2)
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf]])
+    row = Row(Shared(request))
+    choose_from(Pass(logits, {"base": logits}), [row]).give(0, row)
+    assert (row.finished().finish_reason, row.finished().trace) == ("nothing", [])
 
 
 def test_stacked_rows_keep_the_order_of_their_members():

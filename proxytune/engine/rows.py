@@ -285,7 +285,7 @@ class Row:
             drafted: whether the small model had guessed the token.
             entry: of the token, for `trace`; it is written where the row has one.
         """
-        if self.trace is not None and token != FULL:
+        if self.trace is not None and token >= 0:  # neither `FULL` nor `NOTHING`
             assert entry is not None
             self.trace.append(entry)
         if seen.truncation is not None:
@@ -371,7 +371,7 @@ def traces_of(seen: Pass, tokens: Sequence[int], top: int) -> list[dict[str, Any
 
     Args:
         seen: the flat pass, [places, vocab].
-        tokens: the choice at each place; what is no token (`FULL`) has an entry without meaning.
+        tokens: the choice at each place; an entry of `FULL` or `NOTHING` has no meaning.
         top: how many tokens "top" lists.
     """
     entries: list[dict[str, Any]] = [{"id": token, "p": {}, "top": {}} for token in tokens]

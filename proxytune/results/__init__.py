@@ -5,7 +5,7 @@ comparison.py          metrics -> one row per metric, with everything known abou
 run_json.py            run.json, checked when it is read
 folder.py              the comparison of a results folder: table.csv and table.md
 tables.py              a comparison as Markdown, as HTML, in the terminal
-paper.py               the paper's numbers
+paper.py               printed numbers: the paper's, and others'
 paper_tables.py        the paper's tables of systems with our numbers in them; makes every table
 paper_tables_other.py  the paper's other tables: tokens, speed, training time
 verdict.py             whether a triple helps, and how many examples would tell

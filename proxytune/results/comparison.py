@@ -40,8 +40,8 @@ def comparison(
             task is its headline. A metric without an entry is shown under its own name.
         scores: (task, system) -> scores. The intervals of differences are computed from them;
             without scores, gaps closed have no interval and there are no differences.
-        paper_table: table and size of the paper, as in ("2", "13B"), whose numbers stand beside
-            ours.
+        paper_table: table and size of the printed numbers that stand beside ours, as in
+            ("2", "13B") for the paper's; see `paper.cell`.
     """
     found = {(m.task, m.metric, m.system): m for m in metrics}
     systems = [s for s in SYSTEMS if any(m.system == s for m in metrics)]

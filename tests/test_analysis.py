@@ -97,6 +97,17 @@ def test_the_most_promoted_types_and_their_commonest_4_gram():
     assert (found[0].count, found[0].ngram, found[0].ngram_count) == (4, "Here is the answer", 3)
 
 
+def test_a_tie_does_not_depend_on_the_order_in_which_completions_ended():
+    one = text((1, 0.9, 0.1), (2, 0.5, 0.5), (3, 0.5, 0.5), (4, 0.9, 0.1))
+    other = text((1, 0.9, 0.1), (3, 0.5, 0.5), (2, 0.5, 0.5), (4, 0.9, 0.1))
+    words = dict(enumerate("_abcd"))
+    found = [
+        analysis.most_promoted(each, words.__getitem__, min_count=1)
+        for each in ([one, other], [other, one])
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_type_in_texts_shorter_than_four_tokens_has_no_4_gram():
     (found,) = analysis.most_promoted([text((1, 0.9, 0.1))], {1: "a"}.__getitem__, 1)
     assert found.ngram_count == 0

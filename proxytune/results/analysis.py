@@ -238,7 +238,8 @@ def most_promoted(
         for token, rise in zip(text.ids.tolist(), text.rises.tolist(), strict=True):
             rises[token].append(rise)
     means = {t: float(np.mean(r)) for t, r in rises.items() if len(r) >= min_count}
-    best = sorted(means, key=lambda token: -means[token])[:top]
+    # Ties go by token ids, because completions stand in the order in which they ended.
+    best = sorted(means, key=lambda token: (-means[token], token))[:top]
     ngrams: dict[int, Counter[tuple[int, ...]]] = {token: Counter() for token in best}
     for text in texts:
         ids = text.ids.tolist()
@@ -248,7 +249,8 @@ def most_promoted(
                 ngrams[token][window] += 1
     found = []
     for token in best:
-        window, count = ngrams[token].most_common(1)[0] if ngrams[token] else ((token,), 0)
+        counts = ngrams[token] or {(token,): 0}
+        window, count = min(counts.items(), key=lambda each: (-each[1], each[0]))
         ngram = _visible("".join(piece(t) for t in window))
         name = _visible(piece(token))
         found.append(Promoted(name, means[token], len(rises[token]), ngram, count))

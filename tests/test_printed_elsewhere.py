@@ -102,6 +102,16 @@ def test_every_form_of_the_table_says_who_printed_what(table):
     assert "the paper" not in console.file.getvalue()
 
 
+def test_who_printed_what_is_said_of_the_numbers_in_the_table_alone(table):
+    text = " ".join(tables.printed_sources(table))
+    assert "base (Qwen/Qwen2.5-32B), aime24:" in text and "math500" not in text
+    without = table.drop(columns=["expert", "paper_expert"])
+    assert [each.split()[0] for each in tables.printed_sources(without)] == ["base", "tuned"]
+    alone = table[["task", "metric", "label", "headline", "percent", "n", "proxy", "paper_table"]]
+    alone = alone.assign(higher_is_better=True)
+    assert tables.printed_sources(alone) == [] and "Printed" not in tables.reading_aid(alone)
+
+
 def test_they_fill_no_table_of_the_paper(table, tmp_path):
     to_csv(table, tmp_path / "thinklogit_32b.csv")
     assert paper_tables.read_ours(tmp_path) == {}

@@ -4,7 +4,7 @@ Those of the paper, and those that other papers and model cards print for the mo
 experiments. Of the latter, the "table" is the experiment and the "size" is "-".
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,18 @@ def is_elsewhere(table: str) -> bool:
     return bool((elsewhere()["table"] == table).any())
 
 
-def sources(table: str) -> list[str]:
-    """Who printed the numbers that are not the paper's, and how they were measured."""
+def sources(table: str, shown: Container[tuple[str, str | None]]) -> list[str]:
+    """Who printed the numbers that are not the paper's, and how they were measured.
+
+    Args:
+        table: the experiment.
+        shown: (system, metric) of the numbers that stand beside ours.
+    """
     rows: Any = elsewhere()[elsewhere()["table"] == table]
     metrics: dict[tuple[str, ...], list[str]] = {}
     for row in rows.to_dict("records"):
+        if (row["system"], row["metric"]) not in shown:
+            continue
         keys = tuple(str(row[name]) for name in ("system", "model", "document", "setting"))
         metrics.setdefault(keys, []).append(row["metric"])
     return [

@@ -113,7 +113,13 @@ def reading_aid(table: pd.DataFrame) -> str:
 
 def printed_sources(table: pd.DataFrame) -> list[str]:
     """Where the printed numbers that are not the paper's come from."""
-    return paper.sources(_place(table)) if _place(table) else []
+    shown = {
+        (system, paper.key_of(str(row["task"]), str(row["metric"])))
+        for row in records(table)
+        for system in systems_of(table)
+        if is_number(row.get(f"paper_{system}"))
+    }
+    return paper.sources(_place(table), shown) if _place(table) else []
 
 
 def _place(table: pd.DataFrame) -> str:

@@ -247,6 +247,10 @@ def check_config(cfg: DictConfig) -> None:
                     f"{name} has no {key}; give {name}.{key}=..., or leave all of it out "
                     f"({name}=null)"
                 )
+    if cfg.paper:
+        from proxytune.results.paper import check_place
+
+        check_place(cfg.paper.table, cfg.paper.size)
 
 
 def check_speed(settings: DictConfig, where: str = "") -> None:

@@ -344,8 +344,11 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     base = cfg.triple.base.id
     theirs = paper.other_base(cfg.paper.size, base)
     other += [f"the base {base} in the place of {theirs}"] if theirs else []
-    models = {s: str(each.id) for s in cfg.systems if s != "proxy" and (each := member_of(cfg, s))}
+    used = {s: each for s in cfg.systems if s != "proxy" and (each := member_of(cfg, s))}
+    models = {s: str(each.id) for s, each in used.items()}
     other += [f"the {s} {models[s]}" for s in paper.other_models(cfg.paper.table, models)]
+    if paper.is_elsewhere(cfg.paper.table):
+        other += [f"the {s} with {each.adapter}" for s, each in used.items() if each.adapter]
     if other:
         log.info("the printed numbers are left out: there are none for %s", ", ".join(other))
         return None

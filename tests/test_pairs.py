@@ -88,7 +88,7 @@ def test_a_pair_on_the_command_line_and_a_trace(tmp_path):
 REFUSED = {
     "systems=[expert]": "the triple has no expert",
     "triple.pairs.a.expert=null": "triple.pairs.a.expert",
-    "formula=gated": "the triple has no expert",
+    "formula=gated": "none of the triple's pairs (a); use a triple without pairs",
     "engine=vllm": "engine=vllm",
     "triple.pairs.a.expert.id=/nowhere": "/nowhere",
     "triple.pairs.a.alpha=inf": "alpha of a must be a finite number",
@@ -103,6 +103,13 @@ def test_what_pairs_cannot_do_is_refused_in_a_line(tmp_path, setting):
     assert REFUSED[setting] in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_formula_of_one_pair_does_not_pass_several_over(tmp_path):
+    given = [f"triple.{role}.id=pocket/models/{role}" for role in ("expert", "antiexpert")]
+    done = run(tmp_path, pair("a"), "formula=gated", *given)
+    assert done.returncode == 1
+    assert "combines the base with expert, antiexpert, and with none of" in done.stderr
 
 
 def test_a_pair_without_a_usable_name_is_refused(tmp_path):

@@ -10,7 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
 from proxytune.config.schema import register as register_schema
+from proxytune.errors import UserError
 from proxytune.experiment import runner
+from proxytune.experiment.checks import check_config
 from proxytune.files import ROOT
 from proxytune.records import MetricInfo, Score
 from proxytune.results import paper, paper_tables, stats, tables
@@ -85,6 +87,28 @@ def test_another_models_numbers_are_left_out(given, why, caplog):
 def test_a_folder_that_is_named_like_the_model_is_the_model():
     given = "triple.base.id=/models/qwen2.5-32b"
     assert runner.paper_place(config("experiment=thinklogit_32b", given)) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("paper.table=thinklogit_32", r"did you mean thinklogit_32b\?.*known: 2, 3, 4, 5"),
+        ("paper.size=13B", "paper.table=thinklogit_32b has no paper.size=13B; known: -;"),
+        ("paper={table: '7', size: 70B}", "known: -, pocket;"),
+    ],
+)
+def test_a_place_that_nobody_printed_numbers_for_is_refused(given, why):
+    with pytest.raises(UserError, match=why):
+        check_config(config("experiment=thinklogit_32b", given))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+)
+def test_the_places_of_the_experiments_are_known(name):
+    cfg = config(f"experiment={name}")
+    if cfg.paper:
+        paper.check_place(cfg.paper.table, cfg.paper.size)
 
 
 def test_a_system_that_does_not_run_may_be_another_model():

@@ -208,6 +208,29 @@ def test_a_helper_of_another_vocabulary_does_not_think():
         check_thinks("map", ["base", "expert"])
 
 
+def test_a_word_of_several_tokens_is_refused_before_a_model_is_loaded(tmp_path):
+    done = call(
+        cli.run,
+        *("triple=pocket_thinking", "task=[pocket_gsm8k]", "systems=[base,proxy]", "report=false"),
+        *("decoding.think_least=10", "decoding.think_word='two words here'", "limit=1"),
+        f"output_dir={tmp_path / 'x'}",
+    )
+    assert done.returncode == 1 and "'two words here' is 3 tokens" in done.stderr
+    assert "loading" not in done.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("system", "warns"), [("base", True), ("expert", False)])
+def test_a_budget_without_a_model_that_thinks_is_said_to_change_nothing(system, warns, tmp_path):
+    done = call(
+        cli.run,
+        *("triple=pocket_thinking", "task=[pocket_gsm8k]", f"systems=[{system}]", "report=false"),
+        *("decoding.think_budget=5", "limit=1", "stage=generate", f"output_dir={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = "decoding.think_budget changes nothing: no model of systems=[base] thinks"
+    assert (said in done.stderr) == warns
+
+
 @pytest.mark.slow
 def test_choices_are_about_the_answer():
     generator = triple("e", "<think>")

@@ -41,20 +41,27 @@ def members_of(cfg: DictConfig, system: str) -> dict[str, str]:
     """The models of a system: the engine's role -> the triple's name.
 
     Raises:
-        UserError: see `formula_of`; or it is no function of logits.
+        UserError: see `formula_of`; or it is no function of logits, or takes none of the pairs.
     """
     if system != "proxy" or (is_default(cfg) and not cfg.triple.pairs):
         return dict(MEMBERS[system])
     pairs = pair_roles(cfg)
     if is_default(cfg):
         return {role: role for role in ("base", *pairs)}
-    from proxytune.loading.formulas import needs_of, takes_any
+    from proxytune.loading.formulas import listed, name_of, needs_of, takes_any
 
     formula = formula_of(cfg)
     assert formula is not None
     if pairs and takes_any(formula):
         return {role: role for role in ("base", *pairs)}
-    return {role: role for role in ("base", *needs_of(formula)[0])}
+    needs = needs_of(formula)[0]
+    if pairs and not set(needs) & set(pairs):
+        raise UserError(
+            f"formula={name_of(formula)} combines the base with {listed(needs)}, and with none of "
+            f"the triple's pairs ({listed([str(name) for name in cfg.triple.pairs])}); use a "
+            "triple without pairs, or formula=proxy"
+        )
+    return {role: role for role in ("base", *needs)}
 
 
 def pair_roles(cfg: DictConfig) -> list[str]:

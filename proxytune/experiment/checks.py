@@ -34,6 +34,7 @@ from proxytune.vllm.settings import OWN, EngineSettings
 log = logging.getLogger(__name__)
 
 STAGES = ("all", "generate", "score")
+_OF_THOUGHTS = ("think_budget", "think_least", "think_word")
 _SHORTEST = 3  # tokens of a thought's tags and an answer
 
 
@@ -98,22 +99,49 @@ def _check_vocabularies(cfg: DictConfig, specs: Mapping[str, Any]) -> int:
 
 
 def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    """Refuses members of a system that end their thoughts otherwise, and thoughts without room."""
+    """Refuses members of a system that end their thoughts otherwise, and thoughts without room.
+
+    Warns of settings of thoughts in a run whose models write none.
+    """
     from proxytune.loading.prompting import thinking
     from proxytune.loading.vocabulary import check_thinks
 
+    nowhere = True
     for system in cfg.systems:
         members = members_of(cfg, system)
         thinks = thinking({role: specs[name].format for role, name in members.items()})
         check_thinks(cfg.triple.vocabulary, thinks)
         if not thinks:
             continue
+        nowhere = False
         for name, task in tasks.items():
-            if not task.runs_itself and decoding_of(cfg, task).max_new_tokens < _SHORTEST:
+            if task.runs_itself:
+                continue
+            decoding = decoding_of(cfg, task)
+            if decoding.max_new_tokens < _SHORTEST:
                 raise UserError(
-                    f"task {name}: max_new_tokens={decoding_of(cfg, task).max_new_tokens} leaves "
+                    f"task {name}: max_new_tokens={decoding.max_new_tokens} leaves "
                     f"no room for a thought of the system {system}; raise decoding.max_new_tokens"
                 )
+            if decoding.think_least is not None:
+                _check_word(specs[members[thinks[0]]], members[thinks[0]], decoding.think_word)
+    given = [key for key in _OF_THOUGHTS if cfg.decoding[key] is not None]
+    if nowhere and given:
+        log.warning(
+            "decoding.%s changes nothing: no model of systems=[%s] thinks; one that does has "
+            "format.think_end (docs/models.md)",
+            given[0],
+            ",".join(cfg.systems),
+        )
+
+
+def _check_word(spec: Any, name: str, word: str) -> None:
+    """Refuses a word that cannot take the place of a thought's end; see `thought_of`."""
+    from proxytune.engine.thought import thought_of
+    from proxytune.loading.load import load_tokenizer
+
+    start, end = spec.format.tags
+    thought_of(start, end, load_tokenizer(spec, name), opened=False, prefix="", word=word)
 
 
 def _check_formula(cfg: DictConfig, specs: Mapping[str, Any], vocab_size: int) -> None:
@@ -247,6 +275,10 @@ def check_config(cfg: DictConfig) -> None:
                     f"{name} has no {key}; give {name}.{key}=..., or leave all of it out "
                     f"({name}=null)"
                 )
+    if cfg.paper:
+        from proxytune.results.paper import check_place
+
+        check_place(cfg.paper.table, cfg.paper.size)
 
 
 def check_speed(settings: DictConfig, where: str = "") -> None:

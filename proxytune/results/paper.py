@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from proxytune.errors import UserError
+from proxytune.errors import UserError, did_you_mean
 from proxytune.files import shipped
 
 FOLDER = shipped("results/paper")
@@ -117,6 +117,30 @@ def elsewhere() -> pd.DataFrame:
 def is_elsewhere(table: str) -> bool:
     """Whether the printed numbers of a table are not the paper's."""
     return bool((elsewhere()["table"] == table).any())
+
+
+def check_place(table: str, size: str) -> None:
+    """Refuses a table or a size that nobody has printed numbers for.
+
+    Args:
+        table, size: as in `cell`.
+
+    Raises:
+        UserError: there is none; the names of those that there are.
+    """
+    printed: Any = elsewhere() if is_elsewhere(table) else numbers()
+    tables = [*TABLES, *dict.fromkeys(elsewhere()["table"])]
+    if table not in tables:
+        raise UserError(
+            f"unknown paper.table={table}{did_you_mean(table, tables)}; known: {', '.join(tables)}"
+        )
+    sizes = [*dict.fromkeys(printed[printed["table"] == table]["size"])]
+    sizes += [] if is_elsewhere(table) else [POCKET_SIZE]
+    if size not in sizes:
+        raise UserError(
+            f"paper.table={table} has no paper.size={size}; known: {', '.join(sizes)}; "
+            "paper=null shows no printed numbers"
+        )
 
 
 def sources(table: str, cells: Collection[tuple[str, str | None]]) -> list[str]:

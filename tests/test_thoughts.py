@@ -231,6 +231,19 @@ def test_a_budget_without_a_model_that_thinks_is_said_to_change_nothing(system, 
     assert (said in done.stderr) == warns
 
 
+@pytest.mark.parametrize(("end", "warns"), [("</think>", False), ("</thnik>", True)])
+def test_an_end_of_thoughts_that_the_model_does_not_know_is_named(end, warns, tmp_path):
+    """A misspelt one would score thoughts as answers."""
+    done = call(
+        cli.run,
+        *("triple=pocket_thinking", "task=[pocket_gsm8k]", "systems=[expert]", "report=false"),
+        *(f'triple.expert.format.think_end="{end}"', "limit=1", "stage=generate"),
+        f"output_dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (f"expert: {end!r}, which ends a thought" in done.stderr) == warns
+
+
 @pytest.mark.slow
 def test_choices_are_about_the_answer():
     generator = triple("e", "<think>")

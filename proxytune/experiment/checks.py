@@ -106,14 +106,14 @@ def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[st
     from proxytune.loading.prompting import thinking
     from proxytune.loading.vocabulary import check_thinks
 
-    nowhere = True
+    thinkers: dict[str, Any] = {}
     for system in cfg.systems:
         members = members_of(cfg, system)
         thinks = thinking({role: specs[name].format for role, name in members.items()})
         check_thinks(cfg.triple.vocabulary, thinks)
         if not thinks:
             continue
-        nowhere = False
+        thinkers |= {members[role]: specs[members[role]] for role in thinks}
         for name, task in tasks.items():
             if task.runs_itself:
                 continue
@@ -125,13 +125,34 @@ def _check_thoughts(cfg: DictConfig, specs: Mapping[str, Any], tasks: Mapping[st
                 )
             if decoding.think_least is not None:
                 _check_word(specs[members[thinks[0]]], members[thinks[0]], decoding.think_word)
+    for name, spec in thinkers.items():
+        _check_tag(spec, name)
     given = [key for key in _OF_THOUGHTS if cfg.decoding[key] is not None]
-    if nowhere and given:
+    if given and not thinkers:
         log.warning(
             "decoding.%s changes nothing: no model of systems=[%s] thinks; one that does has "
             "format.think_end (docs/models.md)",
             given[0],
             ",".join(cfg.systems),
+        )
+
+
+def _check_tag(spec: Any, name: str) -> None:
+    """Warns of an end of thoughts that the model may never write: its thoughts would be scored."""
+    from proxytune.loading.load import load_tokenizer
+    from proxytune.loading.prompting import template_of
+
+    tokenizer, (_, end) = load_tokenizer(spec, name), spec.format.tags
+    known = end in tokenizer.get_vocab()
+    if not known and spec.format.kind == "chat":
+        known = end in (template_of(spec.format, tokenizer) or tokenizer.get_chat_template())
+    if not known:
+        log.warning(
+            "%s: %r, which ends a thought (format.think_end), is no token of %s, nor in its chat "
+            "template; if it is misspelt, thoughts are scored as answers",
+            name,
+            end,
+            spec.id,
         )
 
 

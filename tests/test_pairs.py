@@ -88,6 +88,7 @@ def test_a_pair_on_the_command_line_and_a_trace(tmp_path):
 REFUSED = {
     "systems=[expert]": "the triple has no expert",
     "triple.pairs.a.expert=null": "triple.pairs.a.expert",
+    "triple.pairs.aa.alpha=0.5": "the triple has no aa_expert (did you mean a_expert?); give one",
     "formula=gated": "none of the triple's pairs (a); use a triple without pairs",
     "engine=vllm": "engine=vllm",
     "triple.pairs.a.expert.id=/nowhere": "/nowhere",
@@ -95,7 +96,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_pairs_cannot_do_is_refused_in_a_line(tmp_path, setting):
     done = run(tmp_path, pair("a"), setting)

@@ -21,7 +21,7 @@ from proxytune.config.formulas import (
 )
 from proxytune.config.specs import engine_settings
 from proxytune.engine.penalties import NO_RAW_LOGITS
-from proxytune.errors import UserError, need
+from proxytune.errors import UserError, did_you_mean, need
 from proxytune.experiment.given_tasks import make_task
 from proxytune.experiment.placement import check_placement
 from proxytune.experiment.planned import decoding_of
@@ -285,7 +285,11 @@ def check_config(cfg: DictConfig) -> None:
         role = lacking[0]
         others = [s for s in cfg.systems if not set(members_of(cfg, s).values()) & set(lacking)]
         chosen = f", or leave out what needs it: systems=[{','.join(others)}]" if others else ""
-        raise UserError(f"the triple has no {role}; give one ({key_of(role)}.id=...){chosen}")
+        whole = [r for r in pair_roles(cfg) if r not in lacking]
+        meant = did_you_mean(role, whole)
+        raise UserError(
+            f"the triple has no {role}{meant}; give one ({key_of(role)}.id=...){chosen}"
+        )
     # a setting of a part that may be left out, without what the part is about
     members = {role: member_of(cfg, role) for role in (*ROLES, *pair_roles(cfg))}
     parts = {f"{key_of(role)}.api": each.api for role, each in members.items() if each}

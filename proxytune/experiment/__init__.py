@@ -13,6 +13,7 @@ ranks.py        several processes that each hold a part of every model (torchrun
 completions.py  the prompts of a cell, and its file of answers
 given_tasks.py  the tasks of a configuration, and whether their classes give what is relied on
 checks.py       refuses mistakes before a model is loaded
+thoughts.py     the same about experts that think
 prompts.py      renders every prompt before a model is loaded, for templates refuse some
 progress.py     bars on a terminal, else a line a minute
 forecast.py     how long the rest of a run will take

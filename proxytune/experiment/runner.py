@@ -341,12 +341,12 @@ def paper_place(cfg: DictConfig) -> tuple[str, str] | None:
     other += [f"alpha={cfg.alpha:g}"] if cfg.alpha != 1 else []
     other += [] if is_default(cfg) else [f"formula={cfg.formula._target_}"]
     other += [f"pairs={','.join(cfg.triple.pairs)}"] if cfg.triple.pairs else []
-    base = cfg.triple.base.id
-    theirs = paper.other_base(cfg.paper.size, base)
-    other += [f"the base {base} in the place of {theirs}"] if theirs else []
-    nodes = {s: member_of(cfg, s) for s in cfg.systems if s != "proxy"}
-    models = {s: str(each.adapter or each.id) for s, each in nodes.items() if each}
-    other += [f"the {s} {models[s]}" for s in paper.other_models(cfg.paper.table, models)]
+    for system, theirs in paper.models_of(cfg.paper.table, cfg.paper.size).items():
+        # The proxy's numbers, too, are of one base.
+        model = member_of(cfg, system) if system in (*cfg.systems, "base") else None
+        ours = str(model.adapter or model.id) if model else theirs
+        if not paper.same_model(ours, theirs):
+            other.append(f"the {system} {ours} in the place of {theirs}")
     if other:
         log.info("the printed numbers are left out: there are none for %s", ", ".join(other))
         return None

@@ -4,7 +4,7 @@ Those of the paper, and those that other papers and model cards print for the mo
 experiments. Of the latter, the "table" is the experiment and the "size" is "-".
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -162,16 +162,21 @@ def sources(table: str, cells: Collection[tuple[str, str | None]]) -> list[str]:
     ]
 
 
-def other_models(table: str, models: Mapping[str, str]) -> list[str]:
-    """The systems whose printed numbers elsewhere are those of another model.
+def models_of(table: str, size: str) -> dict[str, str]:
+    """System -> the model whose numbers are printed, as far as it is known.
 
     Args:
-        table: the experiment.
-        models: system -> the model's hub id, or a folder that is named like it.
+        table, size: as in `cell`.
     """
-    printed = elsewhere()[elsewhere()["table"] == table]
-    theirs = dict(zip(printed["system"], printed["model"], strict=True))
-    return [s for s, model in models.items() if s in theirs and not _alike(model, theirs[s])]
+    if is_elsewhere(table):
+        printed = elsewhere()[elsewhere()["table"] == table]
+        return dict(zip(printed["system"], printed["model"], strict=True))
+    return {"base": _BASE_OF[size]} if size in _BASE_OF else {}
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two models have the same name: hub ids, or folders that are named like them."""
+    return Path(one).name.lower() == Path(other).name.lower()
 
 
 def cell(
@@ -202,17 +207,6 @@ def cell(
         if len(found):
             return float(found["value"].tolist()[0])
     return None
-
-
-def other_base(size: str, model: str) -> str | None:
-    """The base model of the paper's numbers of a size, if `model` is another one; else None.
-
-    Args:
-        size: as in `cell`.
-        model: a hub id, or a folder that is named like it.
-    """
-    theirs = _BASE_OF.get(size)
-    return None if theirs is None or _alike(model, theirs) else theirs
 
 
 def tables_filled_by(table: str, size: str) -> tuple[str, ...]:
@@ -249,11 +243,6 @@ def _row_of(table: str, size: str, system: str) -> tuple[str, str]:
     if table == "15" and system == "tuned":
         return size, "lora"
     return size, system
-
-
-def _alike(model: str, other: str) -> bool:
-    """Whether two models have the same name: hub ids, or folders that are named like them."""
-    return Path(model).name.lower() == Path(other).name.lower()
 
 
 def _read(name: str) -> pd.DataFrame:

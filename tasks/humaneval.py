@@ -169,7 +169,10 @@ class HumanEval(Task):
         """
         self.check()
         programs = [program(row, text) for row, text in zip(rows, completions, strict=True)]
-        keys = [(p, i * bool(_VARIES.search(p.code + p.test))) for i, p in enumerate(programs)]
+        keys = [
+            (each, number if _VARIES.search(each.code + each.test) else None)
+            for number, each in enumerate(programs)
+        ]
         distinct = list(dict.fromkeys(keys))
         box = Sandbox(timeout_s=self.timeout_s, workers=self.workers)
         found = dict(zip(distinct, box.run([each for each, _ in distinct]), strict=True))
